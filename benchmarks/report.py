@@ -1,0 +1,249 @@
+"""Results as JSON lines, as README's tables and as a plot: ``python -m benchmarks.report --help``."""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from benchmarks.shapes import GATES, MODES, SETS, Case, Mode
+from benchmarks.timing import ONNXRUNTIME, OURS, TORCH, TORCH_DENSE
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+DIAMOND: dict[str, Any] = {"marker": "D", "ls": "", "color": "black", "mfc": "white", "ms": 4}
+COLOURS = {"LSTM": "#0072b2", "GRU": "#e69f00", "RNN": "#009e73"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case in one mode: median seconds by implementation name, and what ran where."""
+
+    case: Case
+    mode: Mode
+    seconds: Mapping[str, float]
+    implementation: str
+    reason: str
+    machine: Mapping[str, str | int | None]
+
+    def speedup(self, rival: str) -> float | None:
+        """The rival's time over ours: above 1 where fusedrnn is faster; None where the rival did not run."""
+        return self.seconds[rival] / self.seconds[OURS] if rival in self.seconds else None
+
+    @property
+    def gflops(self) -> float:
+        """10^9 floating-point operations per second of fusedrnn."""
+        return self.case.flops(self.mode) / self.seconds[OURS] / 1e9
+
+    def to_line(self) -> str:
+        """One line of JSON; its speed-ups and GFLOP/s are for other readers than ``from_line``."""
+        rivals = [name for name in self.seconds if name != OURS]
+        return json.dumps(
+            {"id": self.case.id, **asdict(self.case), "mode": self.mode}
+            | {"seconds": self.seconds, "speedup": {name: self.speedup(name) for name in rivals}}
+            | {"gflops": self.gflops, "implementation": self.implementation, "reason": self.reason}
+            | {"machine": self.machine}
+        )
+
+    @classmethod
+    def from_line(cls, line: str) -> "Row":
+        record: dict[str, Any] = json.loads(line)
+        case = Case(**{field.name: record[field.name] for field in fields(Case)})
+        own = ("mode", "seconds", "implementation", "reason", "machine")
+        return cls(case, **{name: record[name] for name in own})
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The rows of one set, cell and mode against one rival."""
+
+    set_name: str
+    cell: str
+    mode: Mode
+    rival: str
+    rows: int
+    losses: int
+    geometric_mean: float
+    worst: float
+    worst_id: str
+
+
+def summarise(rows: Sequence[Row], sets: Mapping[str, Iterable[Case]]) -> list[Summary]:
+    """Summaries against each rival, in the order of the sets; a case counts in each of its sets."""
+    summaries = []
+    for set_name, cases in sets.items():
+        ids = {case.id for case in cases}
+        for cell, mode, rival in ((c, m, r) for c in GATES for m in MODES for r in (TORCH, ONNXRUNTIME)):
+            ratios = {
+                row.case.id: ratio
+                for row in rows
+                if row.case.id in ids and row.case.cell == cell and row.mode == mode
+                if (ratio := row.speedup(rival)) is not None
+            }
+            if ratios:
+                worst_id = min(ratios, key=ratios.__getitem__)
+                mean = statistics.geometric_mean(ratios.values())
+                losses = sum(ratio < 1 for ratio in ratios.values())
+                summary = Summary(
+                    set_name, cell, mode, rival, len(ratios), losses, mean, ratios[worst_id], worst_id
+                )
+                summaries.append(summary)
+    return summaries
+
+
+def read_rows(paths: Iterable[Path]) -> list[Row]:
+    """The rows of the files: of those alike in case, mode, machine and threads only the newest."""
+    rows = [Row.from_line(line) for path in paths for line in path.read_text().splitlines() if line]
+    rows.sort(key=lambda row: str(row.machine["date"]))
+    newest = {(row.machine["cpu"], row.machine["threads"], row.case.id, row.mode): row for row in rows}
+    return list(newest.values())
+
+
+def by_machine(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows grouped under a machine's description, in the order of the case list."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(f"{row.machine['cpu']}, {row.machine['threads']} threads", []).append(row)
+    order = {case.id: position for position, case in enumerate(c for cases in SETS.values() for c in cases)}
+    for group in groups.values():
+        group.sort(key=lambda row: order.get(row.case.id, len(order)))
+    return groups
+
+
+def _versions(rows: Sequence[Row]) -> str:
+    def seen(key: str) -> str:
+        return ", ".join(sorted({str(row.machine[key]) for row in rows if row.machine[key] is not None}))
+
+    named = [f"{key} {seen(key)}" for key in ("fusedrnn", "commit", "torch", "onnxruntime") if seen(key)]
+    return "; ".join([*named, seen("date")])
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
+
+
+def _milliseconds(row: Row, name: str) -> str:
+    return _number(row.seconds[name] * 1e3) if name in row.seconds else ""
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}×"
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    """README's results: for each machine the summaries, then every row folded away."""
+    lines: list[str] = []
+    for machine, group in by_machine(rows).items():
+        lines += [f"**{machine}** ({_versions(group)})", ""]
+        lines += ["| Set | Cell | Mode | Against | Rows | Slower | Geometric mean | Worst row |"]
+        lines += ["|---|---|---|---|--:|--:|--:|---|"]
+        lines += [
+            f"| {s.set_name} | {s.cell} | {s.mode} | {s.rival} | {s.rows} | {s.losses} "
+            f"| {_times(s.geometric_mean)} | {_times(s.worst)} {s.worst_id} |"
+            for s in summarise(group, SETS)
+        ]
+        for mode in (mode for mode in MODES if any(row.mode == mode for row in group)):
+            lines += ["", f"<details><summary>Every row, {mode}</summary>", ""]
+            lines += [
+                "| Case | fusedrnn ms | torch.nn ms | × | onnxruntime ms | × | torch.nn dense ms | GFLOP/s |"
+            ]
+            lines += ["|---|--:|--:|--:|--:|--:|--:|--:|"]
+            lines += [
+                f"| {row.case.id} | {_milliseconds(row, OURS)} "
+                f"| {_milliseconds(row, TORCH)} | {_times(row.speedup(TORCH))} "
+                f"| {_milliseconds(row, ONNXRUNTIME)} | {_times(row.speedup(ONNXRUNTIME))} "
+                f"| {_milliseconds(row, TORCH_DENSE)} | {_number(row.gflops)} |"
+                for row in group
+                if row.mode == mode
+            ]
+            lines += ["", "</details>"]
+        lines += [""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Speed-up over torch.nn as bars, over onnxruntime as diamonds: a row per case, a panel per mode."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    modes = [mode for mode in MODES if any(row.mode == mode for row in rows)]
+    cells = [cell for cell in COLOURS if any(row.case.cell == cell for row in rows)]
+    # Cells from top to bottom; y counts upwards.
+    ids = list(dict.fromkeys(row.case.id for cell in cells for row in rows if row.case.cell == cell))[::-1]
+    height = 1.3 + 0.2 * len(ids)
+    figure, axes = pyplot.subplots(1, len(modes), figsize=(11, height), sharey=True, squeeze=False)
+    diamonds = False
+    for axis, mode in zip(axes[0], modes, strict=True):
+        for row in (row for row in rows if row.mode == mode):
+            y = ids.index(row.case.id)
+            ratio, onnx_ratio = row.speedup(TORCH), row.speedup(ONNXRUNTIME)
+            if ratio is not None:
+                axis.barh(y, ratio - 1, left=1, height=0.72, color=COLOURS[row.case.cell])
+                offset, align = (1.03, "left") if ratio >= 1 else (1 / 1.03, "right")
+                axis.text(ratio * offset, y, f"{ratio:.2f}", ha=align, va="center", size=7)
+            if onnx_ratio is not None:
+                diamonds = True
+                axis.plot(onnx_ratio, y, **DIAMOND)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.margins(x=0.12)
+        axis.set_title(f"{mode}, torch.nn's time over fusedrnn's", size=10)
+        axis.set_axisbelow(True)
+        axis.grid(axis="x", color="#dddddd", linewidth=0.6)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.tick_params(axis="y", length=0)
+    axes[0][0].set_yticks(range(len(ids)), ids, size=7.5)
+    axes[0][0].set_ylim(-0.7, len(ids) - 0.3)
+    handles: list[Patch | Line2D] = [Patch(color=COLOURS[cell], label=cell) for cell in cells]
+    if diamonds:
+        handles += axes[0][0].plot([], [], label="over onnxruntime", **DIAMOND)
+    machine, group = next(iter(by_machine(rows).items()))
+    figure.legend(handles=handles, loc="lower right", ncols=len(handles), frameon=False, fontsize=8)
+    figure.text(0.01, 0.08 / height, f"{machine} ({_versions(group)})", size=7.5, color="#555555")
+    figure.tight_layout(rect=(0, 0.3 / height, 1, 1))
+    figure.savefig(path, dpi=150, facecolor="white", bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("files", nargs="*", type=Path, help="result files (benchmarks/results/*.jsonl)")
+    parser.add_argument("--write", action="store_true", help="put the tables into README instead")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw the first machine's rows")
+    parser.add_argument("--set", nargs="+", choices=SETS, default=["models"], help="sets drawn (models)")
+    args = parser.parse_args()
+    rows = read_rows(args.files or sorted((ROOT / "benchmarks" / "results").glob("*.jsonl")))
+    if not rows:
+        print(
+            "report: error: no results; make some with python -m benchmarks --out FILE.jsonl", file=sys.stderr
+        )
+        return 1
+    if args.write:
+        readme = ROOT / "README.md"
+        before, begin, rest = readme.read_text().partition(BEGIN)
+        _, end, after = rest.partition(END)
+        if not begin or not end:
+            print(f"report: error: {readme.name} lacks {BEGIN} .. {END}", file=sys.stderr)
+            return 1
+        readme.write_text(f"{before}{BEGIN}\n{markdown(rows)}{END}{after}")
+    else:
+        print(markdown(rows), end="")
+    if args.plot:
+        drawn = {case.id for name in args.set for case in SETS[name]}
+        first = next(iter(by_machine(rows).values()))
+        draw([row for row in first if row.case.id in drawn], args.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""Times one case in one mode: fusedrnn and its rivals, in turn, after their results were found equal."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import fusedrnn
+from benchmarks.rivals import OnnxRuntime, Workload, torch_workload
+from benchmarks.shapes import Case, Mode
+from fusedrnn._bench import inference_call, interleaved_medians, training_call
+
+OURS = "fusedrnn"
+TORCH = "torch.nn"
+TORCH_DENSE = "torch.nn dense"
+ONNXRUNTIME = "onnxruntime"
+
+Call = Callable[[], list[Tensor]]
+PREPARE = {"inference": inference_call, "training": training_call}
+
+
+class ResultsDifferError(Exception):
+    """fusedrnn and torch.nn disagree, so that comparing their speed would mean nothing."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Median seconds by implementation name, and which of fusedrnn's implementations ran and why."""
+
+    seconds: dict[str, float]
+    implementation: str
+    reason: str
+
+
+def fused_module(case: Case, workload: Workload) -> torch.nn.RNNBase:
+    """The fusedrnn module of the case, with the weights of the workload's torch.nn module."""
+    module: torch.nn.RNNBase = getattr(fusedrnn, case.cell)(
+        case.input,
+        case.hidden,
+        case.layers,
+        bidirectional=case.bidirectional,
+        dtype=getattr(torch, case.dtype),
+    )
+    module.load_state_dict(workload.module.state_dict())
+    return module
+
+
+def check_equal(expected: list[Tensor], actual: list[Tensor]) -> None:
+    """Raises where a pair differs by more than the root of its dtype's eps, relative to the largest value."""
+    for index, (theirs, mine) in enumerate(zip(expected, actual, strict=True)):
+        scale = max(1.0, theirs.abs().max().item())
+        difference = (mine - theirs).abs().max().item() / scale
+        # Written so that a NaN fails.
+        if not difference <= torch.finfo(theirs.dtype).eps ** 0.5:
+            raise ResultsDifferError(f"result {index} is {difference:.1e} from torch.nn's")
+
+
+def measure(
+    case: Case, mode: Mode, with_torch: bool, onnxruntime: OnnxRuntime | None, seconds: float
+) -> Measurement:
+    """Median seconds of fusedrnn and of each rival.
+
+    fusedrnn and torch.nn share ``seconds`` in one process. A packed case is also given to torch.nn
+    as a padded batch, which does more arithmetic and gives other results, but spares it the packing's cost.
+    onnxruntime, for inference only, has a quarter of ``seconds`` before them and another after them, and
+    the better median counts.
+    """
+    workload = torch_workload(case)
+    ours = fused_module(case, workload)
+    explanation = fusedrnn.explain(ours, workload.x)
+    prepare = PREPARE[mode]
+    calls: dict[str, Call] = {OURS: prepare(ours, workload.x, workload.hx)}
+    theirs = prepare(workload.module, workload.x, workload.hx)
+    check_equal(theirs(), calls[OURS]())
+    if with_torch:
+        calls[TORCH] = theirs
+        if case.lengths == "packed":
+            calls[TORCH_DENSE] = prepare(workload.module, workload.padded, workload.hx)
+
+    onnx_seconds = []
+    if onnxruntime is not None:
+        onnx_seconds.append(onnxruntime.median_seconds(case, seconds / 4))
+    medians = dict(zip(calls, interleaved_medians(list(calls.values()), seconds), strict=True))
+    if onnxruntime is not None:
+        onnx_seconds.append(onnxruntime.median_seconds(case, seconds / 4))
+        medians[ONNXRUNTIME] = min(onnx_seconds)
+    return Measurement(medians, explanation.implementation, explanation.reason)

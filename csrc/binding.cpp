@@ -1,0 +1,279 @@
+// The only file that knows torch. Operators are registered through LibTorch's stable ABI, so that one build serves every torch >= 2.10;
+// the extension module itself is a plain pybind11 one, for what is no tensor operator.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/cpu.h"
+
+namespace {
+
+namespace py = pybind11;
+using namespace fusedrnn;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using MaybeTensor = std::optional<Tensor>;
+
+// Gates, pre-activations and saved values of a unit, as the cells of csrc/cells state them.
+struct CellInfo {
+  CellKind kind;
+  int64_t gates, sums, saved;
+  bool has_cell;
+};
+
+CellInfo cell_info(const std::string& name) {
+  if (name == "rnn_tanh") return {CellKind::rnn_tanh, 1, 1, 0, false};
+  if (name == "rnn_relu") return {CellKind::rnn_relu, 1, 1, 0, false};
+  if (name == "lstm") return {CellKind::lstm, 4, 4, 4, true};
+  if (name == "gru") return {CellKind::gru, 3, 4, 4, false};
+  STD_TORCH_CHECK(false, "fusedrnn: expected cell to be rnn_tanh, rnn_relu, lstm or gru, got ", name);
+  return {};
+}
+
+std::string to_string(const std::vector<int64_t>& sizes) {
+  std::string text = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  return text + "]";
+}
+
+std::vector<int64_t> shape(const Tensor& t) {
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i < t.dim(); ++i) sizes.push_back(t.size(i));
+  return sizes;
+}
+
+// Checks t, and makes it contiguous where it is not.
+void check(Tensor& t, const char* name, ScalarType dtype, const std::vector<int64_t>& sizes) {
+  STD_TORCH_CHECK(shape(t) == sizes, "fusedrnn: expected ", name, " of shape ", to_string(sizes), ", got ", to_string(shape(t)));
+  STD_TORCH_CHECK(t.scalar_type() == dtype, "fusedrnn: expected ", name, " of x's dtype");
+  if (!t.is_contiguous()) t = torch::stable::contiguous(t);
+}
+
+const void* data(const MaybeTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+
+// Where the batch's rows are, with the arrays that a Sequence points to. x is [T, B, ...], or [N, ...] with batch_sizes [T].
+struct SequenceStorage {
+  Sequence sequence{};
+  std::vector<int64_t> offsets, lengths;
+
+  SequenceStorage(const Tensor& x, int64_t B, MaybeTensor& batch_sizes, MaybeTensor& row_lengths, MaybeTensor& resets) {
+    sequence.T = batch_sizes ? batch_sizes->size(0) : x.size(0);
+    sequence.B = B;
+    if (batch_sizes) {
+      STD_TORCH_CHECK(!row_lengths, "fusedrnn: expected lengths or batch_sizes, got both");
+      check(*batch_sizes, "batch_sizes", ScalarType::Long, {sequence.T});
+      const int64_t* sizes = batch_sizes->const_data_ptr<int64_t>();
+      offsets.assign(1, 0);
+      lengths.assign(B, 0);
+      for (int64_t t = 0; t < sequence.T; ++t) {
+        STD_TORCH_CHECK(sizes[t] > 0 && sizes[t] <= (t ? sizes[t - 1] : B), "fusedrnn: expected batch_sizes to fall from at most ", B,
+                        " to at least 1, got ", sizes[t], " at step ", t);
+        offsets.push_back(offsets.back() + sizes[t]);
+        for (int64_t b = 0; b < sizes[t]; ++b) lengths[b] = t + 1;
+      }
+      STD_TORCH_CHECK(offsets.back() == x.size(0), "fusedrnn: expected x of ", offsets.back(), " rows, the sum of batch_sizes, got ",
+                      x.size(0));
+      sequence.offsets = offsets.data();
+      sequence.lengths = lengths.data();
+    } else {
+      STD_TORCH_CHECK(x.size(1) == B, "fusedrnn: expected x with a batch of ", B, ", got ", x.size(1));
+      if (row_lengths) {
+        check(*row_lengths, "lengths", ScalarType::Long, {B});
+        sequence.lengths = row_lengths->const_data_ptr<int64_t>();
+        for (int64_t b = 0; b < B; ++b)
+          STD_TORCH_CHECK(sequence.lengths[b] >= 0 && sequence.lengths[b] <= sequence.T, "fusedrnn: expected lengths between 0 and ",
+                          sequence.T, ", got ", sequence.lengths[b]);
+      }
+    }
+    if (resets) {
+      check(*resets, "resets", ScalarType::Bool, leading(x));
+      sequence.resets = static_cast<const bool*>(resets->const_data_ptr());
+    }
+  }
+
+  static std::vector<int64_t> leading(const Tensor& x) {
+    std::vector<int64_t> sizes = shape(x);
+    sizes.pop_back();
+    return sizes;
+  }
+};
+
+int64_t sequence_rows(const Sequence& s) { return s.start(s.T); }
+
+std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
+  std::vector<int64_t> sizes = SequenceStorage::leading(x);
+  sizes.push_back(last);
+  return sizes;
+}
+
+Tensor make(const Tensor& like, const std::vector<int64_t>& sizes) { return torch::stable::new_empty(like, sizes); }
+
+ScalarKind scalar_kind(const Tensor& x) {
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "fusedrnn: expected float32 or float64 tensors");
+  return dtype == ScalarType::Float ? ScalarKind::float32 : ScalarKind::float64;
+}
+
+// A pool that queues tasks may run a team's members one after the other, which would wait for each other forever (see cpu/team.h).
+std::atomic<bool> pool_runs_at_once{false};
+
+cpu::Threads threads() {
+  const int64_t count = pool_runs_at_once ? torch::stable::get_num_threads() : 1;
+  return {count, [](int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
+            torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+          }};
+}
+
+Problem make_problem(const CellInfo& cell, const Tensor& x, Tensor& hx, MaybeTensor& cx, const Sequence& sequence) {
+  STD_TORCH_CHECK(hx.dim() == 3 && (hx.size(0) == 1 || hx.size(0) == 2), "fusedrnn: expected hx of shape [directions, batch, hidden], got ",
+                  to_string(shape(hx)));
+  check(hx, "hx", x.scalar_type(), shape(hx));
+  STD_TORCH_CHECK(cx.has_value() == cell.has_cell, "fusedrnn: expected cx for lstm and for no other cell");
+  if (cx) check(*cx, "cx", x.scalar_type(), shape(hx));
+  Problem p{};
+  p.cell = cell.kind;
+  p.scalar = scalar_kind(x);
+  p.sequence = sequence;
+  p.H = hx.size(2);
+  p.directions = static_cast<int>(hx.size(0));
+  return p;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(std::string cell_name, Tensor x, Tensor hx, MaybeTensor cx, Tensors weights,
+                                                           MaybeTensor batch_sizes, MaybeTensor lengths, MaybeTensor resets, bool save) {
+  const CellInfo cell = cell_info(cell_name);
+  STD_TORCH_CHECK(x.dim() == (batch_sizes ? 2 : 3) && hx.dim() == 3, "fusedrnn: expected x [T, B, I], or [N, I] with batch_sizes, got ",
+                  to_string(shape(x)));
+  check(x, "x", x.scalar_type(), shape(x));
+  const SequenceStorage storage(x, hx.size(1), batch_sizes, lengths, resets);
+  ForwardParams p{};
+  static_cast<Problem&>(p) = make_problem(cell, x, hx, cx, storage.sequence);
+  const int64_t D = p.directions, H = p.H, N = sequence_rows(p.sequence);
+  p.I = x.size(x.dim() - 1);
+  const int64_t each = static_cast<int64_t>(weights.size()) / D;
+  STD_TORCH_CHECK((each == 2 || each == 4) && each * D == static_cast<int64_t>(weights.size()),
+                  "fusedrnn: expected 2 weights (4 with bias) for each of ", D, " directions, got ", weights.size());
+  for (int64_t d = 0; d < D; ++d) {
+    Tensor* w = &weights[d * each];
+    check(w[0], "w_ih", x.scalar_type(), {cell.gates * H, p.I});
+    check(w[1], "w_hh", x.scalar_type(), {cell.gates * H, H});
+    p.weights[d].w_ih = w[0].const_data_ptr();
+    p.weights[d].w_hh = w[1].const_data_ptr();
+    if (each == 4) {
+      check(w[2], "b_ih", x.scalar_type(), {cell.gates * H});
+      check(w[3], "b_hh", x.scalar_type(), {cell.gates * H});
+      p.weights[d].b_ih = w[2].const_data_ptr();
+      p.weights[d].b_hh = w[3].const_data_ptr();
+    }
+  }
+  Tensor y = make(x, with_last(x, D * H)), h_n = make(x, shape(hx)), c_n = make(x, cell.has_cell ? shape(hx) : std::vector<int64_t>{0});
+  Tensor gates = make(x, {D, save ? N : 0, cell.saved * H}), cells = make(x, {D, save && cell.has_cell ? N : 0, H});
+  p.x = x.const_data_ptr();
+  p.hx = hx.const_data_ptr();
+  p.cx = data(cx);
+  p.y = y.mutable_data_ptr();
+  p.h_n = h_n.mutable_data_ptr();
+  p.c_n = c_n.mutable_data_ptr();
+  if (save && cell.saved) p.gates = gates.mutable_data_ptr();
+  if (save && cell.has_cell) p.cells = cells.mutable_data_ptr();
+  cpu::kernels().forward(p, threads());
+  return {y, h_n, c_n, gates, cells};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(std::string cell_name, MaybeTensor dy, MaybeTensor dh_n, MaybeTensor dc_n, Tensor y, Tensor hx,
+                                            MaybeTensor cx, Tensor gates, Tensor cells, Tensors w_hh, MaybeTensor batch_sizes,
+                                            MaybeTensor lengths, MaybeTensor resets, bool state_gradients) {
+  const CellInfo cell = cell_info(cell_name);
+  const SequenceStorage storage(y, hx.size(1), batch_sizes, lengths, resets);
+  BackwardParams p{};
+  static_cast<Problem&>(p) = make_problem(cell, y, hx, cx, storage.sequence);
+  const ScalarType dtype = y.scalar_type();
+  const int64_t D = p.directions, H = p.H, N = sequence_rows(p.sequence);
+  check(y, "y", dtype, with_last(y, D * H));
+  check(gates, "gates", dtype, {D, N, cell.saved * H});
+  check(cells, "cells", dtype, {D, cell.has_cell ? N : 0, H});
+  if (dy) check(*dy, "dy", dtype, shape(y));
+  if (dh_n) check(*dh_n, "dh_n", dtype, shape(hx));
+  if (dc_n) check(*dc_n, "dc_n", dtype, shape(hx));
+  STD_TORCH_CHECK(static_cast<int64_t>(w_hh.size()) == D, "fusedrnn: expected ", D, " w_hh, got ", w_hh.size());
+  for (int64_t d = 0; d < D; ++d) {
+    check(w_hh[d], "w_hh", dtype, {cell.gates * H, H});
+    p.weights[d].w_hh = w_hh[d].const_data_ptr();
+  }
+  const std::vector<int64_t> none{0};
+  Tensor dsums = make(y, {D, N, cell.sums * H}), dhx = make(y, state_gradients ? shape(hx) : none);
+  Tensor dcx = make(y, state_gradients && cell.has_cell ? shape(hx) : none);
+  p.y = y.const_data_ptr();
+  p.hx = hx.const_data_ptr();
+  p.cx = data(cx);
+  p.gates = gates.const_data_ptr();
+  p.cells = cells.const_data_ptr();
+  p.dy = data(dy);
+  p.dh_n = data(dh_n);
+  p.dc_n = data(dc_n);
+  p.dsums = dsums.mutable_data_ptr();
+  p.dhx = state_gradients ? dhx.mutable_data_ptr() : nullptr;
+  p.dcx = state_gradients ? dcx.mutable_data_ptr() : nullptr;
+  cpu::kernels().backward(p, threads());
+  return {dsums, dhx, dcx};
+}
+
+template <class S>
+py::array_t<S> evaluate(void (*function)(int, const S*, S*, int64_t), int which, const py::array_t<S>& x) {
+  py::array_t<S> y(x.size());
+  function(which, x.data(), y.mutable_data(), x.size());
+  return y;
+}
+
+py::array evaluate_function(const std::string& name, const py::array& x) {
+  const int which = name == "exp" ? 0 : name == "sigmoid" ? 1 : name == "tanh" ? 2 : -1;
+  if (which < 0) throw py::value_error("expected exp, sigmoid or tanh, got " + name);
+  if (py::isinstance<py::array_t<float>>(x)) return evaluate<float>(cpu::kernels().functions_float, which, x);
+  return evaluate<double>(cpu::kernels().functions_double, which, x);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(fusedrnn, m) {
+  m.def(
+      "recurrence_forward(str cell, Tensor x, Tensor hx, Tensor? cx, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
+      "Tensor? resets, bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
+  m.def(
+      "recurrence_backward(str cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor y, Tensor hx, Tensor? cx, Tensor gates, Tensor cells, "
+      "Tensor[] w_hh, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, bool state_gradients) -> (Tensor dsums, Tensor dhx, Tensor dcx)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
+  m.impl("recurrence_forward", TORCH_BOX(&forward));
+  m.impl("recurrence_backward", TORCH_BOX(&backward));
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "fusedrnn's compiled part: importing it registers torch.ops.fusedrnn.";
+  cpu::use("");
+  m.def("build_info", [] {
+    py::dict info;
+    info["torch"] = FUSEDRNN_TORCH_VERSION;
+    info["compiler"] = FUSEDRNN_COMPILER;
+    info["instruction_sets"] = cpu::built();
+    info["cuda_architectures"] = std::vector<std::string>{};
+    return info;
+  }, "What this build was made with and for.");
+  m.def("instruction_sets", &cpu::supported, "Instruction sets built that this processor has, best first.");
+  m.def("instruction_set", [] { return cpu::kernels().name; }, "The one in use.");
+  m.def("use", &cpu::use, py::arg("instruction_set"), "Choose one of instruction_sets(), or \"\" for the best.");
+  m.def("use_threads", [](bool at_once) { pool_runs_at_once = at_once; }, py::arg("at_once"),
+        "Whether torch's thread pool runs the parts of a parallel loop at the same time (OpenMP does).");
+  m.def("evaluate", &evaluate_function, py::arg("function"), py::arg("x"),
+        "exp, sigmoid or tanh as the kernels compute them, of a float32 or float64 array.");
+}

@@ -1,0 +1,30 @@
+// Instantiates the schedule for one instruction set; included once by each of baseline.cpp, avx2.cpp and avx512.cpp.
+#pragma once
+
+#include "../cells/gru.h"
+#include "../cells/lstm.h"
+#include "../cells/rnn.h"
+#include "cpu.h"
+#include "recurrence.h"
+
+namespace fusedrnn::cpu {
+namespace {
+
+template <class S, int bytes>
+void evaluate(int function, const S* x, S* y, int64_t n) {
+  using V = vec<S, bytes / sizeof(S)>;
+  for (int64_t i = 0; i < n; i += V::size) {
+    const int count = static_cast<int>(std::min<int64_t>(V::size, n - i));
+    const V in = V::load(x + i, count);
+    (function == 0 ? exp(in) : function == 1 ? sigmoid(in) : tanh(in)).store(y + i, count);
+  }
+}
+
+template <int bytes>
+constexpr Kernels make_kernels(const char* name) {
+  return {name, &run_pass<Forward, bytes, ForwardParams>, &run_pass<Backward, bytes, BackwardParams>, &evaluate<float, bytes>,
+          &evaluate<double, bytes>};
+}
+
+}  // namespace
+}  // namespace fusedrnn::cpu

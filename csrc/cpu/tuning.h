@@ -1,0 +1,63 @@
+// The numbers of the CPU schedule, each with its reason. Measured on a 2-core Zen 4 (AVX-512).
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace fusedrnn::cpu {
+
+// Rows in one register tile of `vectors` output vectors. An AVX-512 core has 32 registers: 24 accumulators, the weights' vectors and a
+// broadcast. The others have 16: 12 accumulators, one weight at a time.
+constexpr int tile_rows(int vectors, int vector_bytes) {
+  const int accumulators = vector_bytes == 64 ? 24 : 12;
+  return accumulators / std::max(vectors, 2);
+}
+
+// How many output vectors to take together for so many rows: 4 reuse each broadcast most, but where all rows fit one tile of 2
+// vectors and not one of 4, going over the weights once beats it (B = 8: 172 against 132 GFLOP/s).
+constexpr int tile_vectors(int64_t rows, int vector_bytes) {
+  return rows > tile_rows(4, vector_bytes) && rows <= tile_rows(2, vector_bytes) ? 2 : 4;
+}
+
+// Rows of x·W_ih computed at a time when a step has fewer: one row alone reads all weights for one product each.
+constexpr int64_t projection_rows = 48;
+
+// Rows of the whole sequence from which on weights are packed. Packing moves every weight twice; a dot product reads it once per row
+// from the first-level cache.
+constexpr int64_t packing_rows = 8;
+
+struct Plan {
+  int64_t groups;      // teams that work on their own, each on some of the jobs
+  int64_t slices;      // threads of a team; they share out the hidden units and meet after every step
+  int64_t row_blocks;  // blocks of rows into which the batch is cut: jobs are directions × row blocks
+  int64_t chunk;       // steps of x·W_ih computed at a time
+  bool packed;         // whether weights are packed
+};
+
+constexpr Plan make_plan(int64_t T, int64_t B, int64_t H, int directions, int64_t gates, int64_t threads) {
+  const int64_t step_flops = 2 * gates * H * H * B;
+  // Below this many operations a step, meeting costs more than a second thread brings (B = 1: H of about 48).
+  const bool share_units = step_flops >= 20'000;
+  // A thread is only woken (a few µs) for work that lasts longer.
+  if (T * step_flops * directions < 200'000) threads = 1;
+  Plan plan{1, 1, 1, 1, T * B >= packing_rows};
+  if (directions == 2 && threads >= 2) {
+    plan.groups = 2;
+    plan.slices = share_units ? threads / 2 : 1;
+  } else {
+    plan.slices = share_units ? threads : 1;
+  }
+  // Rows are independent: cutting the batch needs no meeting at all, but each team then reads all the weights. That pays while they
+  // stay in a core's own cache, H of about 256 in float.
+  const int64_t spare = threads / plan.groups;
+  if (spare > 1 && H <= 256 && B >= 6 * spare) {
+    plan.groups *= spare;
+    plan.slices = 1;
+    plan.row_blocks = spare;
+  }
+  plan.chunk = std::clamp<int64_t>(projection_rows / std::max<int64_t>(B, 1), 1, std::max<int64_t>(T, 1));
+  if (plan.row_blocks > 1 || !plan.packed) plan.chunk = 1;  // a block's rows are next to each other within a step only
+  return plan;
+}
+
+}  // namespace fusedrnn::cpu

@@ -1,0 +1,70 @@
+// What a recurrence kernel is given: plain pointers and sizes, no framework.
+//
+// Letters: T steps, B rows of the batch, N rows of the sequence (T*B when padded, the sum of all lengths when packed), I inputs, H
+// hidden units, D directions (1 or 2). All arrays are dense, row-major, of the scalar type that the params name, and owned by the
+// caller. Nothing may alias anything else.
+#pragma once
+
+#include <cstdint>
+
+namespace fusedrnn {
+
+enum class CellKind { rnn_tanh, rnn_relu, lstm, gru };
+enum class ScalarKind { float32, float64 };
+
+// Where the rows of each step are, and which of them are there. Row b of step t is row start(t) + b of the sequence, for
+// b < rows_at(t). A padded batch has B rows at every step; a packed one (rows sorted by falling length) has no padding.
+struct Sequence {
+  int64_t T, B;
+  const int64_t* offsets;  // [T + 1] first row of each step of a packed batch, or nullptr for a padded one
+  const int64_t* lengths;  // [B] or nullptr for T; steps t >= length(b) are no part of row b: y is zero there, the state is kept
+  const bool* resets;      // [N] by sequence row, or nullptr; where set, the state is zeroed before the step
+
+  int64_t start(int64_t t) const { return offsets ? offsets[t] : t * B; }
+  int64_t rows_at(int64_t t) const { return start(t + 1) - start(t); }
+  int64_t length(int64_t b) const { return lengths ? lengths[b] : T; }
+};
+
+// Weights of one direction, as torch.nn stores them. Gates are blocks of H rows in torch's order (see cells/).
+struct Weights {
+  const void* w_ih;  // [gates*H, I]
+  const void* w_hh;  // [gates*H, H]
+  const void* b_ih;  // [gates*H], or nullptr
+  const void* b_hh;  // [gates*H], or nullptr
+};
+
+struct Problem {
+  CellKind cell;
+  ScalarKind scalar;
+  Sequence sequence;
+  int64_t I, H;
+  int directions;
+  Weights weights[2];
+};
+
+struct ForwardParams : Problem {
+  const void* x;   // [N, I]
+  const void* hx;  // [D, B, H]
+  const void* cx;  // [D, B, H], cells with a cell state only
+  void* y;         // [N, D*H]
+  void* h_n;       // [D, B, H]
+  void* c_n;       // [D, B, H], cells with a cell state only
+  void* gates;     // [D, N, saved*H] activated gates for backward, or nullptr when no backward will follow
+  void* cells;     // [D, N, H] cell state after every step, or nullptr likewise
+};
+
+struct BackwardParams : Problem {
+  const void* y;  // what forward was given and gave
+  const void* hx;
+  const void* cx;
+  const void* gates;
+  const void* cells;
+  const void* dy;    // [N, D*H], or nullptr for zero
+  const void* dh_n;  // [D, B, H], or nullptr for zero
+  const void* dc_n;  // [D, B, H], or nullptr for zero
+  void* dsums;       // [D, N, sums*H] gradients of the pre-activations: the weight and input gradients are products with these
+  void* dhx;         // [D, B, H], or nullptr when nobody asks
+  void* dcx;         // [D, B, H], cells with a cell state only, or nullptr likewise
+};
+
+}  // namespace fusedrnn

@@ -1,0 +1,26 @@
+"""Drop-in RNN, LSTM and GRU layers for PyTorch with fused forward and backward kernels."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from fusedrnn._convert import convert, revert
+from fusedrnn._dispatch import Explanation, FallbackWarning, explain
+from fusedrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+
+try:
+    __version__ = version("fusedrnn")
+except PackageNotFoundError:  # a checkout that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "Explanation",
+    "FallbackWarning",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "convert",
+    "explain",
+    "revert",
+]

@@ -1,0 +1,38 @@
+"""Swap torch.nn's recurrent modules inside a model for fusedrnn's, and back."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TypeVar
+
+import torch
+
+from fusedrnn.modules import FUSED
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+_FUSED_OF: dict[type, type] = {getattr(torch.nn, fused.__name__): fused for fused in FUSED}
+_TORCH_OF: dict[type, type] = {fused: plain for plain, fused in _FUSED_OF.items()}
+
+
+def convert(model: Model) -> Model:
+    """Make every torch.nn.RNN, LSTM, GRU and cell in ``model`` one of fusedrnn's; returns ``model`` itself.
+
+    Only the class of each module changes. The object stays, and with it its Parameters, hooks, buffers and every reference to it, so
+    optimisers, shared modules and data parallel wrappers need not know. Subclasses of torch.nn's modules have a behaviour of their
+    own and are left alone, with a UserWarning that names them.
+    """
+    for path, module in model.named_modules():
+        if type(module) in _FUSED_OF:
+            module.__class__ = _FUSED_OF[type(module)]
+        elif isinstance(module, tuple(_FUSED_OF)) and not isinstance(module, FUSED):
+            warnings.warn(f"fusedrnn.convert left {path or 'the model'} alone: {type(module).__name__} is a subclass", stacklevel=2)
+    return model
+
+
+def revert(model: Model) -> Model:
+    """Undo :func:`convert`: every fusedrnn module in ``model`` becomes torch.nn's again; returns ``model`` itself."""
+    for module in model.modules():
+        if type(module) in _TORCH_OF:
+            module.__class__ = _TORCH_OF[type(module)]
+    return model

@@ -1,0 +1,127 @@
+"""The specification in plain PyTorch: one step per cell, one loop.
+
+It is also the fallback where the extension is not built, and the double backward everywhere, being differentiable any number of
+times. Gate orders are torch's. ``weights`` lists, per direction, ``w_ih [G*H, I]``, ``w_hh [G*H, R]``, then with bias ``b_ih [G*H]``
+and ``b_hh [G*H]``, then with projection ``w_hr [R, H]``; R is the size of the recurrent output: H, or proj_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+State = tuple[Tensor, Tensor | None]
+
+
+def rnn_step(activation: Callable[[Tensor], Tensor], igates: Tensor, hgates: Tensor, state: State) -> State:
+    """h' = act(igates + hgates) (Elman 1990)."""
+    return activation(igates + hgates), None
+
+
+def lstm_step(igates: Tensor, hgates: Tensor, state: State) -> State:
+    """c' = f∘c + i∘g, h' = o∘tanh(c') (Hochreiter & Schmidhuber 1997; Gers et al. 2000)."""
+    i, f, g, o = (igates + hgates).chunk(4, -1)
+    c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
+def gru_step(igates: Tensor, hgates: Tensor, state: State) -> State:
+    """h' = (1-z)∘n + z∘h with n = tanh(n_x + r∘n_h) (Cho et al. 2014, reset after the product)."""
+    r_x, z_x, n_x = igates.chunk(3, -1)
+    r_h, z_h, n_h = hgates.chunk(3, -1)
+    r, z = torch.sigmoid(r_x + r_h), torch.sigmoid(z_x + z_h)
+    n = torch.tanh(n_x + r * n_h)
+    return (1 - z) * n + z * state[0], None
+
+
+STEPS: dict[str, Callable[[Tensor, Tensor, State], State]] = {
+    "rnn_tanh": lambda igates, hgates, state: rnn_step(torch.tanh, igates, hgates, state),
+    "rnn_relu": lambda igates, hgates, state: rnn_step(torch.relu, igates, hgates, state),
+    "lstm": lstm_step,
+    "gru": gru_step,
+}
+
+
+def split_weights(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """One direction's weights as (w_ih, w_hh, b_ih, b_hh, w_hr), with None for what is not there."""
+    w_ih, w_hh, *rest = weights
+    b_ih, b_hh = rest[:2] if len(rest) >= 2 else (None, None)
+    return w_ih, w_hh, b_ih, b_hh, rest[-1] if len(rest) % 2 else None
+
+
+def packed_rows(batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Step t and batch row b of every row of a packed sequence, each ``[N]``, from batch_sizes ``[T]``."""
+    steps = torch.repeat_interleave(batch_sizes)
+    starts = torch.cumsum(batch_sizes, 0) - batch_sizes
+    return steps, torch.arange(len(steps)) - starts[steps]
+
+
+def packed_lengths(batch_sizes: Tensor) -> Tensor:
+    """Length of every row ``[B]``, falling, from batch_sizes ``[T]``."""
+    return (batch_sizes > torch.arange(int(batch_sizes[0])).unsqueeze(1)).sum(1)
+
+
+def recurrence(
+    cell: str,
+    x: Tensor,
+    hx: Tensor,
+    cx: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One layer, all directions.
+
+    Args:
+        cell: ``rnn_tanh``, ``rnn_relu``, ``lstm`` or ``gru``.
+        x: ``[T, B, I]``, or ``[N, I]`` with ``batch_sizes [T]`` (a PackedSequence's).
+        hx: ``[D, B, R]`` initial hidden state; D = 2 adds the direction that runs from each row's last step to its first.
+        cx: ``[D, B, H]`` initial cell state of an LSTM.
+        weights: D groups, as the module's docstring says.
+        lengths: ``[B]`` integers from 0 to T. Past its length a row has output zero and keeps its state.
+        resets: bool, x's shape without the last dimension. Where set, the state is zeroed before the step.
+
+    Returns:
+        y ``[T, B, D*R]`` or ``[N, D*R]``, h_n ``[D, B, R]`` and, for an LSTM, c_n ``[D, B, H]``.
+    """
+    if batch_sizes is not None:
+        t, b = (index.to(x.device) for index in packed_rows(batch_sizes))
+        T, B = len(batch_sizes), hx.size(1)
+        padded = x.new_zeros(T, B, x.size(-1)).index_put((t, b), x)
+        if resets is not None:
+            resets = resets.new_zeros(T, B).index_put((t, b), resets)
+        y, h_n, c_n = recurrence(cell, padded, hx, cx, weights, lengths=packed_lengths(batch_sizes).to(x.device), resets=resets)
+        return y[t, b], h_n, c_n
+
+    T, directions = x.size(0), hx.size(0)
+    each = len(weights) // directions
+    outputs, h_n, c_n = [], [], []
+    for direction in range(directions):
+        w_ih, w_hh, b_ih, b_hh, w_hr = split_weights(weights[direction * each : (direction + 1) * each])
+        igates = F.linear(x, w_ih, b_ih)
+        h, c = hx[direction], None if cx is None else cx[direction]
+        output = []
+        for t in reversed(range(T)) if direction else range(T):
+            if resets is not None:
+                h = h.masked_fill(resets[t].unsqueeze(-1), 0)
+                c = None if c is None else c.masked_fill(resets[t].unsqueeze(-1), 0)
+            new_h, new_c = STEPS[cell](igates[t], F.linear(h, w_hh, b_hh), (h, c))
+            if w_hr is not None:
+                new_h = F.linear(new_h, w_hr)
+            if lengths is None:
+                h, c = new_h, new_c
+                output.append(h)
+            else:
+                inside = (t < lengths).unsqueeze(-1)
+                h = torch.where(inside, new_h, h)
+                c = None if new_c is None or c is None else torch.where(inside, new_c, c)
+                output.append(new_h.masked_fill(~inside, 0))
+        outputs.append(torch.stack(output[::-1] if direction else output))
+        h_n.append(h)
+        if c is not None:
+            c_n.append(c)
+    return torch.cat(outputs, -1), torch.stack(h_n), torch.stack(c_n) if c_n else None

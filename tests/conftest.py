@@ -1,0 +1,50 @@
+"""Fixtures that every test file shares."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+
+import numpy as np
+import pytest
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # torch.nn says this of its own projected LSTM, once per process.
+    config.addinivalue_line("filterwarnings", "ignore:LSTM with projections is not supported with oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fresh memory is filled with NaN, so that reading what nobody wrote is seen.
+
+    In deterministic mode torch fills whatever torch.empty returns; operators written in C++ get the
+    same memory, because their allocations go through the dispatcher too."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds():
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def instruction_sets() -> list:
+    if importlib.util.find_spec("fusedrnn._C") is None:
+        skip = pytest.mark.skip(reason="fusedrnn is installed without its C++ extension")
+        return [pytest.param("none", marks=skip)]
+    return list(importlib.import_module("fusedrnn._C").instruction_sets())
+
+
+@pytest.fixture(params=instruction_sets())
+def isa(request):
+    """Each instruction set that this processor has, chosen for the length of the test."""
+    extension = importlib.import_module("fusedrnn._C")
+    extension.use(request.param)
+    yield request.param
+    extension.use("")

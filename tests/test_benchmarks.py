@@ -1,0 +1,181 @@
+"""The benchmarks time what they say: well-formed cases, equal results, right arithmetic, readable reports."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import report, shapes
+from benchmarks.rivals import ONNX_GATES, onnx_feeds, onnx_session, torch_outputs, torch_workload
+from benchmarks.shapes import Case
+from benchmarks.timing import (
+    ONNXRUNTIME,
+    OURS,
+    TORCH,
+    TORCH_DENSE,
+    ResultsDifferError,
+    check_equal,
+    fused_module,
+    measure,
+)
+from fusedrnn._bench import inference_call, interleaved_medians, random_state, tensors, training_call
+
+MACHINE: dict[str, str | int | None] = {
+    "cpu": "some CPU",
+    "threads": 2,
+    "torch": "2.13.0",
+    "onnxruntime": None,
+    "fusedrnn": "0.1.0",
+    "commit": "abc1234",
+    "date": "2026-11-23T12:00",
+}
+TINY = [
+    Case("tiny", cell, 3, 7, 5, 6, layers=2, bidirectional=True, lengths=lengths)
+    for cell in shapes.GATES
+    for lengths in ("dense", "packed")
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def row(case: Case, mode: shapes.Mode, **rivals: float) -> report.Row:
+    """A result in which fusedrnn took one second."""
+    return report.Row(case, mode, {OURS: 1.0, **rivals}, "cpu", "a reason", MACHINE)
+
+
+def test_case_ids_are_unique() -> None:
+    ids = [case.id for case in shapes.ALL]
+    assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize("case", shapes.ALL, ids=lambda case: case.id)
+def test_case_is_well_formed(case: Case) -> None:
+    assert case.cell in shapes.GATES
+    assert min(case.batch, case.seq, case.input, case.hidden, case.layers) >= 1
+    assert isinstance(getattr(torch, case.dtype), torch.dtype)
+    assert case.source
+    lengths = case.sequence_lengths()
+    assert len(lengths) == case.batch
+    assert max(lengths) == case.seq
+    assert min(lengths) >= max(1, case.seq // 10)
+
+
+def test_sets() -> None:
+    assert {case.id for case in shapes.QUICK} == set(shapes._QUICK_IDS)
+    assert all(case.batch <= 16 for case in shapes.SMALL_BATCH)
+    assert any(case.lengths == "packed" for case in shapes.ALL)
+
+
+def test_flops_counts_every_product() -> None:
+    case = Case("f", "LSTM", batch=2, seq=3, input=5, hidden=7, layers=2, bidirectional=True)
+    first, second = 4 * 7 * (5 + 7), 4 * 7 * (14 + 7)
+    assert case.flops("inference") == 2 * (2 * 3) * 2 * (first + second)
+    assert case.flops("training") == 3 * case.flops("inference")
+
+
+def test_interleaved_medians_alternates_the_order() -> None:
+    seen: list[str] = []
+    medians = interleaved_medians([lambda: seen.append("a"), lambda: seen.append("b")], seconds=0)
+    assert len(medians) == 2
+    assert all(median > 0 for median in medians)
+    changes = "".join(name for name, before in zip(seen, ["", *seen], strict=False) if name != before)
+    # The warm-up ab and the rounds ab ba ab ba ab; a name that follows itself shows once.
+    assert changes == "ab" * 4
+
+
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.id)
+def test_training_call_returns_every_gradient(case: Case) -> None:
+    workload = torch_workload(case)
+    wanted = [*tensors(workload.x), *tensors(workload.hx), *workload.module.parameters()]
+    gradients = training_call(workload.module, workload.x, workload.hx)()
+    assert [g.shape for g in gradients] == [w.shape for w in wanted]
+    assert all(g.abs().sum() > 0 for g in gradients)
+
+
+def test_measure_times_every_rival_of_a_packed_case() -> None:
+    measured = measure(TINY[1], "training", with_torch=True, onnxruntime=None, seconds=0)
+    assert set(measured.seconds) == {OURS, TORCH, TORCH_DENSE}
+    assert measured.implementation
+
+
+def test_check_equal_refuses_other_weights_and_nan() -> None:
+    case = TINY[0]
+    workload = torch_workload(case)
+    module = fused_module(case, workload)
+    expected = inference_call(workload.module, workload.x, workload.hx)()
+    check_equal(expected, inference_call(module, workload.x, workload.hx)())
+    with pytest.raises(ResultsDifferError):
+        check_equal(expected, inference_call(module, workload.x, random_state(module, case.batch))())
+    with pytest.raises(ResultsDifferError):
+        check_equal(expected, [tensor * math.nan for tensor in expected])
+
+
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.id)
+def test_onnx_model_equals_torch(case: Case) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    workload = torch_workload(case)
+    session = onnx_session(case, workload, threads=1)
+    outputs = session.run(None, onnx_feeds(case, workload))
+    for actual, expected in zip(outputs, torch_outputs(workload), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4)
+
+
+def test_onnx_session_refuses_wrong_gate_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setitem(ONNX_GATES, "LSTM", (0, 1, 2, 3))
+    case = replace(TINY[0], cell="LSTM")
+    with pytest.raises(AssertionError):
+        onnx_session(case, torch_workload(case), threads=1)
+
+
+def test_row_round_trips_through_a_line() -> None:
+    original = row(TINY[1], "inference", **{TORCH: 3.0, ONNXRUNTIME: 0.5})
+    assert report.Row.from_line(original.to_line()) == original
+    assert "\n" not in original.to_line()
+
+
+def test_summary_has_geometric_mean_and_worst_row() -> None:
+    cases = [Case(name, "GRU", 1, 1, 1, 1) for name in ("first", "second", "other")]
+    rows = [
+        row(case, "training", **{TORCH: ratio}) for case, ratio in zip(cases, (0.5, 8.0, 9.0), strict=True)
+    ]
+    (summary,) = report.summarise(rows, {"chosen": cases[:2]})
+    assert summary.geometric_mean == pytest.approx(2.0)
+    assert (summary.rows, summary.losses, summary.worst) == (2, 1, 0.5)
+    assert summary.worst_id == cases[0].id
+
+
+def test_newest_of_two_results_counts(tmp_path: Path) -> None:
+    old = row(TINY[0], "training", **{TORCH: 2.0})
+    new = replace(old, seconds={OURS: 1.0, TORCH: 4.0}, machine=MACHINE | {"date": "2026-11-24T12:00"})
+    path = tmp_path / "results.jsonl"
+    path.write_text(f"{new.to_line()}\n{old.to_line()}\n")
+    assert report.read_rows([path]) == [new]
+
+
+def test_markdown_shows_losing_rows() -> None:
+    case = shapes.MODELS[0]
+    text = report.markdown([row(case, "inference", **{TORCH: 0.25})])
+    assert f"| models | {case.cell} | inference | torch.nn | 1 | 1 | 0.25× | 0.25× {case.id} |" in text
+    assert f"| {case.id} | 1000 | 250 | 0.25× |" in text
+
+
+def test_draw_writes_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "plot.png"
+    rows = [row(case, "inference", **{TORCH: 0.5, ONNXRUNTIME: 2.0}) for case in TINY[:2]]
+    rows += [row(case, "training", **{TORCH: 2.0}) for case in TINY[:2]]
+    report.draw(rows, path)
+    assert path.read_bytes().startswith(b"\x89PNG")
