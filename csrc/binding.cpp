@@ -10,7 +10,6 @@
 #include <atomic>
 #include <optional>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "cpu/cpu.h"
@@ -53,9 +52,14 @@ std::vector<int64_t> shape(const Tensor& t) {
 }
 
 // Checks t, and makes it contiguous where it is not.
-void check(Tensor& t, const char* name, ScalarType dtype, const std::vector<int64_t>& sizes) {
-  STD_TORCH_CHECK(shape(t) == sizes, "fusedrnn: expected ", name, " of shape ", to_string(sizes), ", got ", to_string(shape(t)));
-  STD_TORCH_CHECK(t.scalar_type() == dtype, "fusedrnn: expected ", name, " of x's dtype");
+template <class Sizes = std::initializer_list<int64_t>>
+void check(Tensor& t, const char* name, ScalarType dtype, const Sizes& sizes) {
+  bool same = t.dim() == static_cast<int64_t>(sizes.size());
+  int64_t i = 0;
+  for (int64_t size : sizes) same = same && t.size(i++) == size;
+  STD_TORCH_CHECK(same, "fusedrnn: expected ", name, " of shape ", to_string({sizes.begin(), sizes.end()}), ", got ",
+                  to_string(shape(t)));
+  STD_TORCH_CHECK(t.scalar_type() == dtype, "fusedrnn: expected ", name, " of the input's dtype");
   if (!t.is_contiguous()) t = torch::stable::contiguous(t);
 }
 
@@ -116,7 +120,13 @@ std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
   return sizes;
 }
 
-Tensor make(const Tensor& like, const std::vector<int64_t>& sizes) { return torch::stable::new_empty(like, sizes); }
+// torch::stable::new_empty, but by its own entry point: the general one looks the operator up by name, which takes a µs a tensor.
+Tensor make(const Tensor& like, const std::vector<int64_t>& sizes) {
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(), static_cast<int64_t>(sizes.size()), nullptr, nullptr,
+                                                          nullptr, 0, nullptr, &made));
+  return Tensor(made);
+}
 
 ScalarKind scalar_kind(const Tensor& x) {
   const ScalarType dtype = x.scalar_type();
@@ -149,8 +159,29 @@ Problem make_problem(const CellInfo& cell, const Tensor& x, Tensor& hx, MaybeTen
   return p;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(std::string cell_name, Tensor x, Tensor hx, MaybeTensor cx, Tensors weights,
-                                                           MaybeTensor batch_sizes, MaybeTensor lengths, MaybeTensor resets, bool save) {
+// Weights per direction: w_ih, w_hh and, with bias, b_ih and b_hh. x gives I and the dtype.
+void set_weights(Problem& p, const CellInfo& cell, const Tensor& x, Tensors& weights) {
+  const int64_t D = p.directions, each = static_cast<int64_t>(weights.size()) / D;
+  STD_TORCH_CHECK((each == 2 || each == 4) && each * D == static_cast<int64_t>(weights.size()),
+                  "fusedrnn: expected 2 weights (4 with bias) for each of ", D, " directions, got ", weights.size());
+  p.I = x.size(x.dim() - 1);
+  for (int64_t d = 0; d < D; ++d) {
+    Tensor* w = &weights[d * each];
+    check(w[0], "w_ih", x.scalar_type(), {cell.gates * p.H, p.I});
+    check(w[1], "w_hh", x.scalar_type(), {cell.gates * p.H, p.H});
+    p.weights[d].w_ih = w[0].const_data_ptr();
+    p.weights[d].w_hh = w[1].const_data_ptr();
+    if (each == 4) {
+      check(w[2], "b_ih", x.scalar_type(), {cell.gates * p.H});
+      check(w[3], "b_hh", x.scalar_type(), {cell.gates * p.H});
+      p.weights[d].b_ih = w[2].const_data_ptr();
+      p.weights[d].b_hh = w[3].const_data_ptr();
+    }
+  }
+}
+
+Tensors forward(std::string cell_name, Tensor x, Tensor hx, MaybeTensor cx, Tensors weights, MaybeTensor batch_sizes, MaybeTensor lengths,
+                MaybeTensor resets, bool save) {
   const CellInfo cell = cell_info(cell_name);
   STD_TORCH_CHECK(x.dim() == (batch_sizes ? 2 : 3) && hx.dim() == 3, "fusedrnn: expected x [T, B, I], or [N, I] with batch_sizes, got ",
                   to_string(shape(x)));
@@ -158,50 +189,72 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(std::string cell_name
   const SequenceStorage storage(x, hx.size(1), batch_sizes, lengths, resets);
   ForwardParams p{};
   static_cast<Problem&>(p) = make_problem(cell, x, hx, cx, storage.sequence);
-  const int64_t D = p.directions, H = p.H, N = sequence_rows(p.sequence);
-  p.I = x.size(x.dim() - 1);
-  const int64_t each = static_cast<int64_t>(weights.size()) / D;
-  STD_TORCH_CHECK((each == 2 || each == 4) && each * D == static_cast<int64_t>(weights.size()),
-                  "fusedrnn: expected 2 weights (4 with bias) for each of ", D, " directions, got ", weights.size());
-  for (int64_t d = 0; d < D; ++d) {
-    Tensor* w = &weights[d * each];
-    check(w[0], "w_ih", x.scalar_type(), {cell.gates * H, p.I});
-    check(w[1], "w_hh", x.scalar_type(), {cell.gates * H, H});
-    p.weights[d].w_ih = w[0].const_data_ptr();
-    p.weights[d].w_hh = w[1].const_data_ptr();
-    if (each == 4) {
-      check(w[2], "b_ih", x.scalar_type(), {cell.gates * H});
-      check(w[3], "b_hh", x.scalar_type(), {cell.gates * H});
-      p.weights[d].b_ih = w[2].const_data_ptr();
-      p.weights[d].b_hh = w[3].const_data_ptr();
-    }
-  }
-  Tensor y = make(x, with_last(x, D * H)), h_n = make(x, shape(hx)), c_n = make(x, cell.has_cell ? shape(hx) : std::vector<int64_t>{0});
-  Tensor gates = make(x, {D, save ? N : 0, cell.saved * H}), cells = make(x, {D, save && cell.has_cell ? N : 0, H});
+  set_weights(p, cell, x, weights);
+  const int64_t D = p.directions, N = sequence_rows(p.sequence);
+  Tensors results{make(x, with_last(x, D * p.H)), make(x, shape(hx))};
   p.x = x.const_data_ptr();
   p.hx = hx.const_data_ptr();
   p.cx = data(cx);
-  p.y = y.mutable_data_ptr();
-  p.h_n = h_n.mutable_data_ptr();
-  p.c_n = c_n.mutable_data_ptr();
-  if (save && cell.saved) p.gates = gates.mutable_data_ptr();
-  if (save && cell.has_cell) p.cells = cells.mutable_data_ptr();
+  p.y = results[0].mutable_data_ptr();
+  p.h_n = results[1].mutable_data_ptr();
+  const auto add = [&](const std::vector<int64_t>& sizes) {
+    results.push_back(make(x, sizes));
+    return results.back().mutable_data_ptr();
+  };
+  if (cell.has_cell) p.c_n = add(shape(hx));
+  if (save && cell.saved) p.gates = add({D, N, cell.saved * p.H});
+  if (save && cell.has_cell) p.cells = add({D, N, p.H});
   cpu::kernels().forward(p, threads());
-  return {y, h_n, c_n, gates, cells};
+  return results;
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(std::string cell_name, MaybeTensor dy, MaybeTensor dh_n, MaybeTensor dc_n, Tensor y, Tensor hx,
-                                            MaybeTensor cx, Tensor gates, Tensor cells, Tensors w_hh, MaybeTensor batch_sizes,
-                                            MaybeTensor lengths, MaybeTensor resets, bool state_gradients) {
+Tensors step(std::string cell_name, Tensor x, Tensor hx, MaybeTensor cx, Tensors weights) {
   const CellInfo cell = cell_info(cell_name);
+  STD_TORCH_CHECK(x.dim() == 2 && hx.dim() == 2 && hx.size(0) == x.size(0), "fusedrnn: expected x [B, I] and hx [B, H], got ",
+                  to_string(shape(x)), " and ", to_string(shape(hx)));
+  STD_TORCH_CHECK(cx.has_value() == cell.has_cell, "fusedrnn: expected cx for lstm and for no other cell");
+  check(x, "x", x.scalar_type(), shape(x));
+  check(hx, "hx", x.scalar_type(), shape(hx));
+  if (cx) check(*cx, "cx", x.scalar_type(), shape(hx));
+  ForwardParams p{};
+  p.cell = cell.kind;
+  p.scalar = scalar_kind(x);
+  p.sequence.T = 1;
+  p.sequence.B = x.size(0);
+  p.H = hx.size(1);
+  p.directions = 1;
+  set_weights(p, cell, x, weights);
+  Tensors results{make(x, shape(hx))};
+  if (cell.has_cell) results.push_back(make(x, shape(hx)));
+  p.x = x.const_data_ptr();
+  p.hx = hx.const_data_ptr();
+  p.cx = data(cx);
+  p.y = p.h_n = results[0].mutable_data_ptr();  // the only output is the last state, in the same places
+  if (cell.has_cell) p.c_n = results[1].mutable_data_ptr();
+  cpu::kernels().forward(p, threads());
+  return results;
+}
+
+Tensors backward(std::string cell_name, MaybeTensor dy, MaybeTensor dh_n, MaybeTensor dc_n, Tensor y, Tensor hx, MaybeTensor cx,
+                 Tensors saved, Tensors w_hh, MaybeTensor batch_sizes, MaybeTensor lengths, MaybeTensor resets, bool state_gradients) {
+  const CellInfo cell = cell_info(cell_name);
+  STD_TORCH_CHECK(hx.dim() == 3, "fusedrnn: expected hx of shape [directions, batch, hidden], got ", to_string(shape(hx)));
   const SequenceStorage storage(y, hx.size(1), batch_sizes, lengths, resets);
   BackwardParams p{};
   static_cast<Problem&>(p) = make_problem(cell, y, hx, cx, storage.sequence);
   const ScalarType dtype = y.scalar_type();
   const int64_t D = p.directions, H = p.H, N = sequence_rows(p.sequence);
   check(y, "y", dtype, with_last(y, D * H));
-  check(gates, "gates", dtype, {D, N, cell.saved * H});
-  check(cells, "cells", dtype, {D, cell.has_cell ? N : 0, H});
+  const size_t saved_count = (cell.saved ? 1 : 0) + (cell.has_cell ? 1 : 0);
+  STD_TORCH_CHECK(saved.size() == saved_count, "fusedrnn: expected ", saved_count, " saved tensors, got ", saved.size());
+  if (cell.saved) {
+    check(saved[0], "gates", dtype, {D, N, cell.saved * H});
+    p.gates = saved[0].const_data_ptr();
+  }
+  if (cell.has_cell) {
+    check(saved[1], "cells", dtype, {D, N, H});
+    p.cells = saved[1].const_data_ptr();
+  }
   if (dy) check(*dy, "dy", dtype, shape(y));
   if (dh_n) check(*dh_n, "dh_n", dtype, shape(hx));
   if (dc_n) check(*dc_n, "dc_n", dtype, shape(hx));
@@ -210,22 +263,24 @@ std::tuple<Tensor, Tensor, Tensor> backward(std::string cell_name, MaybeTensor d
     check(w_hh[d], "w_hh", dtype, {cell.gates * H, H});
     p.weights[d].w_hh = w_hh[d].const_data_ptr();
   }
-  const std::vector<int64_t> none{0};
-  Tensor dsums = make(y, {D, N, cell.sums * H}), dhx = make(y, state_gradients ? shape(hx) : none);
-  Tensor dcx = make(y, state_gradients && cell.has_cell ? shape(hx) : none);
+  Tensors results{make(y, {D, N, cell.sums * H})};
+  p.dsums = results[0].mutable_data_ptr();
+  if (state_gradients) {
+    results.push_back(make(y, shape(hx)));
+    p.dhx = results.back().mutable_data_ptr();
+  }
+  if (state_gradients && cell.has_cell) {
+    results.push_back(make(y, shape(hx)));
+    p.dcx = results.back().mutable_data_ptr();
+  }
   p.y = y.const_data_ptr();
   p.hx = hx.const_data_ptr();
   p.cx = data(cx);
-  p.gates = gates.const_data_ptr();
-  p.cells = cells.const_data_ptr();
   p.dy = data(dy);
   p.dh_n = data(dh_n);
   p.dc_n = data(dc_n);
-  p.dsums = dsums.mutable_data_ptr();
-  p.dhx = state_gradients ? dhx.mutable_data_ptr() : nullptr;
-  p.dcx = state_gradients ? dcx.mutable_data_ptr() : nullptr;
   cpu::kernels().backward(p, threads());
-  return {dsums, dhx, dcx};
+  return results;
 }
 
 template <class S>
@@ -244,18 +299,23 @@ py::array evaluate_function(const std::string& name, const py::array& x) {
 
 }  // namespace
 
+// Results, in this order: y, h_n, c_n (lstm), and with save what backward asks for as `saved`: gates (lstm, gru), cells (lstm).
+// recurrence_backward: dsums, and with state_gradients dhx and dcx (lstm). step is recurrence_forward for one step of [B, I], for
+// inference: h and c (lstm).
 STABLE_TORCH_LIBRARY(fusedrnn, m) {
   m.def(
       "recurrence_forward(str cell, Tensor x, Tensor hx, Tensor? cx, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
-      "Tensor? resets, bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
+      "Tensor? resets, bool save) -> Tensor[]");
   m.def(
-      "recurrence_backward(str cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor y, Tensor hx, Tensor? cx, Tensor gates, Tensor cells, "
-      "Tensor[] w_hh, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, bool state_gradients) -> (Tensor dsums, Tensor dhx, Tensor dcx)");
+      "recurrence_backward(str cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor y, Tensor hx, Tensor? cx, Tensor[] saved, "
+      "Tensor[] w_hh, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, bool state_gradients) -> Tensor[]");
+  m.def("step(str cell, Tensor x, Tensor hx, Tensor? cx, Tensor[] weights) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
   m.impl("recurrence_forward", TORCH_BOX(&forward));
   m.impl("recurrence_backward", TORCH_BOX(&backward));
+  m.impl("step", TORCH_BOX(&step));
 }
 
 PYBIND11_MODULE(_C, m) {

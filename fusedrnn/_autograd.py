@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedrnn import _reference
+from fusedrnn import _ops, _reference
 from fusedrnn._ops import GATES, SUMS
 
 def recurrence(
@@ -21,11 +21,18 @@ def recurrence(
     resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """:func:`fusedrnn._reference.recurrence` on the compiled kernels; float32 and float64, without projection."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, hx, *weights) + (() if cx is None else (cx,))):
-        y, h_n, c_n = Recurrence.apply(cell, batch_sizes, lengths, resets, x, hx, cx, *weights)
+    if needs_gradient(x, hx, cx, weights):
+        y, h_n, *c_n = Recurrence.apply(cell, batch_sizes, lengths, resets, x, hx, cx, *weights)
     else:
-        y, h_n, c_n, _, _ = torch.ops.fusedrnn.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, False)
-    return y, h_n, c_n if cx is not None else None
+        y, h_n, *c_n = _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, False)
+    return y, h_n, c_n[0] if c_n else None
+
+
+def needs_gradient(x: Tensor, hx: Tensor, cx: Tensor | None, weights: list[Tensor]) -> bool:
+    """Whether a backward pass may follow, so that forward must save what it needs."""
+    return torch.is_grad_enabled() and (
+        x.requires_grad or hx.requires_grad or (cx is not None and cx.requires_grad) or any(w.requires_grad for w in weights)
+    )
 
 
 class Recurrence(torch.autograd.Function):
@@ -33,17 +40,18 @@ class Recurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, cell: str, batch_sizes: Any, lengths: Any, resets: Any, x: Tensor, hx: Tensor, cx: Any, *weights: Tensor) -> Any:
-        y, h_n, c_n, gates, cells = torch.ops.fusedrnn.recurrence_forward(
-            cell, x, hx, cx, weights, batch_sizes, lengths, resets, True
-        )
+        states = 1 if cx is None else 2
+        y, *results = _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, True)
         ctx.cell = cell
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(batch_sizes, lengths, resets, x, hx, cx, y, gates, cells, *weights)
-        return y, h_n, c_n
+        ctx.save_for_backward(batch_sizes, lengths, resets, x, hx, cx, *weights, y, *results[states:])
+        ctx.weights = len(weights)
+        return y, *results[:states]
 
     @staticmethod
-    def backward(ctx: Any, dy: Any, dh_n: Any, dc_n: Any) -> Any:
-        batch_sizes, lengths, resets, x, hx, cx, y, gates, cells, *weights = ctx.saved_tensors
+    def backward(ctx: Any, dy: Any, dh_n: Any, dc_n: Any = None) -> Any:
+        batch_sizes, lengths, resets, x, hx, cx, *rest = ctx.saved_tensors
+        weights, y, saved = rest[: ctx.weights], rest[ctx.weights], rest[ctx.weights + 1 :]
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * (7 + len(weights))
         wanted = ctx.needs_input_grad[4:]
@@ -52,26 +60,25 @@ class Recurrence(torch.autograd.Function):
             return (None,) * 4 + _differentiable_gradients(ctx.cell, sequence, (x, hx, cx, *weights), wanted, (dy, dh_n, dc_n))
 
         each = len(weights) // hx.size(0)
-        dsums, dhx, dcx = torch.ops.fusedrnn.recurrence_backward(
-            ctx.cell, dy, dh_n, dc_n, y, hx, cx, gates, cells, weights[1::each], *sequence, wanted[1] or wanted[2]
+        dsums, *dstates = _ops.recurrence_backward(
+            ctx.cell, dy, dh_n, dc_n, y, hx, cx, saved, weights[1::each], *sequence, wanted[1] or wanted[2]
         )
+        dhx, dcx = (*dstates, None, None)[:2]
         dx = None
         if wanted[0]:
-            dx = _input_gradient(ctx.cell, dsums, weights[::each]).view(x.shape)
+            dx = _input_gradient(dsums, weights[::each]).view(x.shape)
         dweights: list[Tensor | None] = []
         for direction in range(hx.size(0)):
             needed = wanted[3 + direction * each : 3 + (direction + 1) * each]
             dweights += _weight_gradients(ctx.cell, dsums[direction], x, y, hx, direction, sequence, needed)
-        return None, None, None, None, dx, dhx if wanted[1] else None, dcx if wanted[2] else None, *dweights
+        return None, None, None, None, dx, dhx, dcx, *dweights
 
 
-def _input_gradient(cell: str, dsums: Tensor, w_ih: list[Tensor]) -> Tensor:
+def _input_gradient(dsums: Tensor, w_ih: list[Tensor]) -> Tensor:
     """dX = Σ over directions of dgates · W_ih, ``[N, I]``."""
     dx = None
     for direction, w in enumerate(w_ih):
-        if cell == "gru":
-            w = torch.roll(w, w.size(0) // 3, 0)
-        dgates = dsums[direction, :, : w.size(0)]
+        dgates = dsums[direction, :, dsums.size(-1) - w.size(0) :]
         dx = dgates @ w if dx is None else dx.addmm_(dgates, w)
     assert dx is not None
     return dx
@@ -89,19 +96,20 @@ def _weight_gradients(
 ) -> list[Tensor | None]:
     """dW_ih, dW_hh and, with bias, db_ih and db_hh of one direction, None where not needed."""
     hidden = hx.size(-1)
-    digates, dhgates = dsums[:, : GATES[cell] * hidden], dsums[:, (SUMS[cell] - GATES[cell]) * hidden :]
+    digates, dhgates = dsums[:, (SUMS[cell] - GATES[cell]) * hidden :], dsums[:, : GATES[cell] * hidden]
 
     def torch_order(gradient: Tensor) -> Tensor:
         return torch.roll(gradient, -hidden, 0) if cell == "gru" else gradient
 
-    dw_ih = torch_order(digates.t() @ x.reshape(-1, x.size(-1))) if needed[0] else None
-    dw_hh = _recurrent_weight_gradient(dhgates, y, hx, direction, sequence) if needed[1] else None
+    dw_ih = digates.t() @ x.reshape(len(dsums), x.size(-1)) if needed[0] else None
+    dw_hh = torch_order(_recurrent_weight_gradient(dhgates, y, hx, direction, sequence)) if needed[1] else None
     if len(needed) == 2:
         return [dw_ih, dw_hh]
     total = dsums.sum(0)
+    db_ih = total[len(total) - digates.size(1) :] if needed[2] else None
     # A copy, or the two biases' gradients would share their memory and clipping one would clip the other.
-    db_ih = torch_order(total[: digates.size(1)].clone()) if needed[2] else None
-    return [dw_ih, dw_hh, db_ih, total[-dhgates.size(1) :] if needed[3] else None]
+    db_hh = torch_order(total[: dhgates.size(1)].clone()) if needed[3] else None
+    return [dw_ih, dw_hh, db_ih, db_hh]
 
 
 def _recurrent_weight_gradient(
@@ -110,7 +118,7 @@ def _recurrent_weight_gradient(
     """dW_hh = dgatesᵀ · (the hidden state before every step)."""
     hidden = hx.size(-1)
     batch = hx.size(1)
-    outputs = y.reshape(-1, y.size(-1))[:, direction * hidden : (direction + 1) * hidden]
+    outputs = y.view(len(dhgates), y.size(-1))[:, direction * hidden : (direction + 1) * hidden]
     batch_sizes, lengths, resets = sequence
     if batch_sizes is not None or lengths is not None or resets is not None:
         before = torch.cat([outputs, hx[direction], hx.new_zeros(1, hidden)])

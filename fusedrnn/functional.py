@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedrnn import _autograd, _reference
+from fusedrnn import _autograd, _ops, _reference
 
 HALF = (torch.bfloat16, torch.float16)
+
+
+def step(
+    cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: list[Tensor], implementation: str
+) -> tuple[Tensor, Tensor | None]:
+    """One step of one layer: x ``[B, I]``, h ``[B, H]``, an LSTM's c ``[B, H]`` to h' and c'; arguments as for :func:`stack`."""
+    if implementation == "cpu" and x.dtype not in HALF and not _autograd.needs_gradient(x, h, c, weights):
+        h, *rest = _ops.step(cell, x, h, c, weights)
+        return h, rest[0] if rest else None
+    _, h, c = stack(cell, x.unsqueeze(0), h.unsqueeze(0), None if c is None else c.unsqueeze(0), weights, implementation)
+    return h.squeeze(0), None if c is None else c.squeeze(0)
 
 
 def stack(
@@ -18,7 +27,7 @@ def stack(
     x: Tensor,
     hx: Tensor,
     cx: Tensor | None,
-    weights: Sequence[Tensor],
+    weights: list[Tensor],
     implementation: str,
     num_layers: int = 1,
     dropout: float = 0.0,
@@ -44,20 +53,21 @@ def stack(
         x, hx, weights = x.float(), hx.float(), [w.float() for w in weights]
         cx = None if cx is None else cx.float()
     recurrence = _autograd.recurrence if implementation == "cpu" else _reference.recurrence
-    directions, each = hx.size(0) // num_layers, len(weights) // num_layers
-    h_n, c_n = [], []
-    for layer in range(num_layers):
-        states = slice(layer * directions, (layer + 1) * directions)
-        x, h, c = recurrence(
-            cell, x, hx[states], None if cx is None else cx[states], list(weights[layer * each : (layer + 1) * each]), batch_sizes
-        )
-        h_n.append(h)
-        if c is not None:
-            c_n.append(c)
-        if dropout and layer < num_layers - 1:
-            x = F.dropout(x, dropout)
-    h = h_n[0] if num_layers == 1 else torch.cat(h_n)
-    c = None if not c_n else c_n[0] if num_layers == 1 else torch.cat(c_n)
+    if num_layers == 1:
+        x, h, c = recurrence(cell, x, hx, cx, weights, batch_sizes)
+    else:
+        layers = []
+        for layer, (layer_hx, layer_weights) in enumerate(zip(hx.chunk(num_layers), _chunks(weights, num_layers), strict=True)):
+            layer_cx = None if cx is None else cx.chunk(num_layers)[layer]
+            x, h, c = recurrence(cell, F.dropout(x, dropout) if dropout and layer else x, layer_hx, layer_cx, layer_weights, batch_sizes)
+            layers.append((h, c))
+        h = torch.cat([h for h, _ in layers])
+        c = None if cx is None else torch.cat([c for _, c in layers if c is not None])
     if dtype in HALF:
         return x.to(dtype), h.to(dtype), None if c is None else c.to(dtype)
     return x, h, c
+
+
+def _chunks(weights: list[Tensor], count: int) -> list[list[Tensor]]:
+    size = len(weights) // count
+    return [weights[i * size : (i + 1) * size] for i in range(count)]

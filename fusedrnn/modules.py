@@ -17,11 +17,23 @@ def _in_autocast(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def _check_state(state: Tensor, name: str, x: Tensor) -> None:
+def _check_state(state: Tensor, x: Tensor) -> None:
     if state.dtype != x.dtype:
-        raise RuntimeError(f"expected {name} of the input's dtype {x.dtype}, got {state.dtype}")
+        raise RuntimeError(f"expected hx of the input's dtype {x.dtype}, got {state.dtype}")
     if state.device != x.device:
-        raise RuntimeError(f"expected {name} on the input's device {x.device}, got {state.device}")
+        raise RuntimeError(f"expected hx on the input's device {x.device}, got {state.device}")
+
+
+def _as_pair(hx: Any, name: str) -> list[Tensor]:
+    """An LSTM's (h_0, c_0) from what was given for it; what is no pair fails with the type of error that torch.nn gives."""
+    if not isinstance(hx, Tensor) and len(hx) == 2:
+        return list(hx)
+    given = f"a tensor of shape {list(hx.shape)}" if isinstance(hx, Tensor) else f"a tuple of {len(hx)}"
+    if name == "LSTM":  # torch.nn.LSTM takes the first two rows or elements, whatever they are
+        error = IndexError if len(hx) < 2 else RuntimeError
+    else:
+        error = TypeError if isinstance(hx, Tensor) else RuntimeError
+    raise error(f"{name}: expected hx to be a pair of two tensors (h_0, c_0), got {given}")
 
 
 class _Layer(torch.nn.RNNBase):
@@ -29,85 +41,80 @@ class _Layer(torch.nn.RNNBase):
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         packed = isinstance(input, PackedSequence)
-        data = input.data if packed else input
-        implementation = _dispatch.choose(data, self.proj_size > 0)
+        x = input.data if packed else input
+        implementation = _dispatch.choose(x, self.proj_size > 0)
         if implementation == "torch":
             return super().forward(input, hx)
-        self._update_flat_weights()
-        return self._forward_packed(input, hx, implementation) if packed else self._forward_padded(input, hx, implementation)
+        autocast = _in_autocast(x)
+        if packed:
+            _, batch_sizes, sorted_indices, unsorted_indices = input
+            states = self._states(x, int(batch_sizes[0]), hx, 3, autocast)
+            if hx is not None and sorted_indices is not None:
+                states = [s.index_select(1, sorted_indices) for s in states]
+            y, states = self._run(x, states, implementation, batch_sizes, autocast)
+            if unsorted_indices is not None:
+                states = [s.index_select(1, unsorted_indices) for s in states]
+            y = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
+        else:
+            rank = x.dim()
+            if rank not in (2, 3):
+                raise ValueError(f"{self.mode}: expected input of 2 or 3 dimensions (unbatched or batched), got {rank}")
+            if rank == 2:
+                x = x.unsqueeze(1)
+            elif self.batch_first:
+                x = x.transpose(0, 1)
+            y, states = self._run(x, self._states(x, x.size(1), hx, rank, autocast), implementation, None, autocast)
+            if rank == 2:
+                y, states = y.squeeze(1), [s.squeeze(1) for s in states]
+            elif self.batch_first:
+                y = y.transpose(0, 1)
+        return y, (tuple(states) if self.mode == "LSTM" else states[0])
 
-    def _forward_packed(self, input: PackedSequence, hx: Any, implementation: str) -> Any:
-        x, batch_sizes, sorted_indices, unsorted_indices = input
-        states = self._states(x, int(batch_sizes[0]), hx)
-        self._check(x, states, batch_sizes)
-        if hx is not None and sorted_indices is not None:
-            states = [s.index_select(1, sorted_indices) for s in states]
-        y, *states = self._run(x, states, implementation, batch_sizes)
-        if unsorted_indices is not None:
-            states = [s.index_select(1, unsorted_indices) for s in states]
-        return PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices), self._result(states)
-
-    def _forward_padded(self, x: Tensor, hx: Any, implementation: str) -> Any:
-        if x.dim() not in (2, 3):
-            raise ValueError(f"{type(self).__name__}: expected input of 2 or 3 dimensions (unbatched or batched), got {x.dim()}")
-        batched = x.dim() == 3
-        batch_dim = 0 if self.batch_first else 1
-        if not batched:
-            x = x.unsqueeze(batch_dim)
-        states = self._states(x, x.size(batch_dim), hx, x.dim() if batched else 2)
-        self._check(x, states, None)
-        y, *states = self._run(x.transpose(0, 1) if self.batch_first else x, states, implementation, None)
-        y = y.transpose(0, 1) if self.batch_first else y
-        if not batched:
-            y, states = y.squeeze(batch_dim), [s.squeeze(1) for s in states]
-        return y, self._result(states)
-
-    def _states(self, x: Tensor, batch: int, hx: Any, rank: int = 3) -> list[Tensor]:
-        """h_0 (and c_0) as given, with a batch dimension, or zeros."""
-        rows = self.num_layers * (2 if self.bidirectional else 1)
-        lstm = self.mode == "LSTM"
+    def _states(self, x: Tensor, batch: int, hx: Any, rank: int, autocast: torch.dtype | None) -> list[Tensor]:
+        """Checks the input, time first, and the state; returns h_0 (and c_0), with a batch dimension, as given or zero."""
+        if x.size(-1) != self.input_size:
+            raise RuntimeError(f"{self.mode}: expected input of size {self.input_size} in its last dimension, got {x.size(-1)}")
+        if x.size(0) == 0:
+            raise RuntimeError(f"{self.mode}: expected a sequence of at least 1 step, got 0")
+        weight_dtype = self._weights()[0].dtype
+        if x.dtype != weight_dtype and autocast is None:
+            # torch.nn.LSTM leaves a packed input to its kernels, which say RuntimeError
+            error = RuntimeError if self.mode == "LSTM" and x.dim() == 2 else ValueError
+            raise error(f"{self.mode}: expected input of the weights' dtype {weight_dtype}, got {x.dtype}")
+        lstm, rows = self.mode == "LSTM", self.num_layers * (2 if self.bidirectional else 1)
+        sizes = (self.proj_size or self.hidden_size, self.hidden_size)[: 2 if lstm else 1]
         if hx is None:
-            sizes = [self.proj_size or self.hidden_size, self.hidden_size] if lstm else [self.hidden_size]
             return [x.new_zeros(rows, batch, size) for size in sizes]
-        states = list(hx) if lstm else [hx]
-        if lstm and (isinstance(hx, Tensor) or len(states) != 2):
-            given = f"a tensor of shape {list(hx.shape)}" if isinstance(hx, Tensor) else f"{len(states)} elements"
-            # torch.nn takes the first two rows of a tensor, which fails with one of these.
-            raise (IndexError if len(states) < 2 else RuntimeError)(f"LSTM: expected hx to be a pair (h_0, c_0), got {given}")
-        if any(s.dim() != rank for s in states):
-            kind = "batched 3-D" if rank == 3 else "unbatched 2-D"
-            names = "h_0 and c_0" if lstm else "hx"
-            got = ", ".join(f"{s.dim()}-D" for s in states)
-            raise RuntimeError(f"{self.mode}: expected {names} of {rank} dimensions for {kind} input, got {got}")
+        states = _as_pair(hx, self.mode) if lstm else [hx]
+        for i, (state, size) in enumerate(zip(states, sizes, strict=True)):
+            name = ("h_0", "c_0")[i] if lstm else "hx"
+            if state.dim() != rank:
+                kind = "a batched 3-D" if rank == 3 else "an unbatched 2-D"
+                raise RuntimeError(f"{self.mode}: expected a {rank}-D {name} for {kind} input, got a {state.dim()}-D one")
+            expected = (rows, batch, size) if rank == 3 else (rows, size)
+            if state.shape != expected:
+                raise RuntimeError(f"{self.mode}: expected {name} of shape {list(expected)}, got {list(state.shape)}")
+            if autocast is None:
+                _check_state(state, x)
         return [s.unsqueeze(1) for s in states] if rank == 2 else states
 
-    def _check(self, x: Tensor, states: list[Tensor], batch_sizes: Tensor | None) -> None:
-        self.check_forward_args(x, self._result(states), batch_sizes)
-        if x.size(1 if self.batch_first and batch_sizes is None else 0) == 0:
-            raise RuntimeError(f"{self.mode}: expected a sequence of at least 1 step, got 0")
-        if _in_autocast(x) is None:
-            for state, name in zip(states, ("h_0", "c_0"), strict=False):
-                _check_state(state, name, x)
+    def _weights(self) -> list[Tensor]:
+        """The flat list of weights, brought up to date where hooks or functional_call have put others in their place."""
+        parameters = self._parameters
+        if any(parameters.get(name) is not w for name, w in zip(self._flat_weights_names, self._flat_weights, strict=True)):
+            self._update_flat_weights()
+        return self._flat_weights  # type: ignore[return-value]
 
-    def _run(self, x: Tensor, states: list[Tensor], implementation: str, batch_sizes: Tensor | None) -> list[Tensor]:
-        weights: Any = self._flat_weights
-        if (dtype := _in_autocast(x)) is not None:
-            x, states, weights = x.to(dtype), [s.to(dtype) for s in states], [w.to(dtype) for w in weights]
-        y, h_n, c_n = functional.stack(
-            self.mode.lower(),
-            x,
-            states[0],
-            states[1] if len(states) == 2 else None,
-            weights,
-            implementation,
-            self.num_layers,
-            self.dropout if self.training else 0.0,
-            batch_sizes,
-        )
-        return [y, h_n] if c_n is None else [y, h_n, c_n]
-
-    def _result(self, states: list[Tensor]) -> Any:
-        return tuple(states) if self.mode == "LSTM" else states[0]
+    def _run(
+        self, x: Tensor, states: list[Tensor], implementation: str, batch_sizes: Tensor | None, autocast: torch.dtype | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        weights = self._weights()
+        if autocast is not None:
+            x, states, weights = x.to(autocast), [s.to(autocast) for s in states], [w.to(autocast) for w in weights]
+        h, c = states if len(states) == 2 else (states[0], None)
+        dropout = self.dropout if self.training else 0.0
+        y, h, c = functional.stack(self.mode.lower(), x, h, c, weights, implementation, self.num_layers, dropout, batch_sizes)
+        return y, [h] if c is None else [h, c]
 
 
 class RNN(_Layer, torch.nn.RNN):
@@ -138,35 +145,52 @@ class _Cell(torch.nn.RNNCellBase):
         implementation = _dispatch.choose(input)
         if implementation == "torch":
             return super().forward(input, hx)
-        name, lstm = type(self).__name__, isinstance(self, torch.nn.LSTMCell)
+        lstm = isinstance(self, torch.nn.LSTMCell)
+        autocast = _in_autocast(input)
+        h, c = (None, None) if hx is None else _as_pair(hx, "LSTMCell") if lstm else (hx, None)
+        self._check(input, h, c, autocast)
+        x = input if input.dim() == 2 else input.unsqueeze(0)
+        h = x.new_zeros(x.size(0), self.hidden_size) if h is None else h if h.dim() == 2 else h.unsqueeze(0)
+        if lstm:
+            c = torch.zeros_like(h) if c is None else c if c.dim() == 2 else c.unsqueeze(0)
+        weights = self._weights()
+        if autocast is not None:
+            x, h, c, weights = x.to(autocast), h.to(autocast), c if c is None else c.to(autocast), [w.to(autocast) for w in weights]
+        h, c = functional.step(self._mode(), x, h, c, weights, implementation)
+        if input.dim() == 1:
+            h, c = h.squeeze(0), c if c is None else c.squeeze(0)
+        return h if c is None else (h, c)
+
+    def _weights(self) -> list[Tensor]:
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if self.bias else 2]
+        try:  # the attribute lookup of a Module takes half a µs a name
+            return [self._parameters[name] for name in names]  # type: ignore[misc]
+        except KeyError:  # a parametrization or weight norm has made it something else than a Parameter
+            return [getattr(self, name) for name in names]
+
+    def _mode(self) -> str:
+        if isinstance(self, torch.nn.RNNCell):
+            return "rnn_" + self.nonlinearity
+        return "lstm" if isinstance(self, torch.nn.LSTMCell) else "gru"
+
+    def _check(self, input: Tensor, h: Tensor | None, c: Tensor | None, autocast: torch.dtype | None) -> None:
+        name = type(self).__name__
         if input.dim() not in (1, 2):
             raise ValueError(f"{name}: expected input of 1 or 2 dimensions (unbatched or batched), got {input.dim()}")
-        x = input if input.dim() == 2 else input.unsqueeze(0)
-        if x.size(1) != self.input_size:
-            raise RuntimeError(f"{name}: expected input of size {self.input_size} in its last dimension, got {x.size(1)}")
-        states = [x.new_zeros(x.size(0), self.hidden_size)] * (2 if lstm else 1) if hx is None else list(hx) if lstm else [hx]
-        for state in states if hx is not None else []:
-            self._check(state, input, name)
-        states = [s.reshape(1, x.size(0), self.hidden_size) for s in states]
-        weights = [self.weight_ih, self.weight_hh] + ([self.bias_ih, self.bias_hh] if self.bias else [])
-        if (dtype := _in_autocast(x)) is not None:
-            x, states, weights = x.to(dtype), [s.to(dtype) for s in states], [w.to(dtype) for w in weights]
-        elif x.dtype != self.weight_ih.dtype:
-            raise RuntimeError(f"{name}: expected input of the weights' dtype {self.weight_ih.dtype}, got {x.dtype}")
-        nonlinearity = getattr(self, "nonlinearity", None)
-        cell = "lstm" if lstm else "gru" if nonlinearity is None else f"rnn_{nonlinearity}"
-        _, h, c = functional.stack(cell, x.unsqueeze(0), states[0], states[1] if lstm else None, weights, implementation)
-        shape = (*input.shape[:-1], self.hidden_size)
-        return h.view(shape) if c is None else (h.view(shape), c.view(shape))
-
-    def _check(self, state: Tensor, input: Tensor, name: str) -> None:
-        if state.dim() not in (1, 2):
-            raise ValueError(f"{name}: expected hx of 1 or 2 dimensions, got {state.dim()}")
+        if input.size(-1) != self.input_size:
+            raise RuntimeError(f"{name}: expected input of size {self.input_size} in its last dimension, got {input.size(-1)}")
+        if autocast is None and input.dtype != (dtype := self._weights()[0].dtype):
+            raise RuntimeError(f"{name}: expected input of the weights' dtype {dtype}, got {input.dtype}")
         expected = (*input.shape[:-1], self.hidden_size)
-        if state.shape != expected:
-            raise RuntimeError(f"{name}: expected hx of shape {list(expected)}, got {list(state.shape)}")
-        if _in_autocast(input) is None:
-            _check_state(state, "hx", input)
+        for state in (h, c):
+            if state is None:
+                continue
+            if state.dim() not in (1, 2):
+                raise ValueError(f"{name}: expected hx of 1 or 2 dimensions, got {state.dim()}")
+            if state.shape != expected:
+                raise RuntimeError(f"{name}: expected hx of shape {list(expected)}, got {list(state.shape)}")
+            if autocast is None:
+                _check_state(state, input)
 
 
 class RNNCell(_Cell, torch.nn.RNNCell):

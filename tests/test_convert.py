@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -158,6 +159,15 @@ def test_explain_takes_packed_and_unbatched_input():
     module, x = fusedrnn.LSTM(4, 7), torch.randn(5, 3, 4)
     check_explanation(fusedrnn.explain(module, x[:, 0]))
     check_explanation(fusedrnn.explain(module, pack_padded_sequence(x, torch.tensor([5, 4, 2]))))
+
+
+def test_a_fallback_warns_once_and_says_why():
+    module, x = fusedrnn.LSTM(4, 7, dtype=torch.complex64), torch.randn(5, 3, 4, dtype=torch.complex64)
+    explanation = fusedrnn.explain(module, x)
+    assert explanation.implementation != "cpu"
+    with pytest.warns(UserWarning, match=re.escape(explanation.reason)):
+        module(x)
+    module(x)  # were it said again, this would fail: warnings are errors in these tests
 
 
 def test_explain_does_not_run_the_layer():

@@ -24,7 +24,7 @@ FUSEDRNN_INLINE double positive(double y) { return y > 0.0 ? 1.0 : 0.0; }
 // dσ/dx = σ(1-σ),  d tanh/dx = 1 - tanh²
 template <class V>
 FUSEDRNN_INLINE V sigmoid_derivative(V s) {
-  return s - s * s;
+  return s * (V(1) - s);
 }
 template <class V>
 FUSEDRNN_INLINE V tanh_derivative(V t) {

@@ -1,9 +1,9 @@
 // Gated recurrent unit (torch.nn.GRU; Cho et al. 2014), the reset gate applied after the product ("linear before reset").
 // torch's gate order is r z n. The candidate n keeps its two products apart, so that a unit has four pre-activations:
-//   a_x = x·W_in + b_in   a_r = x·W_ir + b_ir + h·W_hr + b_hr   a_z = x·W_iz + b_iz + h·W_hz + b_hz   a_h = h·W_hn + b_hn
+//   a_h = h·W_hn + b_hn   a_r = x·W_ir + b_ir + h·W_hr + b_hr   a_z = x·W_iz + b_iz + h·W_hz + b_hz   a_x = x·W_in + b_in
 //   r = σ(a_r)   z = σ(a_z)   n = tanh(a_x + r∘a_h)
 //   h' = (1-z)∘n + z∘h
-// They are kept in the order a_x a_r a_z a_h: what x makes is the first three, what h makes the last three.
+// They are kept in the order a_h a_r a_z a_x: what h makes is the first three, what x makes the last three, in torch's order.
 // Backward:
 //   da_x = dh'∘(1-z)∘(1-n²)   da_r = da_x∘a_h∘r(1-r)   da_z = dh'∘(h-n)∘z(1-z)   da_h = da_x∘r
 //   dh = dh'∘z + (what comes back through W_hh)
@@ -17,29 +17,29 @@ namespace fusedrnn {
 struct GRU {
   static constexpr int gates = 3;
   static constexpr int sums = 4;
-  static constexpr int hidden_sum = 1;
+  static constexpr int input_sum = 1;
   static constexpr int saved = 4;
   static constexpr bool has_cell = false;
   static constexpr bool needs_output = false;
   static constexpr bool needs_previous = true;
   static constexpr bool passes_state = true;
 
-  static constexpr FUSEDRNN_INLINE int input_gate(int k) { return k == 0 ? 2 : k - 1; }
+  static constexpr FUSEDRNN_INLINE int hidden_gate(int k) { return k == 0 ? 2 : k - 1; }
 
   template <class V>
   static FUSEDRNN_INLINE V forward(const V (&a)[4], V h, V&, V* gate) {
-    const V r = sigmoid(a[1]), z = sigmoid(a[2]), n = tanh(a[0] + r * a[3]);
-    gate[0] = r, gate[1] = z, gate[2] = n, gate[3] = a[3];
+    const V r = sigmoid(a[1]), z = sigmoid(a[2]), n = tanh(a[3] + r * a[0]);
+    gate[0] = r, gate[1] = z, gate[2] = n, gate[3] = a[0];
     return (V(1) - z) * n + z * h;
   }
 
   template <class V>
   static FUSEDRNN_INLINE V backward(const V* gate, V, V, V h, V, V dh, V&, V (&da)[4]) {
     const V r = gate[0], z = gate[1], n = gate[2], a_h = gate[3];
-    da[0] = dh * (V(1) - z) * tanh_derivative(n);
-    da[1] = da[0] * a_h * sigmoid_derivative(r);
+    da[3] = dh * (V(1) - z) * tanh_derivative(n);
     da[2] = dh * (h - n) * sigmoid_derivative(z);
-    da[3] = da[0] * r;
+    da[1] = da[3] * a_h * sigmoid_derivative(r);
+    da[0] = da[3] * r;
     return dh * z;
   }
 };

@@ -16,7 +16,7 @@ namespace fusedrnn {
 struct LSTM {
   static constexpr int gates = 4;
   static constexpr int sums = 4;
-  static constexpr int hidden_sum = 0;
+  static constexpr int input_sum = 0;
   static constexpr int saved = 4;
   static constexpr bool has_cell = true;
   static constexpr bool needs_output = false;
@@ -24,7 +24,7 @@ struct LSTM {
   static constexpr bool passes_state = false;
 
   // In: pre-activations, h, and c. Out: the activated gates, c' in place of c; returns h'.
-  static constexpr FUSEDRNN_INLINE int input_gate(int k) { return k; }
+  static constexpr FUSEDRNN_INLINE int hidden_gate(int k) { return k; }
 
   template <class V>
   static FUSEDRNN_INLINE V forward(const V (&a)[4], V, V& c, V* gate) {

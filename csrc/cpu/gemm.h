@@ -33,14 +33,6 @@ __attribute__((noinline)) void tile(const Product<S>& p, int64_t row, int64_t ve
   S* C = p.C + row * p.ldc + vector * p.c_stride;
   const int64_t w_stride = p.w_stride, k_stride = p.k_stride;
   V sum[split][MB][NV];
-#pragma GCC unroll 16
-  for (int b = 0; b < MB; ++b)
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      sum[0][b][v] = V::load(C + b * p.ldc + v * p.c_stride);
-#pragma GCC unroll 4
-      for (int s = 1; s < split; ++s) sum[s][b][v] = V(S(0));
-    }
   const auto step = [&](int64_t k, int s) __attribute__((always_inline)) {
     V w[NV];
 #pragma GCC unroll 4
@@ -52,21 +44,31 @@ __attribute__((noinline)) void tile(const Product<S>& p, int64_t row, int64_t ve
       for (int v = 0; v < NV; ++v) sum[s][b][v] = w[v] * a + sum[s][b][v];
     }
   };
-  int64_t k = 0;
-  for (; k + split <= p.K; k += split) {
+  // Blocks of k are summed by themselves and then added to C: one long chain would round every small product at the size of the total.
+  for (int64_t k = 0; k < p.K;) {
+    const int64_t end = std::min(k + summation_block, p.K);
 #pragma GCC unroll 4
-    for (int s = 0; s < split; ++s) step(k + s, s);
-  }
-  for (; k < p.K; ++k) step(k, 0);
+    for (int s = 0; s < split; ++s)
 #pragma GCC unroll 16
-  for (int b = 0; b < MB; ++b)
+      for (int b = 0; b < MB; ++b)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      V total = sum[0][b][v];
+        for (int v = 0; v < NV; ++v) sum[s][b][v] = V(S(0));
+    for (; k + split <= end; k += split) {
 #pragma GCC unroll 4
-      for (int s = 1; s < split; ++s) total = total + sum[s][b][v];
-      total.store(C + b * p.ldc + v * p.c_stride);
+      for (int s = 0; s < split; ++s) step(k + s, s);
     }
+    for (; k < end; ++k) step(k, 0);
+#pragma GCC unroll 16
+    for (int b = 0; b < MB; ++b)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        V total = sum[0][b][v];
+#pragma GCC unroll 4
+        for (int s = 1; s < split; ++s) total = total + sum[s][b][v];
+        S* c = C + b * p.ldc + v * p.c_stride;
+        (V::load(c) + total).store(c);
+      }
+  }
 }
 
 template <class V, class S, int NV, int... MB>
@@ -138,10 +140,10 @@ __attribute__((noinline)) void multiply_unpacked(const S* matrix, int64_t first,
       for (int j = 0; j < N; ++j) sum[j] = V::load(W[j] + k, width) * a + sum[j];
     }
     transpose<N / 2>(sum);
-    V total = V::load(C);
+    V total = sum[0];
 #pragma GCC unroll 16
-    for (int j = 0; j < N; ++j) total = total + sum[j];
-    total.store(C);
+    for (int j = 1; j < N; ++j) total = total + sum[j];
+    (V::load(C) + total).store(C);
   }
 }
 

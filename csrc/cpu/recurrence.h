@@ -130,13 +130,13 @@ struct Forward : Recurrence<Cell, S, N> {
     S* sum = bias.get() + at * sums * N;
     for (int k = 0; k < sums; ++k) V(S(0)).store(sum + k * N);
     for (int g = 0; g < gates; ++g) {
-      const int64_t input_row = Cell::input_gate(g) * H + panel * N, hidden_row = g * H + panel * N;
+      const int64_t input_row = g * H + panel * N, hidden_row = Cell::hidden_gate(g) * H + panel * N;
       if (plan.packed) {
         pack_rows<V>(static_cast<const S*>(w.w_ih), input_row, count, I, w_ih.get() + (at * gates + g) * I * N);
         pack_rows<V>(static_cast<const S*>(w.w_hh), hidden_row, count, H, w_hh.get() + (at * gates + g) * H * N);
       }
-      if (w.b_ih) add(sum + g * N, static_cast<const S*>(w.b_ih) + input_row, count);
-      if (w.b_hh) add(sum + (Cell::hidden_sum + g) * N, static_cast<const S*>(w.b_hh) + hidden_row, count);
+      if (w.b_ih) add(sum + (Cell::input_sum + g) * N, static_cast<const S*>(w.b_ih) + input_row, count);
+      if (w.b_hh) add(sum + g * N, static_cast<const S*>(w.b_hh) + hidden_row, count);
     }
   }
   static void add(S* sum, const S* bias, int count) { (V::load(sum) + V::load(bias, count)).store(sum); }
@@ -189,7 +189,7 @@ struct Forward : Recurrence<Cell, S, N> {
         } else {
           sum += (row - kept_row) * sums * N;
         }
-        product(job, panel, n, w_hh.get(), p.weights[job.direction].w_hh, h_in, padded_H, H, count, sum + Cell::hidden_sum * N);
+        product<Cell::hidden_gate>(job, panel, n, w_hh.get(), p.weights[job.direction].w_hh, h_in, padded_H, H, count, sum);
         for (int64_t i = 0; i < n; ++i) cell(job, t, panel + i, sum + i * capacity * sums * N, h_in, h_out, c);
       }
       member.meet();
@@ -203,14 +203,14 @@ struct Forward : Recurrence<Cell, S, N> {
       for (int64_t r = 0; r < count; ++r)
         for (int k = 0; k < sums; ++k) V::load(b + k * N).store(sum + ((i * capacity + r) * sums + k) * N);
     }
-    product<Cell::input_gate>(job, panel, n, w_ih.get(), p.weights[job.direction].w_ih, static_cast<const S*>(p.x) + row * I, I, I, count,
-                              sum);
+    product<same_gate>(job, panel, n, w_ih.get(), p.weights[job.direction].w_ih, static_cast<const S*>(p.x) + row * I, I, I, count,
+                       sum + Cell::input_sum * N);
   }
 
   static constexpr int same_gate(int g) { return g; }
 
   // Adds `count` rows of A (K wide) times the gates of n panels to the pre-activations; gate_of(g) is the weights' block for sum g.
-  template <int (*gate_of)(int) = same_gate>
+  template <int (*gate_of)(int)>
   void product(const Job& job, int64_t panel, int64_t n, const S* packed, const void* weights, const S* A, int64_t lda, int64_t K,
                int64_t count, S* sum) {
     const int64_t panel_stride = capacity * sums * N;
@@ -280,8 +280,9 @@ struct Backward : Recurrence<Cell, S, N> {
     (small ? Threads{1, nullptr} : threads).parallel(p.directions * packed, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t panel = first_packed + i % packed;
-        pack_columns<V>(static_cast<const S*>(p.weights[i / packed].w_hh), H, panel * N, this->units(panel), gates * H,
-                        w_hh.get() + i * gates * H * N);
+        const S* weights = static_cast<const S*>(p.weights[i / packed].w_hh);
+        for (int g = 0; g < gates; ++g)
+          pack_columns<V>(weights + Cell::hidden_gate(g) * H * H, H, panel * N, this->units(panel), H, w_hh.get() + (i * gates + g) * H * N);
       }
     });
     this->run(threads, [&](const Job& job, Member& member, int64_t team, int64_t) { steps(job, member, team); });
@@ -307,14 +308,17 @@ struct Backward : Recurrence<Cell, S, N> {
   // Adds to the member's dh what comes back from step t through W_hh.
   void product(const Job& job, int64_t t, int64_t count, const Member& member, S* dh) {
     const S* dsums = static_cast<const S*>(p.dsums) + this->sequence_at(job, sequence.start(t) + job.row_begin, sums * H);
-    const auto columns = [&](int64_t begin, int64_t end, const S* W, int64_t w_stride, int64_t k_stride) {
-      if (begin < end)
-        multiply<V, S>({W, w_stride, k_stride, end - begin, dsums + Cell::hidden_sum * H, sums * H, gates * H, count, dh + begin * N,
-                        padded_H, N});
-    };
     const int64_t in_place = std::clamp(first_packed, member.begin, member.end), packed = panels - first_packed;
-    columns(member.begin, in_place, static_cast<const S*>(p.weights[job.direction].w_hh) + member.begin * N, N, H);
-    columns(in_place, member.end, w_hh.get() + (job.direction * packed + in_place - first_packed) * gates * H * N, gates * H * N, N);
+    if (member.begin < in_place) {
+      const S* weights = static_cast<const S*>(p.weights[job.direction].w_hh) + member.begin * N;
+      for (int g = 0; g < gates; ++g)
+        multiply<V, S>({weights + Cell::hidden_gate(g) * H * H, N, H, in_place - member.begin, dsums + g * H, sums * H, H, count,
+                        dh + member.begin * N, padded_H, N});
+    }
+    if (in_place < member.end) {
+      const S* weights = w_hh.get() + (job.direction * packed + in_place - first_packed) * gates * H * N;
+      multiply<V, S>({weights, gates * H * N, N, member.end - in_place, dsums, sums * H, gates * H, count, dh + in_place * N, padded_H, N});
+    }
   }
 
   // Between a [D, B, H] state (nullptr: zero) and the carried gradients of the member's units.

@@ -19,6 +19,9 @@ constexpr int tile_vectors(int64_t rows, int vector_bytes) {
   return rows > tile_rows(4, vector_bytes) && rows <= tile_rows(2, vector_bytes) ? 2 : 4;
 }
 
+// Products summed in one go. At 128 the additions to the total are 1 % of the work, and a sum of 400 products is twice as exact.
+constexpr int64_t summation_block = 128;
+
 // Rows of x·W_ih computed at a time when a step has fewer: one row alone reads all weights for one product each.
 constexpr int64_t projection_rows = 48;
 

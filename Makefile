@@ -1,0 +1,66 @@
+# make demo   set up, build and run the main job
+# make test   set up, build and run the tests
+# make check  formatters, linters and type checks;  make wheel  a wheel in dist/;  make bench  the benchmarks
+#
+# Everything happens in .venv. Where PYTHON already has a torch >= 2.10, its packages are used as they are and nothing is fetched;
+# otherwise torch and the tools are installed from the package index.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+PY := .venv/bin/python
+SOURCES := $(shell find csrc setup.py pyproject.toml -type f)
+HAS_TORCH := import torch; exit(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 10))
+SITE := $(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+
+.PHONY: demo test check format wheel bench clean
+.DELETE_ON_ERROR:
+
+demo: .venv/.built
+	$(PY) -m fusedrnn demo
+
+test: .venv/.built .venv/.extra-test
+	$(PY) -m pytest
+
+check: .venv/.extra-dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	.venv/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+format: .venv/.extra-dev
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	.venv/bin/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+wheel: .venv/.ready
+	$(PY) setup.py -q bdist_wheel
+
+bench: .venv/.built .venv/.extra-bench
+	$(PY) -m benchmarks
+
+clean:
+	rm -rf .venv build dist fusedrnn.egg-info fusedrnn/_C*.so
+
+# ninja compiles only what has changed.
+.venv/.built: .venv/.ready $(SOURCES)
+	$(PY) setup.py -q build_ext --inplace
+	@touch $@
+
+# Extra tools, by the names of pyproject.toml's extras. With borrowed packages there is no pip here, and what is missing stays missing.
+.venv/.extra-%: .venv/.ready
+	@if $(PY) -c "import pip" 2>/dev/null; then FUSEDRNN_BUILD=0 $(PY) -m pip install -q --no-build-isolation -e '.[$*]'; fi
+	@touch $@
+
+.venv/.ready: pyproject.toml
+	@if $(PYTHON) -c "$(HAS_TORCH)" 2>/dev/null; then \
+	  echo "using the torch of $$($(PYTHON) -c 'import sys; print(sys.executable)'), installing nothing"; \
+	  $(PYTHON) -m venv --clear --without-pip .venv && \
+	  $(PYTHON) -c "import sys; print(*[p for p in sys.path if p.endswith('-packages')], sep='\n')" > "$$($(SITE))/borrowed.pth" && \
+	  echo "$(CURDIR)" > "$$($(SITE))/checkout.pth" && \
+	  FUSEDRNN_BUILD=0 $(PY) setup.py -q egg_info; \
+	else \
+	  echo "installing $(TORCH) into .venv"; \
+	  $(PYTHON) -m venv --clear .venv && \
+	  $(PY) -m pip install -q $(TORCH) numpy ninja pybind11 'setuptools>=77' && \
+	  FUSEDRNN_BUILD=0 $(PY) -m pip install -q --no-build-isolation -e .; \
+	fi
+	@touch $@
