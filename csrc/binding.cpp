@@ -235,16 +235,19 @@ Tensors step(std::string cell_name, Tensor x, Tensor hx, MaybeTensor cx, Tensors
   return results;
 }
 
-Tensors backward(std::string cell_name, MaybeTensor dy, MaybeTensor dh_n, MaybeTensor dc_n, Tensor y, Tensor hx, MaybeTensor cx,
-                 Tensors saved, Tensors w_hh, MaybeTensor batch_sizes, MaybeTensor lengths, MaybeTensor resets, bool state_gradients) {
+Tensors backward(std::string cell_name, MaybeTensor dy, MaybeTensor dh_n, MaybeTensor dc_n, Tensor x, Tensor y, Tensor hx, MaybeTensor cx,
+                 Tensors saved, Tensors weights, MaybeTensor batch_sizes, MaybeTensor lengths, MaybeTensor resets, std::vector<bool> wanted) {
   const CellInfo cell = cell_info(cell_name);
-  STD_TORCH_CHECK(hx.dim() == 3, "fusedrnn: expected hx of shape [directions, batch, hidden], got ", to_string(shape(hx)));
-  const SequenceStorage storage(y, hx.size(1), batch_sizes, lengths, resets);
+  STD_TORCH_CHECK(x.dim() == (batch_sizes ? 2 : 3) && hx.dim() == 3, "fusedrnn: expected x [T, B, I], or [N, I] with batch_sizes, got ",
+                  to_string(shape(x)));
+  const ScalarType dtype = x.scalar_type();
+  check(x, "x", dtype, shape(x));
+  const SequenceStorage storage(x, hx.size(1), batch_sizes, lengths, resets);
   BackwardParams p{};
-  static_cast<Problem&>(p) = make_problem(cell, y, hx, cx, storage.sequence);
-  const ScalarType dtype = y.scalar_type();
+  static_cast<Problem&>(p) = make_problem(cell, x, hx, cx, storage.sequence);
+  set_weights(p, cell, x, weights);
   const int64_t D = p.directions, H = p.H, N = sequence_rows(p.sequence);
-  check(y, "y", dtype, with_last(y, D * H));
+  check(y, "y", dtype, with_last(x, D * H));
   const size_t saved_count = (cell.saved ? 1 : 0) + (cell.has_cell ? 1 : 0);
   STD_TORCH_CHECK(saved.size() == saved_count, "fusedrnn: expected ", saved_count, " saved tensors, got ", saved.size());
   if (cell.saved) {
@@ -258,27 +261,37 @@ Tensors backward(std::string cell_name, MaybeTensor dy, MaybeTensor dh_n, MaybeT
   if (dy) check(*dy, "dy", dtype, shape(y));
   if (dh_n) check(*dh_n, "dh_n", dtype, shape(hx));
   if (dc_n) check(*dc_n, "dc_n", dtype, shape(hx));
-  STD_TORCH_CHECK(static_cast<int64_t>(w_hh.size()) == D, "fusedrnn: expected ", D, " w_hh, got ", w_hh.size());
-  for (int64_t d = 0; d < D; ++d) {
-    check(w_hh[d], "w_hh", dtype, {cell.gates * H, H});
-    p.weights[d].w_hh = w_hh[d].const_data_ptr();
-  }
-  Tensors results{make(y, {D, N, cell.sums * H})};
-  p.dsums = results[0].mutable_data_ptr();
-  if (state_gradients) {
-    results.push_back(make(y, shape(hx)));
-    p.dhx = results.back().mutable_data_ptr();
-  }
-  if (state_gradients && cell.has_cell) {
-    results.push_back(make(y, shape(hx)));
-    p.dcx = results.back().mutable_data_ptr();
-  }
+  const size_t states = cell.has_cell ? 3 : 2;  // x, hx and perhaps cx come before the weights
+  STD_TORCH_CHECK(wanted.size() == states + weights.size(), "fusedrnn: expected wanted to hold ", states + weights.size(), " values, got ",
+                  wanted.size());
+  Tensor dsums = make(x, {D, N, cell.sums * H});
+  Tensors results;
+  const auto result = [&](size_t i, const Tensor& like) -> void* {
+    if (!wanted[i]) return nullptr;
+    results.push_back(make(x, shape(like)));
+    return results.back().mutable_data_ptr();
+  };
+  p.x = x.const_data_ptr();
   p.y = y.const_data_ptr();
   p.hx = hx.const_data_ptr();
   p.cx = data(cx);
   p.dy = data(dy);
   p.dh_n = data(dh_n);
   p.dc_n = data(dc_n);
+  p.dsums = dsums.mutable_data_ptr();
+  p.dx = result(0, x);
+  p.dhx = result(1, hx);
+  if (cx) p.dcx = result(2, *cx);
+  const size_t each = weights.size() / D;
+  for (int64_t d = 0; d < D; ++d) {
+    const size_t i = d * each;
+    p.gradients[d].w_ih = result(states + i, weights[i]);
+    p.gradients[d].w_hh = result(states + i + 1, weights[i + 1]);
+    if (each == 4) {
+      p.gradients[d].b_ih = result(states + i + 2, weights[i + 2]);
+      p.gradients[d].b_hh = result(states + i + 3, weights[i + 3]);
+    }
+  }
   cpu::kernels().backward(p, threads());
   return results;
 }
@@ -300,15 +313,15 @@ py::array evaluate_function(const std::string& name, const py::array& x) {
 }  // namespace
 
 // Results, in this order: y, h_n, c_n (lstm), and with save what backward asks for as `saved`: gates (lstm, gru), cells (lstm).
-// recurrence_backward: dsums, and with state_gradients dhx and dcx (lstm). step is recurrence_forward for one step of [B, I], for
-// inference: h and c (lstm).
+// recurrence_backward: the gradients of x, hx, cx (lstm) and every weight, of those that are wanted. step is recurrence_forward for one
+// step of [B, I], for inference: h and c (lstm).
 STABLE_TORCH_LIBRARY(fusedrnn, m) {
   m.def(
       "recurrence_forward(str cell, Tensor x, Tensor hx, Tensor? cx, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
       "Tensor? resets, bool save) -> Tensor[]");
   m.def(
-      "recurrence_backward(str cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor y, Tensor hx, Tensor? cx, Tensor[] saved, "
-      "Tensor[] w_hh, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, bool state_gradients) -> Tensor[]");
+      "recurrence_backward(str cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor y, Tensor hx, Tensor? cx, Tensor[] saved, "
+      "Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, bool[] wanted) -> Tensor[]");
   m.def("step(str cell, Tensor x, Tensor hx, Tensor? cx, Tensor[] weights) -> Tensor[]");
 }
 

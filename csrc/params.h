@@ -53,8 +53,17 @@ struct ForwardParams : Problem {
   void* cells;     // [D, N, H] cell state after every step, or nullptr likewise
 };
 
+// Gradients of one direction's weights, shaped like them; nullptr where nobody asks.
+struct WeightGradients {
+  void* w_ih;
+  void* w_hh;
+  void* b_ih;
+  void* b_hh;
+};
+
 struct BackwardParams : Problem {
-  const void* y;  // what forward was given and gave
+  const void* x;  // what forward was given and gave
+  const void* y;
   const void* hx;
   const void* cx;
   const void* gates;
@@ -62,9 +71,11 @@ struct BackwardParams : Problem {
   const void* dy;    // [N, D*H], or nullptr for zero
   const void* dh_n;  // [D, B, H], or nullptr for zero
   const void* dc_n;  // [D, B, H], or nullptr for zero
-  void* dsums;       // [D, N, sums*H] gradients of the pre-activations: the weight and input gradients are products with these
+  void* dsums;       // [D, N, sums*H] scratch: gradients of the pre-activations
+  void* dx;          // [N, I], or nullptr when nobody asks
   void* dhx;         // [D, B, H], or nullptr when nobody asks
   void* dcx;         // [D, B, H], cells with a cell state only, or nullptr likewise
+  WeightGradients gradients[2];
 };
 
 }  // namespace fusedrnn

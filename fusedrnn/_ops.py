@@ -7,10 +7,7 @@ from torch import Tensor
 
 from fusedrnn import _dispatch
 
-# Per hidden unit, as csrc/cells states them. x·W_ih lands in the last GATES of the SUMS pre-activations, in torch's order, h·W_hh in the
-# first GATES of them (for the GRU in the order n r z). SAVED activated values are kept for backward.
-GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
-SUMS = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 4}
+# Activated values kept for backward, per hidden unit, as csrc/cells states them.
 SAVED = {"rnn_tanh": 0, "rnn_relu": 0, "lstm": 4, "gru": 4}
 
 
@@ -38,24 +35,23 @@ def _forward_shapes(
 
 
 def _backward_shapes(
-    cell: str,
+    cell: str,  # noqa: ARG001
     dy: Tensor | None,  # noqa: ARG001
     dh_n: Tensor | None,  # noqa: ARG001
     dc_n: Tensor | None,  # noqa: ARG001
-    y: Tensor,
+    x: Tensor,
+    y: Tensor,  # noqa: ARG001
     hx: Tensor,
     cx: Tensor | None,
     saved: list[Tensor],  # noqa: ARG001
-    w_hh: list[Tensor],  # noqa: ARG001
+    weights: list[Tensor],
     batch_sizes: Tensor | None,  # noqa: ARG001
     lengths: Tensor | None,  # noqa: ARG001
     resets: Tensor | None,  # noqa: ARG001
-    state_gradients: bool,
+    wanted: list[bool],
 ) -> list[Tensor]:
-    directions, _, hidden = hx.shape
-    states = (1 if cx is None else 2) if state_gradients else 0
-    rows = y.numel() // y.size(-1)
-    return [y.new_empty(directions, rows, SUMS[cell] * hidden)] + [y.new_empty(hx.shape) for _ in range(states)]
+    inputs = [x, hx, *([] if cx is None else [cx]), *weights]
+    return [x.new_empty(t.shape) for t, want in zip(inputs, wanted, strict=True) if want]
 
 
 def _step_shapes(cell: str, x: Tensor, hx: Tensor, cx: Tensor | None, weights: list[Tensor]) -> list[Tensor]:  # noqa: ARG001

@@ -24,7 +24,8 @@ struct Product {
   int64_t ldc, c_stride;
 };
 
-template <class V, class S, int MB, int NV>
+// With `width`, A is not row-major but in tiles of so many rows: A[row*lda + k*width + b] for row b of the tile that starts at `row`.
+template <class V, class S, int MB, int NV, int width = 0>
 __attribute__((noinline)) void tile(const Product<S>& p, int64_t row, int64_t vector) {
   // A lone fused multiply-add waits four cycles for the one before: few accumulators are split over several k.
   constexpr int split = MB * NV >= 8 ? 1 : MB * NV >= 4 ? 2 : 4;
@@ -39,7 +40,7 @@ __attribute__((noinline)) void tile(const Product<S>& p, int64_t row, int64_t ve
     for (int v = 0; v < NV; ++v) w[v] = V::load(W + v * w_stride + k * k_stride);
 #pragma GCC unroll 16
     for (int b = 0; b < MB; ++b) {
-      const V a(A[b * p.lda + k]);
+      const V a(width ? A[k * width + b] : A[b * p.lda + k]);
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) sum[s][b][v] = w[v] * a + sum[s][b][v];
     }
@@ -99,6 +100,20 @@ void multiply(const Product<S>& p) {
       default: multiply_vectors<V, S, 4>(p, vector);
     }
     vector += n;
+  }
+}
+
+// All of a product whose A is in tiles.
+template <class V, class S>
+void multiply_tiles(const Product<S>& p) {
+  constexpr int width = tile_rows(4, sizeof(V));
+  for (int64_t row = 0; row < p.rows; row += width) {
+    switch (p.vectors) {
+      case 1: tile<V, S, width, 1, width>(p, row, 0); break;
+      case 2: tile<V, S, width, 2, width>(p, row, 0); break;
+      case 3: tile<V, S, width, 3, width>(p, row, 0); break;
+      default: tile<V, S, width, 4, width>(p, row, 0);
+    }
   }
 }
 

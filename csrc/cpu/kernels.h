@@ -5,6 +5,7 @@
 #include "../cells/lstm.h"
 #include "../cells/rnn.h"
 #include "cpu.h"
+#include "gradients.h"
 #include "recurrence.h"
 
 namespace fusedrnn::cpu {
@@ -21,8 +22,14 @@ void evaluate(int function, const S* x, S* y, int64_t n) {
 }
 
 template <int bytes>
+void backward(const BackwardParams& p, const Threads& threads) {
+  run_pass<Backward, bytes>(p, threads);
+  run_pass<Gradients, bytes>(p, threads);
+}
+
+template <int bytes>
 constexpr Kernels make_kernels(const char* name) {
-  return {name, &run_pass<Forward, bytes, ForwardParams>, &run_pass<Backward, bytes, BackwardParams>, &evaluate<float, bytes>,
+  return {name, &run_pass<Forward, bytes, ForwardParams>, &backward<bytes>, &evaluate<float, bytes>,
           &evaluate<double, bytes>};
 }
 

@@ -95,6 +95,14 @@ struct Recurrence {
   // Element `unit` of row b in a [D, B, H] state, and of a sequence row in a [D, rows, width] array.
   int64_t state_at(const Job& job, int64_t b, int64_t unit) const { return (job.direction * B + b) * H + unit; }
   int64_t sequence_at(const Job& job, int64_t row, int64_t width) const { return (job.direction * rows + row) * width; }
+
+  // The state before step t of row b: the step before's, the initial one, or nullptr for zero after a reset. `outputs` has one row of
+  // `width` for every row of the sequence.
+  const S* state_before(const Job& job, int64_t t, int64_t b, const S* outputs, int64_t width, const S* initial) const {
+    if (job.reset_at(t, b)) return nullptr;
+    if (t == job.first_step(b)) return initial + state_at(job, b, 0);
+    return t < sequence.length(b) ? outputs + (sequence.start(job.previous(t)) + b) * width : nullptr;
+  }
 };
 
 template <class Cell, class S, int N>
@@ -348,18 +356,14 @@ struct Backward : Recurrence<Cell, S, N> {
     }
   }
 
-  // The state before step t of row b: the step before's, the initial one, or zero after a reset.
-  V state_before(const Job& job, int64_t t, int64_t b, int64_t unit, const void* sequence_of, int64_t at, int64_t width, const void* initial,
-                 int count) const {
-    if (job.reset_at(t, b)) return V(S(0));
-    if (t == job.first_step(b)) return V::load(static_cast<const S*>(initial) + this->state_at(job, b, unit), count);
-    const int64_t row = sequence.start(job.previous(t)) + b;
-    return V::load(static_cast<const S*>(sequence_of) + at + row * width + unit, count);
-  }
-
   void cell(const Job& job, int64_t t, int64_t panel, S* dh_carry, S* dc_carry) {
     const int count = this->units(panel);
-    const int64_t unit = panel * N, y_width = p.directions * H, y_at = job.direction * H, cells_at = this->sequence_at(job, 0, H);
+    const int64_t unit = panel * N, y_width = p.directions * H, y_at = job.direction * H;
+    const S* cells = static_cast<const S*>(p.cells) + this->sequence_at(job, 0, H);
+    const auto before = [&](int64_t t, int64_t b, const S* outputs, int64_t width, const void* initial) __attribute__((always_inline)) {
+      const S* state = this->state_before(job, t, b, outputs, width, static_cast<const S*>(initial));
+      return state ? V::load(state + unit, count) : V(S(0));
+    };
     const V zero(S(0));
     for (int64_t b = job.row_begin; b < job.rows_end(t); ++b) {
       const int64_t row = sequence.start(t) + b, at = (b - job.row_begin) * padded_H + unit;
@@ -372,11 +376,11 @@ struct Backward : Recurrence<Cell, S, N> {
       V gate[std::max(1, saved)], h = zero, h_next = zero, c = zero, c_next = zero, dc = zero;
       const S* gates_in = static_cast<const S*>(p.gates) + this->sequence_at(job, row, saved * H) + unit;
       for (int k = 0; k < saved; ++k) gate[k] = V::load(gates_in + k * H, count);
-      if constexpr (Cell::needs_previous) h = state_before(job, t, b, unit, p.y, y_at, y_width, p.hx, count);
+      if constexpr (Cell::needs_previous) h = before(t, b, static_cast<const S*>(p.y) + y_at, y_width, p.hx);
       if constexpr (Cell::needs_output) h_next = V::load(static_cast<const S*>(p.y) + row * y_width + y_at + unit, count);
       if constexpr (Cell::has_cell) {
-        c = state_before(job, t, b, unit, p.cells, cells_at, H, p.cx, count);
-        c_next = V::load(static_cast<const S*>(p.cells) + cells_at + row * H + unit, count);
+        c = before(t, b, cells, H, p.cx);
+        c_next = V::load(cells + row * H + unit, count);
         dc = V::load(dc_carry + at);
       }
       V dh = V::load(dh_carry + at);

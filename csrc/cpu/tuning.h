@@ -29,6 +29,11 @@ constexpr int64_t projection_rows = 48;
 // from the first-level cache.
 constexpr int64_t packing_rows = 8;
 
+// Rows of the sequence, or depth of the product, that a block of the gradients' products takes: 4 vecs of such depth are 64 KiB.
+constexpr int64_t gradient_depth = 256;
+// Rows of dX in one item of work.
+constexpr int64_t gradient_rows = 96;
+
 struct Plan {
   int64_t groups;      // teams that work on their own, each on some of the jobs
   int64_t slices;      // threads of a team; they share out the hidden units and meet after every step
