@@ -1,6 +1,6 @@
 # make demo   set up, build and run the main job
 # make test   set up, build and run the tests
-# make check  formatters, linters and type checks;  make wheel  a wheel in dist/;  make bench  the benchmarks
+# make check  formatters, linters and type checks;  make wheel  a wheel in dist/;  make test-wheel  tests it;  make bench
 #
 # Everything happens in .venv. Where PYTHON already has a torch >= 2.10, its packages are used as they are and nothing is fetched;
 # otherwise torch and the tools are installed from the package index.
@@ -11,7 +11,7 @@ SOURCES := $(shell find csrc setup.py pyproject.toml -type f)
 HAS_TORCH := import torch; exit(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 10))
 SITE := $(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 
-.PHONY: demo test check format wheel bench clean
+.PHONY: demo test check format wheel test-wheel bench clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.built
@@ -32,7 +32,17 @@ format: .venv/.extra-dev
 	.venv/bin/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
 wheel: .venv/.ready
+	rm -rf dist
 	$(PY) setup.py -q bdist_wheel
+
+# The wheel in an environment of its own, away from the checkout; UNDER=torch==2.14.1 tries the same wheel under another torch.
+test-wheel: wheel
+	@set -e; away=$$(mktemp -d); trap 'rm -rf "$$away"' EXIT; \
+	$(PYTHON) -m venv "$$away/venv"; \
+	"$$away/venv/bin/python" -m pip install -q $(or $(UNDER),$(TORCH)) pytest hypothesis dist/*.whl; \
+	cp -r tests "$$away"; cd "$$away"; \
+	venv/bin/python -m fusedrnn info; \
+	venv/bin/python -m pytest -q tests/test_operators.py tests/test_packaging.py tests/test_simd.py
 
 bench: .venv/.built .venv/.extra-bench
 	$(PY) -m benchmarks

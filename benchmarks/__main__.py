@@ -93,15 +93,11 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--quick", action="store_true", help=f"{len(QUICK)} cases in under two minutes")
-    which.add_argument(
-        "--set", nargs="+", choices=list(SETS), metavar="NAME", help=", ".join(SETS) + " (all)"
-    )
+    which.add_argument("--set", nargs="+", choices=list(SETS), metavar="NAME", help=", ".join(SETS) + " (all)")
     parser.add_argument("--cell", nargs="+", choices=list(GATES), default=list(GATES), type=str.upper)
     parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(%(default)s)")
-    parser.add_argument(
-        "--against", nargs="+", choices=["torch", "onnxruntime"], default=["torch", "onnxruntime"]
-    )
+    parser.add_argument("--against", nargs="+", choices=["torch", "onnxruntime"], default=["torch", "onnxruntime"])
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append a line of JSON per row")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the rows")
     parser.add_argument(

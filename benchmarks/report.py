@@ -87,9 +87,7 @@ def summarise(rows: Sequence[Row], sets: Mapping[str, Iterable[Case]]) -> list[S
                 worst_id = min(ratios, key=ratios.__getitem__)
                 mean = statistics.geometric_mean(ratios.values())
                 losses = sum(ratio < 1 for ratio in ratios.values())
-                summary = Summary(
-                    set_name, cell, mode, rival, len(ratios), losses, mean, ratios[worst_id], worst_id
-                )
+                summary = Summary(set_name, cell, mode, rival, len(ratios), losses, mean, ratios[worst_id], worst_id)
                 summaries.append(summary)
     return summaries
 
@@ -147,9 +145,7 @@ def markdown(rows: Iterable[Row]) -> str:
         ]
         for mode in (mode for mode in MODES if any(row.mode == mode for row in group)):
             lines += ["", f"<details><summary>Every row, {mode}</summary>", ""]
-            lines += [
-                "| Case | fusedrnn ms | torch.nn ms | × | onnxruntime ms | × | torch.nn dense ms | GFLOP/s |"
-            ]
+            lines += ["| Case | fusedrnn ms | torch.nn ms | × | onnxruntime ms | × | torch.nn dense ms | GFLOP/s |"]
             lines += ["|---|--:|--:|--:|--:|--:|--:|--:|"]
             lines += [
                 f"| {row.case.id} | {_milliseconds(row, OURS)} "
@@ -224,9 +220,7 @@ def main() -> int:
     args = parser.parse_args()
     rows = read_rows(args.files or sorted((ROOT / "benchmarks" / "results").glob("*.jsonl")))
     if not rows:
-        print(
-            "report: error: no results; make some with python -m benchmarks --out FILE.jsonl", file=sys.stderr
-        )
+        print("report: error: no results; make some with python -m benchmarks --out FILE.jsonl", file=sys.stderr)
         return 1
     if args.write:
         readme = ROOT / "README.md"

@@ -95,9 +95,7 @@ def onnx_model(case: Case, module: torch.nn.RNNBase) -> bytes:
         target = "y" if layer == case.layers - 1 else f"y_{layer}"
         final = [f"{state}_n_{layer}" for state in states]
         nodes += [
-            helper.make_node(
-                case.cell, [source, *weights, lengths, *initial], [f"Y_{layer}", *final], **attributes
-            ),
+            helper.make_node(case.cell, [source, *weights, lengths, *initial], [f"Y_{layer}", *final], **attributes),
             # Y is (seq, directions, batch, hidden).
             helper.make_node("Transpose", [f"Y_{layer}"], [f"Yt_{layer}"], perm=[0, 2, 1, 3]),
             helper.make_node("Reshape", [f"Yt_{layer}", "y_shape"], [target]),

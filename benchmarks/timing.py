@@ -56,9 +56,7 @@ def check_equal(expected: list[Tensor], actual: list[Tensor]) -> None:
             raise ResultsDifferError(f"result {index} is {difference:.1e} from torch.nn's")
 
 
-def measure(
-    case: Case, mode: Mode, with_torch: bool, onnxruntime: OnnxRuntime | None, seconds: float
-) -> Measurement:
+def measure(case: Case, mode: Mode, with_torch: bool, onnxruntime: OnnxRuntime | None, seconds: float) -> Measurement:
     """Median seconds of fusedrnn and of each rival.
 
     fusedrnn and torch.nn share ``seconds`` in one process. A packed case is also given to torch.nn

@@ -1,5 +1,6 @@
-// The only file that knows torch. Operators are registered through LibTorch's stable ABI, so that one build serves every torch >= 2.10;
-// the extension module itself is a plain pybind11 one, for what is no tensor operator.
+// The only file that knows torch. Operators are registered through LibTorch's stable ABI, so that one build
+// serves every torch >= 2.10; the extension module itself is a plain pybind11 one, for what is no tensor
+// operator.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -65,7 +66,8 @@ void check(Tensor& t, const char* name, ScalarType dtype, const Sizes& sizes) {
 
 const void* data(const MaybeTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
-// Where the batch's rows are, with the arrays that a Sequence points to. x is [T, B, ...], or [N, ...] with batch_sizes [T].
+// Where the batch's rows are, with the arrays that a Sequence points to. x is [T, B, ...], or [N, ...] with
+// batch_sizes [T].
 struct SequenceStorage {
   Sequence sequence{};
   std::vector<int64_t> offsets, lengths;
@@ -80,13 +82,14 @@ struct SequenceStorage {
       offsets.assign(1, 0);
       lengths.assign(B, 0);
       for (int64_t t = 0; t < sequence.T; ++t) {
-        STD_TORCH_CHECK(sizes[t] > 0 && sizes[t] <= (t ? sizes[t - 1] : B), "fusedrnn: expected batch_sizes to fall from at most ", B,
-                        " to at least 1, got ", sizes[t], " at step ", t);
+        STD_TORCH_CHECK(sizes[t] > 0 && sizes[t] <= (t ? sizes[t - 1] : B),
+                        "fusedrnn: expected batch_sizes to fall from at most ", B, " to at least 1, got ", sizes[t],
+                        " at step ", t);
         offsets.push_back(offsets.back() + sizes[t]);
         for (int64_t b = 0; b < sizes[t]; ++b) lengths[b] = t + 1;
       }
-      STD_TORCH_CHECK(offsets.back() == x.size(0), "fusedrnn: expected x of ", offsets.back(), " rows, the sum of batch_sizes, got ",
-                      x.size(0));
+      STD_TORCH_CHECK(offsets.back() == x.size(0), "fusedrnn: expected x of ", offsets.back(),
+                      " rows, the sum of batch_sizes, got ", x.size(0));
       sequence.offsets = offsets.data();
       sequence.lengths = lengths.data();
     } else {
@@ -95,8 +98,8 @@ struct SequenceStorage {
         check(*row_lengths, "lengths", ScalarType::Long, {B});
         sequence.lengths = row_lengths->const_data_ptr<int64_t>();
         for (int64_t b = 0; b < B; ++b)
-          STD_TORCH_CHECK(sequence.lengths[b] >= 0 && sequence.lengths[b] <= sequence.T, "fusedrnn: expected lengths between 0 and ",
-                          sequence.T, ", got ", sequence.lengths[b]);
+          STD_TORCH_CHECK(sequence.lengths[b] >= 0 && sequence.lengths[b] <= sequence.T,
+                          "fusedrnn: expected lengths between 0 and ", sequence.T, ", got ", sequence.lengths[b]);
       }
     }
     if (resets) {
@@ -120,21 +123,24 @@ std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
   return sizes;
 }
 
-// torch::stable::new_empty, but by its own entry point: the general one looks the operator up by name, which takes a µs a tensor.
+// torch::stable::new_empty, but by its own entry point: the general one looks the operator up by name, which
+// takes a µs a tensor.
 Tensor make(const Tensor& like, const std::vector<int64_t>& sizes) {
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(), static_cast<int64_t>(sizes.size()), nullptr, nullptr,
-                                                          nullptr, 0, nullptr, &made));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(), static_cast<int64_t>(sizes.size()),
+                                                          nullptr, nullptr, nullptr, 0, nullptr, &made));
   return Tensor(made);
 }
 
 ScalarKind scalar_kind(const Tensor& x) {
   const ScalarType dtype = x.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "fusedrnn: expected float32 or float64 tensors");
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
+                  "fusedrnn: expected float32 or float64 tensors");
   return dtype == ScalarType::Float ? ScalarKind::float32 : ScalarKind::float64;
 }
 
-// A pool that queues tasks may run a team's members one after the other, which would wait for each other forever (see cpu/team.h).
+// A pool that queues tasks may run a team's members one after the other, which would wait for each other
+// forever (see cpu/team.h).
 std::atomic<bool> pool_runs_at_once{false};
 
 cpu::Threads threads() {
@@ -145,8 +151,8 @@ cpu::Threads threads() {
 }
 
 Problem make_problem(const CellInfo& cell, const Tensor& x, Tensor& hx, MaybeTensor& cx, const Sequence& sequence) {
-  STD_TORCH_CHECK(hx.dim() == 3 && (hx.size(0) == 1 || hx.size(0) == 2), "fusedrnn: expected hx of shape [directions, batch, hidden], got ",
-                  to_string(shape(hx)));
+  STD_TORCH_CHECK(hx.dim() == 3 && (hx.size(0) == 1 || hx.size(0) == 2),
+                  "fusedrnn: expected hx of shape [directions, batch, hidden], got ", to_string(shape(hx)));
   check(hx, "hx", x.scalar_type(), shape(hx));
   STD_TORCH_CHECK(cx.has_value() == cell.has_cell, "fusedrnn: expected cx for lstm and for no other cell");
   if (cx) check(*cx, "cx", x.scalar_type(), shape(hx));
@@ -180,11 +186,11 @@ void set_weights(Problem& p, const CellInfo& cell, const Tensor& x, Tensors& wei
   }
 }
 
-Tensors forward(std::string cell_name, Tensor x, Tensor hx, MaybeTensor cx, Tensors weights, MaybeTensor batch_sizes, MaybeTensor lengths,
-                MaybeTensor resets, bool save) {
+Tensors forward(std::string cell_name, Tensor x, Tensor hx, MaybeTensor cx, Tensors weights, MaybeTensor batch_sizes,
+                MaybeTensor lengths, MaybeTensor resets, bool save) {
   const CellInfo cell = cell_info(cell_name);
-  STD_TORCH_CHECK(x.dim() == (batch_sizes ? 2 : 3) && hx.dim() == 3, "fusedrnn: expected x [T, B, I], or [N, I] with batch_sizes, got ",
-                  to_string(shape(x)));
+  STD_TORCH_CHECK(x.dim() == (batch_sizes ? 2 : 3) && hx.dim() == 3,
+                  "fusedrnn: expected x [T, B, I], or [N, I] with batch_sizes, got ", to_string(shape(x)));
   check(x, "x", x.scalar_type(), shape(x));
   const SequenceStorage storage(x, hx.size(1), batch_sizes, lengths, resets);
   ForwardParams p{};
@@ -210,8 +216,9 @@ Tensors forward(std::string cell_name, Tensor x, Tensor hx, MaybeTensor cx, Tens
 
 Tensors step(std::string cell_name, Tensor x, Tensor hx, MaybeTensor cx, Tensors weights) {
   const CellInfo cell = cell_info(cell_name);
-  STD_TORCH_CHECK(x.dim() == 2 && hx.dim() == 2 && hx.size(0) == x.size(0), "fusedrnn: expected x [B, I] and hx [B, H], got ",
-                  to_string(shape(x)), " and ", to_string(shape(hx)));
+  STD_TORCH_CHECK(x.dim() == 2 && hx.dim() == 2 && hx.size(0) == x.size(0),
+                  "fusedrnn: expected x [B, I] and hx [B, H], got ", to_string(shape(x)), " and ",
+                  to_string(shape(hx)));
   STD_TORCH_CHECK(cx.has_value() == cell.has_cell, "fusedrnn: expected cx for lstm and for no other cell");
   check(x, "x", x.scalar_type(), shape(x));
   check(hx, "hx", x.scalar_type(), shape(hx));
@@ -235,11 +242,12 @@ Tensors step(std::string cell_name, Tensor x, Tensor hx, MaybeTensor cx, Tensors
   return results;
 }
 
-Tensors backward(std::string cell_name, MaybeTensor dy, MaybeTensor dh_n, MaybeTensor dc_n, Tensor x, Tensor y, Tensor hx, MaybeTensor cx,
-                 Tensors saved, Tensors weights, MaybeTensor batch_sizes, MaybeTensor lengths, MaybeTensor resets, std::vector<bool> wanted) {
+Tensors backward(std::string cell_name, MaybeTensor dy, MaybeTensor dh_n, MaybeTensor dc_n, Tensor x, Tensor y,
+                 Tensor hx, MaybeTensor cx, Tensors saved, Tensors weights, MaybeTensor batch_sizes,
+                 MaybeTensor lengths, MaybeTensor resets, std::vector<bool> wanted) {
   const CellInfo cell = cell_info(cell_name);
-  STD_TORCH_CHECK(x.dim() == (batch_sizes ? 2 : 3) && hx.dim() == 3, "fusedrnn: expected x [T, B, I], or [N, I] with batch_sizes, got ",
-                  to_string(shape(x)));
+  STD_TORCH_CHECK(x.dim() == (batch_sizes ? 2 : 3) && hx.dim() == 3,
+                  "fusedrnn: expected x [T, B, I], or [N, I] with batch_sizes, got ", to_string(shape(x)));
   const ScalarType dtype = x.scalar_type();
   check(x, "x", dtype, shape(x));
   const SequenceStorage storage(x, hx.size(1), batch_sizes, lengths, resets);
@@ -249,7 +257,8 @@ Tensors backward(std::string cell_name, MaybeTensor dy, MaybeTensor dh_n, MaybeT
   const int64_t D = p.directions, H = p.H, N = sequence_rows(p.sequence);
   check(y, "y", dtype, with_last(x, D * H));
   const size_t saved_count = (cell.saved ? 1 : 0) + (cell.has_cell ? 1 : 0);
-  STD_TORCH_CHECK(saved.size() == saved_count, "fusedrnn: expected ", saved_count, " saved tensors, got ", saved.size());
+  STD_TORCH_CHECK(saved.size() == saved_count, "fusedrnn: expected ", saved_count, " saved tensors, got ",
+                  saved.size());
   if (cell.saved) {
     check(saved[0], "gates", dtype, {D, N, cell.saved * H});
     p.gates = saved[0].const_data_ptr();
@@ -262,8 +271,8 @@ Tensors backward(std::string cell_name, MaybeTensor dy, MaybeTensor dh_n, MaybeT
   if (dh_n) check(*dh_n, "dh_n", dtype, shape(hx));
   if (dc_n) check(*dc_n, "dc_n", dtype, shape(hx));
   const size_t states = cell.has_cell ? 3 : 2;  // x, hx and perhaps cx come before the weights
-  STD_TORCH_CHECK(wanted.size() == states + weights.size(), "fusedrnn: expected wanted to hold ", states + weights.size(), " values, got ",
-                  wanted.size());
+  STD_TORCH_CHECK(wanted.size() == states + weights.size(), "fusedrnn: expected wanted to hold ",
+                  states + weights.size(), " values, got ", wanted.size());
   Tensor dsums = make(x, {D, N, cell.sums * H});
   Tensors results;
   const auto result = [&](size_t i, const Tensor& like) -> void* {
@@ -312,15 +321,17 @@ py::array evaluate_function(const std::string& name, const py::array& x) {
 
 }  // namespace
 
-// Results, in this order: y, h_n, c_n (lstm), and with save what backward asks for as `saved`: gates (lstm, gru), cells (lstm).
-// recurrence_backward: the gradients of x, hx, cx (lstm) and every weight, of those that are wanted. step is recurrence_forward for one
-// step of [B, I], for inference: h and c (lstm).
+// Results, in this order: y, h_n, c_n (lstm), and with save what backward asks for as `saved`: gates (lstm,
+// gru), cells (lstm). recurrence_backward: the gradients of x, hx, cx (lstm) and every weight, of those that
+// are wanted. step is recurrence_forward for one step of [B, I], for inference: h and c (lstm).
 STABLE_TORCH_LIBRARY(fusedrnn, m) {
   m.def(
-      "recurrence_forward(str cell, Tensor x, Tensor hx, Tensor? cx, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
+      "recurrence_forward(str cell, Tensor x, Tensor hx, Tensor? cx, Tensor[] weights, Tensor? batch_sizes, "
+      "Tensor? lengths, "
       "Tensor? resets, bool save) -> Tensor[]");
   m.def(
-      "recurrence_backward(str cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor y, Tensor hx, Tensor? cx, Tensor[] saved, "
+      "recurrence_backward(str cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor y, Tensor hx, "
+      "Tensor? cx, Tensor[] saved, "
       "Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, bool[] wanted) -> Tensor[]");
   m.def("step(str cell, Tensor x, Tensor hx, Tensor? cx, Tensor[] weights) -> Tensor[]");
 }
@@ -334,19 +345,23 @@ STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fusedrnn's compiled part: importing it registers torch.ops.fusedrnn.";
   cpu::use("");
-  m.def("build_info", [] {
-    py::dict info;
-    info["torch"] = FUSEDRNN_TORCH_VERSION;
-    info["compiler"] = FUSEDRNN_COMPILER;
-    info["instruction_sets"] = cpu::built();
-    info["cuda_architectures"] = std::vector<std::string>{};
-    return info;
-  }, "What this build was made with and for.");
+  m.def(
+      "build_info",
+      [] {
+        py::dict info;
+        info["torch"] = FUSEDRNN_TORCH_VERSION;
+        info["compiler"] = FUSEDRNN_COMPILER;
+        info["instruction_sets"] = cpu::built();
+        info["cuda_architectures"] = std::vector<std::string>{};
+        return info;
+      },
+      "What this build was made with and for.");
   m.def("instruction_sets", &cpu::supported, "Instruction sets built that this processor has, best first.");
   m.def("instruction_set", [] { return cpu::kernels().name; }, "The one in use.");
   m.def("use", &cpu::use, py::arg("instruction_set"), "Choose one of instruction_sets(), or \"\" for the best.");
-  m.def("use_threads", [](bool at_once) { pool_runs_at_once = at_once; }, py::arg("at_once"),
-        "Whether torch's thread pool runs the parts of a parallel loop at the same time (OpenMP does).");
+  m.def(
+      "use_threads", [](bool at_once) { pool_runs_at_once = at_once; }, py::arg("at_once"),
+      "Whether torch's thread pool runs the parts of a parallel loop at the same time (OpenMP does).");
   m.def("evaluate", &evaluate_function, py::arg("function"), py::arg("x"),
         "exp, sigmoid or tanh as the kernels compute them, of a float32 or float64 array.");
 }

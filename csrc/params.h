@@ -1,8 +1,8 @@
 // What a recurrence kernel is given: plain pointers and sizes, no framework.
 //
-// Letters: T steps, B rows of the batch, N rows of the sequence (T*B when padded, the sum of all lengths when packed), I inputs, H
-// hidden units, D directions (1 or 2). All arrays are dense, row-major, of the scalar type that the params name, and owned by the
-// caller. Nothing may alias anything else.
+// Letters: T steps, B rows of the batch, N rows of the sequence (T*B when padded, the sum of all lengths when
+// packed), I inputs, H hidden units, D directions (1 or 2). All arrays are dense, row-major, of the scalar
+// type that the params name, and owned by the caller. Nothing may alias anything else.
 #pragma once
 
 #include <cstdint>
@@ -12,12 +12,14 @@ namespace fusedrnn {
 enum class CellKind { rnn_tanh, rnn_relu, lstm, gru };
 enum class ScalarKind { float32, float64 };
 
-// Where the rows of each step are, and which of them are there. Row b of step t is row start(t) + b of the sequence, for
-// b < rows_at(t). A padded batch has B rows at every step; a packed one (rows sorted by falling length) has no padding.
+// Where the rows of each step are, and which of them are there. Row b of step t is row start(t) + b of the
+// sequence, for b < rows_at(t). A padded batch has B rows at every step; a packed one (rows sorted by falling
+// length) has no padding.
 struct Sequence {
   int64_t T, B;
   const int64_t* offsets;  // [T + 1] first row of each step of a packed batch, or nullptr for a padded one
-  const int64_t* lengths;  // [B] or nullptr for T; steps t >= length(b) are no part of row b: y is zero there, the state is kept
+  const int64_t* lengths;  // [B] or nullptr for T; steps t >= length(b) are no part of row b: y is zero
+                           // there, the state is kept
   const bool* resets;      // [N] by sequence row, or nullptr; where set, the state is zeroed before the step
 
   int64_t start(int64_t t) const { return offsets ? offsets[t] : t * B; }
@@ -25,7 +27,8 @@ struct Sequence {
   int64_t length(int64_t b) const { return lengths ? lengths[b] : T; }
 };
 
-// Weights of one direction, as torch.nn stores them. Gates are blocks of H rows in torch's order (see cells/).
+// Weights of one direction, as torch.nn stores them. Gates are blocks of H rows in torch's order (see
+// cells/).
 struct Weights {
   const void* w_ih;  // [gates*H, I]
   const void* w_hh;  // [gates*H, H]

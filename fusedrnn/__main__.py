@@ -28,7 +28,9 @@ def info() -> int:
         runnable = _dispatch.extension.instruction_sets()
         missing = [name for name in build["instruction_sets"] if name not in runnable]
         lines["extension"] = f"built with torch {build['torch']}, {build['compiler']}"
-        lines["instruction sets"] = f"{', '.join(build['instruction_sets'])} built, {_dispatch.extension.instruction_set()} chosen"
+        lines["instruction sets"] = (
+            f"{', '.join(build['instruction_sets'])} built, {_dispatch.extension.instruction_set()} chosen"
+        )
         if missing:
             lines["instruction sets"] += f"; not available: {', '.join(missing)} (this processor lacks it)"
         if "ATen parallel backend: OpenMP" not in torch.__config__.parallel_info():
@@ -38,7 +40,9 @@ def info() -> int:
     if torch.cuda.is_available():
         lines["GPUs"] = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     else:
-        lines["GPUs"] = "none: " + ("torch is a build without CUDA" if torch.version.cuda is None else "torch sees no device")
+        lines["GPUs"] = "none: " + (
+            "torch is a build without CUDA" if torch.version.cuda is None else "torch sees no device"
+        )
     for name, text in lines.items():
         print(f"{name + ':':<18}{text}")
     return 0

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fusedrnn import _ops, _reference
 
+
 def recurrence(
     cell: str,
     x: Tensor,
@@ -21,7 +22,9 @@ def recurrence(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """:func:`fusedrnn._reference.recurrence` on the compiled kernels; float32 and float64, without projection."""
     if needs_gradient(x, hx, cx, weights):
-        y, h_n, *c_n = Recurrence.apply(cell, batch_sizes, lengths, resets, x, hx, cx, *weights)
+        y, h_n, *c_n = Recurrence.apply(  # type: ignore[no-untyped-call]
+            cell, batch_sizes, lengths, resets, x, hx, cx, *weights
+        )
     else:
         y, h_n, *c_n = _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, False)
     return y, h_n, c_n[0] if c_n else None
@@ -30,7 +33,10 @@ def recurrence(
 def needs_gradient(x: Tensor, hx: Tensor, cx: Tensor | None, weights: list[Tensor]) -> bool:
     """Whether a backward pass may follow, so that forward must save what it needs."""
     return torch.is_grad_enabled() and (
-        x.requires_grad or hx.requires_grad or (cx is not None and cx.requires_grad) or any(w.requires_grad for w in weights)
+        x.requires_grad
+        or hx.requires_grad
+        or (cx is not None and cx.requires_grad)
+        or any(w.requires_grad for w in weights)
     )
 
 
@@ -38,7 +44,17 @@ class Recurrence(torch.autograd.Function):
     """One layer, all directions, with gradients for x, hx, cx and every weight that asks for one."""
 
     @staticmethod
-    def forward(ctx: Any, cell: str, batch_sizes: Any, lengths: Any, resets: Any, x: Tensor, hx: Tensor, cx: Any, *weights: Tensor) -> Any:
+    def forward(
+        ctx: Any,
+        cell: str,
+        batch_sizes: Any,
+        lengths: Any,
+        resets: Any,
+        x: Tensor,
+        hx: Tensor,
+        cx: Any,
+        *weights: Tensor,
+    ) -> Any:
         states = 1 if cx is None else 2
         y, *results = _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, True)
         ctx.cell = cell
@@ -56,11 +72,15 @@ class Recurrence(torch.autograd.Function):
         wanted = ctx.needs_input_grad[4:]
         sequence = (batch_sizes, lengths, resets)
         if torch.is_grad_enabled():  # create_graph=True: the gradients will be differentiated themselves
-            return (None,) * 4 + _differentiable_gradients(ctx.cell, sequence, (x, hx, cx, *weights), wanted, (dy, dh_n, dc_n))
+            return (None,) * 4 + _differentiable_gradients(
+                ctx.cell, sequence, (x, hx, cx, *weights), wanted, (dy, dh_n, dc_n)
+            )
 
         # cx is no argument of the operator for cells without a cell state.
         asked = list(wanted) if cx is not None else [*wanted[:2], *wanted[3:]]
-        gradients = iter(_ops.recurrence_backward(ctx.cell, dy, dh_n, dc_n, x, y, hx, cx, saved, weights, *sequence, asked))
+        gradients = iter(
+            _ops.recurrence_backward(ctx.cell, dy, dh_n, dc_n, x, y, hx, cx, saved, weights, *sequence, asked)
+        )
         return None, None, None, None, *(next(gradients) if want else None for want in wanted)
 
 
@@ -74,7 +94,8 @@ def _differentiable_gradients(
     """The gradients of ``inputs`` by running the reference again; they can be differentiated any number of times."""
     # A view of each, so that a tensor that is used twice gets the gradient of each use, not their sum twice.
     x, hx, cx, *weights = (None if t is None else t.view_as(t) for t in inputs)
-    assert x is not None and hx is not None
+    assert x is not None
+    assert hx is not None
     outputs = _reference.recurrence(cell, x, hx, cx, [w for w in weights if w is not None], *sequence)
     pairs = [(o, g) for o, g in zip(outputs, cotangents, strict=True) if o is not None and g is not None]
     sources = [t for t, want in zip((x, hx, cx, *weights), wanted, strict=True) if want and t is not None]

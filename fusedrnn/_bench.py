@@ -79,9 +79,7 @@ def random_state(module: torch.nn.RNNBase, batch: int) -> State:
     return (part(), part()) if module.mode == "LSTM" else part()
 
 
-def inference_call(
-    module: torch.nn.RNNBase, x: Tensor | PackedSequence, hx: State
-) -> Callable[[], list[Tensor]]:
+def inference_call(module: torch.nn.RNNBase, x: Tensor | PackedSequence, hx: State) -> Callable[[], list[Tensor]]:
     """A call that runs the module without autograd and returns y and the final states."""
 
     def call() -> list[Tensor]:
@@ -91,9 +89,7 @@ def inference_call(
     return call
 
 
-def training_call(
-    module: torch.nn.RNNBase, x: Tensor | PackedSequence, hx: State
-) -> Callable[[], list[Tensor]]:
+def training_call(module: torch.nn.RNNBase, x: Tensor | PackedSequence, hx: State) -> Callable[[], list[Tensor]]:
     """A call that runs forward and backward and returns the gradients of x, hx and every weight.
 
     The cotangents, on y and on the final states, are random and the same for modules of the same sizes.
@@ -162,9 +158,7 @@ def run(args: argparse.Namespace) -> int:
     hx = random_state(rival, args.batch)
 
     explanation = fusedrnn.explain(ours, x)
-    place = f"{args.dtype} on {device}" + (
-        f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    )
+    place = f"{args.dtype} on {device}" + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
     print(f"{ours}, x {tuple(x.shape)}, {place}")
     print(f"fusedrnn runs: {explanation.implementation} ({explanation.reason})\n")
     print(f"{'':10} {'torch.nn':>12} {'fusedrnn':>12} {'speed-up':>9}")

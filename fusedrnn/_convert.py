@@ -18,15 +18,18 @@ _TORCH_OF: dict[type, type] = {fused: plain for plain, fused in _FUSED_OF.items(
 def convert(model: Model) -> Model:
     """Make every torch.nn.RNN, LSTM, GRU and cell in ``model`` one of fusedrnn's; returns ``model`` itself.
 
-    Only the class of each module changes. The object stays, and with it its Parameters, hooks, buffers and every reference to it, so
-    optimisers, shared modules and data parallel wrappers need not know. Subclasses of torch.nn's modules have a behaviour of their
-    own and are left alone, with a UserWarning that names them.
+    Only the class of each module changes. The object stays, and with it its Parameters, hooks, buffers and every
+    reference to it, so optimisers, shared modules and data parallel wrappers need not know. Subclasses of torch.nn's
+    modules have a behaviour of their own and are left alone, with a UserWarning that names them.
     """
     for path, module in model.named_modules():
         if type(module) in _FUSED_OF:
             module.__class__ = _FUSED_OF[type(module)]
         elif isinstance(module, tuple(_FUSED_OF)) and not isinstance(module, FUSED):
-            warnings.warn(f"fusedrnn.convert left {path or 'the model'} alone: {type(module).__name__} is a subclass", stacklevel=2)
+            warnings.warn(
+                f"fusedrnn.convert left {path or 'the model'} alone: {type(module).__name__} is a subclass",
+                stacklevel=2,
+            )
     return model
 
 

@@ -59,7 +59,9 @@ def _choose(device: str, dtype: torch.dtype, projected: bool) -> Explanation:
     if dtype in (torch.float32, torch.float64):
         return Explanation("cpu", f"fused {dtype} kernels".replace("torch.", ""))
     if dtype in (torch.bfloat16, torch.float16):
-        return Explanation("cpu", f"fused float32 kernels; {dtype} is converted on the way in and out".replace("torch.", ""))
+        return Explanation(
+            "cpu", f"fused float32 kernels; {dtype} is converted on the way in and out".replace("torch.", "")
+        )
     return Explanation("torch", f"there are no kernels for {dtype}")
 
 
@@ -77,7 +79,7 @@ def _warn(reason: str) -> None:
     warnings.warn(f"fusedrnn runs on a fallback: {reason}", FallbackWarning, stacklevel=6)
 
 
-def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = None) -> Explanation:
+def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = None) -> Explanation:  # noqa: ARG001
     """Say which implementation would run ``module(input, hx)``, and why not a faster one; nothing is run.
 
     Args:
@@ -94,5 +96,8 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = N
         data = input.data if isinstance(input, PackedSequence) else input
         return _choose(data.device.type, data.dtype, bool(getattr(module, "proj_size", 0)))
     if isinstance(module, torch.nn.RNNBase | torch.nn.RNNCellBase):
-        return Explanation("torch", f"{type(module).__name__} is not one of fusedrnn's modules; fusedrnn.convert swaps torch.nn's")
+        return Explanation(
+            "torch",
+            f"{type(module).__name__} is not one of fusedrnn's modules; fusedrnn.convert swaps torch.nn's",
+        )
     raise TypeError(f"expected a recurrent layer or cell, got {type(module).__name__}")

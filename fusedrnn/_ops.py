@@ -1,4 +1,4 @@
-"""The operators' facts for Python: the layout of a unit's values, and the shapes of results that torch.compile and export ask for."""
+"""The operators as Python sees them, and the shapes of their results for torch.compile and export."""
 
 from __future__ import annotations
 

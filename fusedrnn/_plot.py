@@ -79,9 +79,7 @@ def end_progress() -> None:
 
 def print_recital(said: str, result: Result) -> None:
     """Prints what the model says, line by line and wrapped."""
-    print(
-        f"  {result.iterations} iterations, recall {result.recall:.3f}; from the start token alone it says:"
-    )
+    print(f"  {result.iterations} iterations, recall {result.recall:.3f}; from the start token alone it says:")
     for line in said.splitlines():
         print(textwrap.fill(line, 100, initial_indent="    ", subsequent_indent="    "))
 

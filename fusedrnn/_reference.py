@@ -1,8 +1,9 @@
 """The specification in plain PyTorch: one step per cell, one loop.
 
-It is also the fallback where the extension is not built, and the double backward everywhere, being differentiable any number of
-times. Gate orders are torch's. ``weights`` lists, per direction, ``w_ih [G*H, I]``, ``w_hh [G*H, R]``, then with bias ``b_ih [G*H]``
-and ``b_hh [G*H]``, then with projection ``w_hr [R, H]``; R is the size of the recurrent output: H, or proj_size.
+It is also the fallback where the extension is not built, and the double backward everywhere, being differentiable
+any number of times. Gate orders are torch's. ``weights`` lists, per direction, ``w_ih [G*H, I]``, ``w_hh [G*H, R]``,
+then with bias ``b_ih [G*H]`` and ``b_hh [G*H]``, then with projection ``w_hr [R, H]``; R is the size of the recurrent
+output: H, or proj_size.
 """
 
 from __future__ import annotations
@@ -16,36 +17,40 @@ from torch import Tensor
 State = tuple[Tensor, Tensor | None]
 
 
-def rnn_step(activation: Callable[[Tensor], Tensor], igates: Tensor, hgates: Tensor, state: State) -> State:
+def rnn_step(activation: Callable[[Tensor], Tensor], igates: Tensor, hgates: Tensor) -> State:
     """h' = act(igates + hgates) (Elman 1990)."""
     return activation(igates + hgates), None
 
 
-def lstm_step(igates: Tensor, hgates: Tensor, state: State) -> State:
+def lstm_step(igates: Tensor, hgates: Tensor, c: Tensor) -> State:
     """c' = f∘c + i∘g, h' = o∘tanh(c') (Hochreiter & Schmidhuber 1997; Gers et al. 2000)."""
     i, f, g, o = (igates + hgates).chunk(4, -1)
-    c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
     return torch.sigmoid(o) * torch.tanh(c), c
 
 
-def gru_step(igates: Tensor, hgates: Tensor, state: State) -> State:
+def gru_step(igates: Tensor, hgates: Tensor, h: Tensor) -> State:
     """h' = (1-z)∘n + z∘h with n = tanh(n_x + r∘n_h) (Cho et al. 2014, reset after the product)."""
     r_x, z_x, n_x = igates.chunk(3, -1)
     r_h, z_h, n_h = hgates.chunk(3, -1)
     r, z = torch.sigmoid(r_x + r_h), torch.sigmoid(z_x + z_h)
     n = torch.tanh(n_x + r * n_h)
-    return (1 - z) * n + z * state[0], None
+    return (1 - z) * n + z * h, None
 
 
-STEPS: dict[str, Callable[[Tensor, Tensor, State], State]] = {
-    "rnn_tanh": lambda igates, hgates, state: rnn_step(torch.tanh, igates, hgates, state),
-    "rnn_relu": lambda igates, hgates, state: rnn_step(torch.relu, igates, hgates, state),
-    "lstm": lstm_step,
-    "gru": gru_step,
-}
+def step(cell: str, igates: Tensor, hgates: Tensor, h: Tensor, c: Tensor | None) -> State:
+    """One step of ``cell``: igates = W_ih x + b_ih and hgates = W_hh h + b_hh, each ``[B, G*H]``, to h' and c'."""
+    if cell == "lstm":
+        assert c is not None
+        return lstm_step(igates, hgates, c)
+    if cell == "gru":
+        return gru_step(igates, hgates, h)
+    return rnn_step(torch.relu if cell == "rnn_relu" else torch.tanh, igates, hgates)
 
 
-def split_weights(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+def split_weights(
+    weights: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """One direction's weights as (w_ih, w_hh, b_ih, b_hh, w_hr), with None for what is not there."""
     w_ih, w_hh, *rest = weights
     b_ih, b_hh = rest[:2] if len(rest) >= 2 else (None, None)
@@ -79,9 +84,10 @@ def recurrence(
     Args:
         cell: ``rnn_tanh``, ``rnn_relu``, ``lstm`` or ``gru``.
         x: ``[T, B, I]``, or ``[N, I]`` with ``batch_sizes [T]`` (a PackedSequence's).
-        hx: ``[D, B, R]`` initial hidden state; D = 2 adds the direction that runs from each row's last step to its first.
+        hx: ``[D, B, R]`` initial hidden state; D = 2 adds the direction from each row's last step to its first.
         cx: ``[D, B, H]`` initial cell state of an LSTM.
         weights: D groups, as the module's docstring says.
+        batch_sizes: ``[T]`` int64 on the CPU, the rows that each step of a packed x has.
         lengths: ``[B]`` integers from 0 to T. Past its length a row has output zero and keeps its state.
         resets: bool, x's shape without the last dimension. Where set, the state is zeroed before the step.
 
@@ -89,17 +95,20 @@ def recurrence(
         y ``[T, B, D*R]`` or ``[N, D*R]``, h_n ``[D, B, R]`` and, for an LSTM, c_n ``[D, B, H]``.
     """
     if batch_sizes is not None:
-        t, b = (index.to(x.device) for index in packed_rows(batch_sizes))
+        steps, rows = (index.to(x.device) for index in packed_rows(batch_sizes))
         T, B = len(batch_sizes), hx.size(1)
-        padded = x.new_zeros(T, B, x.size(-1)).index_put((t, b), x)
+        padded = x.new_zeros(T, B, x.size(-1)).index_put((steps, rows), x)
         if resets is not None:
-            resets = resets.new_zeros(T, B).index_put((t, b), resets)
-        y, h_n, c_n = recurrence(cell, padded, hx, cx, weights, lengths=packed_lengths(batch_sizes).to(x.device), resets=resets)
-        return y[t, b], h_n, c_n
+            resets = resets.new_zeros(T, B).index_put((steps, rows), resets)
+        lengths = packed_lengths(batch_sizes).to(x.device)
+        y, h_n, c_n = recurrence(cell, padded, hx, cx, weights, lengths=lengths, resets=resets)
+        return y[steps, rows], h_n, c_n
 
     T, directions = x.size(0), hx.size(0)
     each = len(weights) // directions
-    outputs, h_n, c_n = [], [], []
+    outputs: list[Tensor] = []
+    last_h: list[Tensor] = []
+    last_c: list[Tensor] = []
     for direction in range(directions):
         w_ih, w_hh, b_ih, b_hh, w_hr = split_weights(weights[direction * each : (direction + 1) * each])
         igates = F.linear(x, w_ih, b_ih)
@@ -109,7 +118,7 @@ def recurrence(
             if resets is not None:
                 h = h.masked_fill(resets[t].unsqueeze(-1), 0)
                 c = None if c is None else c.masked_fill(resets[t].unsqueeze(-1), 0)
-            new_h, new_c = STEPS[cell](igates[t], F.linear(h, w_hh, b_hh), (h, c))
+            new_h, new_c = step(cell, igates[t], F.linear(h, w_hh, b_hh), h, c)
             if w_hr is not None:
                 new_h = F.linear(new_h, w_hr)
             if lengths is None:
@@ -121,7 +130,7 @@ def recurrence(
                 c = None if new_c is None or c is None else torch.where(inside, new_c, c)
                 output.append(new_h.masked_fill(~inside, 0))
         outputs.append(torch.stack(output[::-1] if direction else output))
-        h_n.append(h)
+        last_h.append(h)
         if c is not None:
-            c_n.append(c)
-    return torch.cat(outputs, -1), torch.stack(h_n), torch.stack(c_n) if c_n else None
+            last_c.append(c)
+    return torch.cat(outputs, -1), torch.stack(last_h), torch.stack(last_c) if last_c else None

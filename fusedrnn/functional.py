@@ -14,11 +14,16 @@ HALF = (torch.bfloat16, torch.float16)
 def step(
     cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: list[Tensor], implementation: str
 ) -> tuple[Tensor, Tensor | None]:
-    """One step of one layer: x ``[B, I]``, h ``[B, H]``, an LSTM's c ``[B, H]`` to h' and c'; arguments as for :func:`stack`."""
+    """One step of one layer: x ``[B, I]``, h ``[B, H]`` and an LSTM's c ``[B, H]`` to h' and c'.
+
+    ``cell``, ``weights`` and ``implementation`` are those of :func:`stack`.
+    """
     if implementation == "cpu" and x.dtype not in HALF and not _autograd.needs_gradient(x, h, c, weights):
         h, *rest = _ops.step(cell, x, h, c, weights)
         return h, rest[0] if rest else None
-    _, h, c = stack(cell, x.unsqueeze(0), h.unsqueeze(0), None if c is None else c.unsqueeze(0), weights, implementation)
+    _, h, c = stack(
+        cell, x.unsqueeze(0), h.unsqueeze(0), None if c is None else c.unsqueeze(0), weights, implementation
+    )
     return h.squeeze(0), None if c is None else c.squeeze(0)
 
 
@@ -57,9 +62,18 @@ def stack(
         x, h, c = recurrence(cell, x, hx, cx, weights, batch_sizes)
     else:
         layers = []
-        for layer, (layer_hx, layer_weights) in enumerate(zip(hx.chunk(num_layers), _chunks(weights, num_layers), strict=True)):
+        for layer, (layer_hx, layer_weights) in enumerate(
+            zip(hx.chunk(num_layers), _chunks(weights, num_layers), strict=True)
+        ):
             layer_cx = None if cx is None else cx.chunk(num_layers)[layer]
-            x, h, c = recurrence(cell, F.dropout(x, dropout) if dropout and layer else x, layer_hx, layer_cx, layer_weights, batch_sizes)
+            x, h, c = recurrence(
+                cell,
+                F.dropout(x, dropout) if dropout and layer else x,
+                layer_hx,
+                layer_cx,
+                layer_weights,
+                batch_sizes,
+            )
             layers.append((h, c))
         h = torch.cat([h for h, _ in layers])
         c = None if cx is None else torch.cat([c for _, c in layers if c is not None])

@@ -1,4 +1,4 @@
-"""torch.nn's recurrent modules with another forward: constructor, parameters, names, init and state_dict are inherited."""
+"""torch.nn's recurrent modules with another forward; constructor, parameters, init and state_dict are inherited."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ def _check_state(state: Tensor, x: Tensor) -> None:
 
 
 def _as_pair(hx: Any, name: str) -> list[Tensor]:
-    """An LSTM's (h_0, c_0) from what was given for it; what is no pair fails with the type of error that torch.nn gives."""
+    """An LSTM's (h_0, c_0) from what was given for it; fails with the type of error that torch.nn gives."""
     if not isinstance(hx, Tensor) and len(hx) == 2:
         return list(hx)
     given = f"a tensor of shape {list(hx.shape)}" if isinstance(hx, Tensor) else f"a tuple of {len(hx)}"
+    error: type[Exception]
     if name == "LSTM":  # torch.nn.LSTM takes the first two rows or elements, whatever they are
         error = IndexError if len(hx) < 2 else RuntimeError
     else:
@@ -54,7 +55,7 @@ class _Layer(torch.nn.RNNBase):
             y, states = self._run(x, states, implementation, batch_sizes, autocast)
             if unsorted_indices is not None:
                 states = [s.index_select(1, unsorted_indices) for s in states]
-            y = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
+            output: Any = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
         else:
             rank = x.dim()
             if rank not in (2, 3):
@@ -68,12 +69,15 @@ class _Layer(torch.nn.RNNBase):
                 y, states = y.squeeze(1), [s.squeeze(1) for s in states]
             elif self.batch_first:
                 y = y.transpose(0, 1)
-        return y, (tuple(states) if self.mode == "LSTM" else states[0])
+            output = y
+        return output, (tuple(states) if self.mode == "LSTM" else states[0])
 
     def _states(self, x: Tensor, batch: int, hx: Any, rank: int, autocast: torch.dtype | None) -> list[Tensor]:
-        """Checks the input, time first, and the state; returns h_0 (and c_0), with a batch dimension, as given or zero."""
+        """Checks the input, time first, and the state; returns h_0 (and c_0), given or zero, with a batch dimension."""
         if x.size(-1) != self.input_size:
-            raise RuntimeError(f"{self.mode}: expected input of size {self.input_size} in its last dimension, got {x.size(-1)}")
+            raise RuntimeError(
+                f"{self.mode}: expected input of size {self.input_size} in its last dimension, got {x.size(-1)}"
+            )
         if x.size(0) == 0:
             raise RuntimeError(f"{self.mode}: expected a sequence of at least 1 step, got 0")
         weight_dtype = self._weights()[0].dtype
@@ -90,7 +94,9 @@ class _Layer(torch.nn.RNNBase):
             name = ("h_0", "c_0")[i] if lstm else "hx"
             if state.dim() != rank:
                 kind = "a batched 3-D" if rank == 3 else "an unbatched 2-D"
-                raise RuntimeError(f"{self.mode}: expected a {rank}-D {name} for {kind} input, got a {state.dim()}-D one")
+                raise RuntimeError(
+                    f"{self.mode}: expected a {rank}-D {name} for {kind} input, got a {state.dim()}-D one"
+                )
             expected = (rows, batch, size) if rank == 3 else (rows, size)
             if state.shape != expected:
                 raise RuntimeError(f"{self.mode}: expected {name} of shape {list(expected)}, got {list(state.shape)}")
@@ -99,21 +105,34 @@ class _Layer(torch.nn.RNNBase):
         return [s.unsqueeze(1) for s in states] if rank == 2 else states
 
     def _weights(self) -> list[Tensor]:
-        """The flat list of weights, brought up to date where hooks or functional_call have put others in their place."""
+        """The flat list of weights, up to date where hooks or functional_call have put others in their place."""
         parameters = self._parameters
-        if any(parameters.get(name) is not w for name, w in zip(self._flat_weights_names, self._flat_weights, strict=True)):
+        if any(
+            parameters.get(name) is not w for name, w in zip(self._flat_weights_names, self._flat_weights, strict=True)
+        ):
             self._update_flat_weights()
         return self._flat_weights  # type: ignore[return-value]
 
     def _run(
-        self, x: Tensor, states: list[Tensor], implementation: str, batch_sizes: Tensor | None, autocast: torch.dtype | None
+        self,
+        x: Tensor,
+        states: list[Tensor],
+        implementation: str,
+        batch_sizes: Tensor | None,
+        autocast: torch.dtype | None,
     ) -> tuple[Tensor, list[Tensor]]:
         weights = self._weights()
         if autocast is not None:
-            x, states, weights = x.to(autocast), [s.to(autocast) for s in states], [w.to(autocast) for w in weights]
+            x, states, weights = (
+                x.to(autocast),
+                [s.to(autocast) for s in states],
+                [w.to(autocast) for w in weights],
+            )
         h, c = states if len(states) == 2 else (states[0], None)
         dropout = self.dropout if self.training else 0.0
-        y, h, c = functional.stack(self.mode.lower(), x, h, c, weights, implementation, self.num_layers, dropout, batch_sizes)
+        y, h, c = functional.stack(
+            self.mode.lower(), x, h, c, weights, implementation, self.num_layers, dropout, batch_sizes
+        )
         return y, [h] if c is None else [h, c]
 
 
@@ -127,14 +146,16 @@ class RNN(_Layer, torch.nn.RNN):
 class LSTM(_Layer, torch.nn.LSTM):
     """:class:`torch.nn.LSTM` on fused kernels: same constructor, parameters, ``state_dict``, inputs and outputs.
 
-    i, f, o = σ(·), g = tanh(·) of W_i• x + b_i• + W_h• h + b_h•; c' = f∘c + i∘g; h' = o∘tanh(c') (Hochreiter & Schmidhuber 1997).
+    i, f, o = σ(·), g = tanh(·) of W_i• x + b_i• + W_h• h + b_h•; c' = f∘c + i∘g; h' = o∘tanh(c')
+    (Hochreiter & Schmidhuber 1997; Gers et al. 2000).
     """
 
 
 class GRU(_Layer, torch.nn.GRU):
     """:class:`torch.nn.GRU` on fused kernels: same constructor, parameters, ``state_dict``, inputs and outputs.
 
-    r, z = σ(·) of W_i• x + b_i• + W_h• h + b_h•; n = tanh(W_in x + b_in + r∘(W_hn h + b_hn)); h' = (1-z)∘n + z∘h (Cho et al. 2014).
+    r, z = σ(·) of W_i• x + b_i• + W_h• h + b_h•; n = tanh(W_in x + b_in + r∘(W_hn h + b_hn)); h' = (1-z)∘n + z∘h
+    (Cho et al. 2014, the reset gate applied after the product).
     """
 
 
@@ -155,7 +176,12 @@ class _Cell(torch.nn.RNNCellBase):
             c = torch.zeros_like(h) if c is None else c if c.dim() == 2 else c.unsqueeze(0)
         weights = self._weights()
         if autocast is not None:
-            x, h, c, weights = x.to(autocast), h.to(autocast), c if c is None else c.to(autocast), [w.to(autocast) for w in weights]
+            x, h, c, weights = (
+                x.to(autocast),
+                h.to(autocast),
+                c if c is None else c.to(autocast),
+                [w.to(autocast) for w in weights],
+            )
         h, c = functional.step(self._mode(), x, h, c, weights, implementation)
         if input.dim() == 1:
             h, c = h.squeeze(0), c if c is None else c.squeeze(0)
@@ -178,7 +204,9 @@ class _Cell(torch.nn.RNNCellBase):
         if input.dim() not in (1, 2):
             raise ValueError(f"{name}: expected input of 1 or 2 dimensions (unbatched or batched), got {input.dim()}")
         if input.size(-1) != self.input_size:
-            raise RuntimeError(f"{name}: expected input of size {self.input_size} in its last dimension, got {input.size(-1)}")
+            raise RuntimeError(
+                f"{name}: expected input of size {self.input_size} in its last dimension, got {input.size(-1)}"
+            )
         if autocast is None and input.dtype != (dtype := self._weights()[0].dtype):
             raise RuntimeError(f"{name}: expected input of the weights' dtype {dtype}, got {input.dtype}")
         expected = (*input.shape[:-1], self.hidden_size)

@@ -169,9 +169,7 @@ def run_module(module: torch.nn.Module, case: Case, data: Data) -> dict[str, tor
 
 def run_oracle(weights: dict[str, torch.Tensor], case: Case, data: Data) -> dict[str, np.ndarray]:
     """What `run_module` should give, from the weights by name."""
-    x, h0, c0, dy, dh_n, dc_n = (
-        t.double().numpy() for t in (data.x, data.h0, data.c0, data.dy, data.dh_n, data.dc_n)
-    )
+    x, h0, c0, dy, dh_n, dc_n = (t.double().numpy() for t in (data.x, data.h0, data.c0, data.dy, data.dh_n, data.dc_n))
     named = {name: value.detach().double().numpy() for name, value in weights.items()}
     result = oracle.run(
         case.equations,

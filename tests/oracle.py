@@ -69,9 +69,7 @@ def lstm_backward(saved, h, c, dout, dc_new):
     i, f, g, o, tanh_c = saved
     dc_new = dc_new + dout * o * (1.0 - tanh_c * tanh_c)
     di, df, dg, do = dc_new * g, dc_new * c, dc_new * i, dout * tanh_c
-    da = np.concatenate(
-        [di * i * (1.0 - i), df * f * (1.0 - f), dg * (1.0 - g * g), do * o * (1.0 - o)], axis=-1
-    )
+    da = np.concatenate([di * i * (1.0 - i), df * f * (1.0 - f), dg * (1.0 - g * g), do * o * (1.0 - o)], axis=-1)
     return da, da, np.zeros_like(h), dc_new * f
 
 
@@ -213,9 +211,7 @@ def run(cell, weights, x, h0, c0, *, layers=1, bidirectional=False, lengths=None
                 row = layer * len(endings) + direction
                 suffix, w, tape = tapes[row]
                 dw = {name: np.zeros_like(value) for name, value in w.items()}
-                dx_part, dh0[row], dc0[row] = direction_backward(
-                    cell, w, tape, dy_part, dh_n[row], dc_n[row], dw
-                )
+                dx_part, dh0[row], dc0[row] = direction_backward(cell, w, tape, dy_part, dh_n[row], dc_n[row], dw)
                 dx = dx + dx_part
                 grads |= {name + suffix: value for name, value in dw.items()}
             dy = dx

@@ -148,9 +148,7 @@ def test_row_round_trips_through_a_line() -> None:
 
 def test_summary_has_geometric_mean_and_worst_row() -> None:
     cases = [Case(name, "GRU", 1, 1, 1, 1) for name in ("first", "second", "other")]
-    rows = [
-        row(case, "training", **{TORCH: ratio}) for case, ratio in zip(cases, (0.5, 8.0, 9.0), strict=True)
-    ]
+    rows = [row(case, "training", **{TORCH: ratio}) for case, ratio in zip(cases, (0.5, 8.0, 9.0), strict=True)]
     (summary,) = report.summarise(rows, {"chosen": cases[:2]})
     assert summary.geometric_mean == pytest.approx(2.0)
     assert (summary.rows, summary.losses, summary.worst) == (2, 1, 0.5)

@@ -119,9 +119,7 @@ LAYER_MISTAKES = (
     Mistake("hx batch, packed", ("LSTM",), on_packed(hx=(1, 2, 7)), ("3", "2")),
     Mistake("hx size, packed", ("LSTM",), on_packed(hx=(1, 3, 8)), ("7", "8")),
     Mistake("hx is a tensor", ("LSTM",), tensor_for_tuple(1, 3, 7), ("tuple|pair", "(?i)tensor")),
-    Mistake(
-        "hx is a tensor of two rows", ("LSTM",), tensor_for_tuple(2, 3, 7), ("3-D|pair|tuple", "2-D|2, 3, 7")
-    ),
+    Mistake("hx is a tensor of two rows", ("LSTM",), tensor_for_tuple(2, 3, 7), ("3-D|pair|tuple", "2-D|2, 3, 7")),
     Mistake("hx is a tuple", ("RNN", "GRU"), tuple_for_tensor(1, 3, 7), ("tuple",)),
     Mistake("hx of one tensor", ("LSTM",), lstm_state(zeros(1, 3, 7)), ("tuple|pair", "one|1")),
     Mistake("hx of three tensors", ("LSTM",), lstm_state(*[zeros(1, 3, 7)] * 3), ("two|pair",)),
@@ -175,17 +173,11 @@ CONSTRUCTOR_MISTAKES = (
     Mistake("dropout of 2", LAYERS, built(4, 7, dropout=2), (r"\[0, 1\]",)),
     Mistake("negative dropout", LAYERS, built(4, 7, dropout=-0.1), (r"\[0, 1\]",)),
     Mistake("dropout of True", LAYERS, built(4, 7, dropout=True), (r"\[0, 1\]",)),
-    Mistake(
-        "proj_size not below hidden_size", ("LSTM",), built(4, 7, proj_size=7), ("proj_size", "hidden_size")
-    ),
+    Mistake("proj_size not below hidden_size", ("LSTM",), built(4, 7, proj_size=7), ("proj_size", "hidden_size")),
     Mistake("negative proj_size", ("LSTM",), built(4, 7, proj_size=-1), ("proj_size",)),
     Mistake("proj_size without an LSTM", ("RNN", "GRU"), built(4, 7, proj_size=3), ("proj_size", "LSTM")),
-    Mistake(
-        "unknown nonlinearity", ("RNN",), built(4, 7, nonlinearity="sigmoid"), ("tanh", "relu", "sigmoid")
-    ),
-    Mistake(
-        "nonlinearity without an RNN", ("LSTM", "GRU"), built(4, 7, nonlinearity="relu"), ("nonlinearity",)
-    ),
+    Mistake("unknown nonlinearity", ("RNN",), built(4, 7, nonlinearity="sigmoid"), ("tanh", "relu", "sigmoid")),
+    Mistake("nonlinearity without an RNN", ("LSTM", "GRU"), built(4, 7, nonlinearity="relu"), ("nonlinearity",)),
     Mistake("no layers", LAYERS, built(4, 7, num_layers=0), ("num_layers",)),
     Mistake("fractional num_layers", LAYERS, built(4, 7, num_layers=1.5), ("float",)),
     Mistake("bias as text", LAYERS, built(4, 7, bias="no"), ("bool", "str")),

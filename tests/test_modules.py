@@ -28,9 +28,7 @@ def make(name: str, *sizes: int, library=fusedrnn, **options) -> torch.nn.Module
 
 def make_input(name: str, requires_grad: bool = False, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     shape = (3, 4) if name in CELLS else (5, 3, 4)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=dtype).requires_grad_(
-        requires_grad
-    )
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=dtype).requires_grad_(requires_grad)
 
 
 def flat(outputs) -> list[torch.Tensor]:
@@ -43,16 +41,12 @@ def flat(outputs) -> list[torch.Tensor]:
 def backward(outputs) -> None:
     """From cotangents that differ from element to element."""
     tensors = flat(outputs)
-    torch.autograd.backward(
-        tensors, [torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view_as(t) for t in tensors]
-    )
+    torch.autograd.backward(tensors, [torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view_as(t) for t in tensors])
 
 
 def gradients(*owners) -> list[torch.Tensor | None]:
     """Copies of the gradients of tensors and of modules' parameters."""
-    tensors = [
-        t for owner in owners for t in ([owner] if isinstance(owner, torch.Tensor) else owner.parameters())
-    ]
+    tensors = [t for owner in owners for t in ([owner] if isinstance(owner, torch.Tensor) else owner.parameters())]
     return [t.grad if t.grad is None else t.grad.clone() for t in tensors]
 
 

@@ -91,9 +91,7 @@ def test_torch_in_float64_says_the_same(case: Case):
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         unit = max(1.0, np.abs(value).max())
-        np.testing.assert_allclose(
-            theirs[name].numpy() / unit, value / unit, atol=FLOAT64_TOLERANCE, err_msg=name
-        )
+        np.testing.assert_allclose(theirs[name].numpy() / unit, value / unit, atol=FLOAT64_TOLERANCE, err_msg=name)
 
 
 def test_a_reset_starts_the_sequence_anew():

@@ -159,9 +159,7 @@ def test_reference_is_differentiable_twice(cell, bidirectional):
 
     def layer(x, hx, *rest):
         cx, weights = (None, rest) if states == 1 else (rest[0], rest[1:])
-        y, h_n, c_n = _reference.recurrence(
-            cell, x, hx, cx, weights, lengths=given["lengths"], resets=resets
-        )
+        y, h_n, c_n = _reference.recurrence(cell, x, hx, cx, weights, lengths=given["lengths"], resets=resets)
         return (y, h_n) if c_n is None else (y, h_n, c_n)
 
     assert torch.autograd.gradcheck(layer, tensors)

@@ -1,5 +1,5 @@
-// Long short-term memory (torch.nn.LSTM; Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000).
-// With a = x·W_ih + b_ih + h·W_hh + b_hh in torch's gate order i f g o:
+// Long short-term memory (torch.nn.LSTM; Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al.
+// 2000). With a = x·W_ih + b_ih + h·W_hh + b_hh in torch's gate order i f g o:
 //   i = σ(a_i)   f = σ(a_f)   g = tanh(a_g)   o = σ(a_o)
 //   c' = f∘c + i∘g            h' = o∘tanh(c')
 // Backward:
@@ -34,7 +34,8 @@ struct LSTM {
     return o * tanh(c);
   }
 
-  // In: the activated gates, c, c', h, h', dh', and dc'. Out: da, dc in place of dc'; returns what of dh does not go through W_hh.
+  // In: the activated gates, c, c', h, h', dh', and dc'. Out: da, dc in place of dc'; returns what of dh does
+  // not go through W_hh.
   template <class V>
   static FUSEDRNN_INLINE V backward(const V* gate, V c, V c_next, V, V, V dh, V& dc, V (&da)[4]) {
     const V i = gate[0], f = gate[1], g = gate[2], o = gate[3];

@@ -11,11 +11,11 @@ namespace fusedrnn {
 
 template <bool is_relu>
 struct RNN {
-  static constexpr int gates = 1;       // blocks of H rows in w_ih and w_hh
-  static constexpr int sums = 1;        // pre-activations a hidden unit has
-  static constexpr int input_sum = 0;  // x·W_ih goes to sums [input_sum, input_sum + gates), h·W_hh to [0, gates)
-  static constexpr int saved = 0;       // activated values kept for backward
-  static constexpr bool has_cell = false;    // a cell state beside the hidden state
+  static constexpr int gates = 1;          // blocks of H rows in w_ih and w_hh
+  static constexpr int sums = 1;           // pre-activations a hidden unit has
+  static constexpr int input_sum = 0;      // x·W_ih goes to sums [input_sum, input_sum + gates), h·W_hh to [0, gates)
+  static constexpr int saved = 0;          // activated values kept for backward
+  static constexpr bool has_cell = false;  // a cell state beside the hidden state
   static constexpr bool needs_output = true;     // backward reads h'
   static constexpr bool needs_previous = false;  // backward reads h
   static constexpr bool passes_state = false;    // h reaches h' beside W_hh too

@@ -1,7 +1,6 @@
 // For every processor that the platform promises: SSE2 on x86-64, NEON on 64-bit ARM.
-#include "standard.h"
-
 #include "kernels.h"
+#include "standard.h"
 namespace fusedrnn::cpu {
 extern const Kernels baseline;
 const Kernels baseline = make_kernels<16>("baseline");

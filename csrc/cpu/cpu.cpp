@@ -21,8 +21,8 @@ struct Candidate {
 const std::vector<Candidate>& candidates() {
   static const std::vector<Candidate> list = {
 #if defined(__x86_64__)
-      {&avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                    __builtin_cpu_supports("avx512vl")},
+      {&avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
       {&avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
       {&baseline, true},

@@ -9,7 +9,8 @@
 
 namespace fusedrnn::cpu {
 
-// One build of the schedule for one instruction set. `functions` evaluates exp, sigmoid and tanh (0, 1, 2) for the accuracy tests.
+// One build of the schedule for one instruction set. `functions` evaluates exp, sigmoid and tanh (0, 1, 2)
+// for the accuracy tests.
 struct Kernels {
   const char* name;
   void (*forward)(const ForwardParams&, const Threads&);

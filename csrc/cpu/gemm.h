@@ -1,7 +1,8 @@
-// The products of a recurrence: a few rows times all weights, again and again. Weights are packed once per call into output vectors:
-// for each vec of N outputs, K vecs in a row. A register tile takes some rows and up to four output vectors; for an LSTM these are the
-// four gates of the same hidden units. When all weights are used only a few times, packing would cost more than the products: then
-// they are read as they are, by dot products.
+// The products of a recurrence: a few rows times all weights, again and again. Weights are packed once per
+// call into output vectors: for each vec of N outputs, K vecs in a row. A register tile takes some rows and
+// up to four output vectors; for an LSTM these are the four gates of the same hidden units. When all weights
+// are used only a few times, packing would cost more than the products: then they are read as they are, by
+// dot products.
 #pragma once
 
 #include <array>
@@ -13,7 +14,8 @@
 namespace fusedrnn::cpu {
 namespace {
 
-// C[row*ldc + vector*c_stride] += sum over k of A[row*lda + k] * W[vector*w_stride + k*k_stride], for `vectors` × `rows` vecs.
+// C[row*ldc + vector*c_stride] += sum over k of A[row*lda + k] * W[vector*w_stride + k*k_stride], for
+// `vectors` × `rows` vecs.
 template <class S>
 struct Product {
   const S* W;
@@ -24,10 +26,12 @@ struct Product {
   int64_t ldc, c_stride;
 };
 
-// With `width`, A is not row-major but in tiles of so many rows: A[row*lda + k*width + b] for row b of the tile that starts at `row`.
+// With `width`, A is not row-major but in tiles of so many rows: A[row*lda + k*width + b] for row b of the
+// tile that starts at `row`.
 template <class V, class S, int MB, int NV, int width = 0>
 __attribute__((noinline)) void tile(const Product<S>& p, int64_t row, int64_t vector) {
-  // A lone fused multiply-add waits four cycles for the one before: few accumulators are split over several k.
+  // A lone fused multiply-add waits four cycles for the one before: few accumulators are split over several
+  // k.
   constexpr int split = MB * NV >= 8 ? 1 : MB * NV >= 4 ? 2 : 4;
   const S* W = p.W + vector * p.w_stride;
   const S* A = p.A + row * p.lda;
@@ -45,7 +49,8 @@ __attribute__((noinline)) void tile(const Product<S>& p, int64_t row, int64_t ve
       for (int v = 0; v < NV; ++v) sum[s][b][v] = w[v] * a + sum[s][b][v];
     }
   };
-  // Blocks of k are summed by themselves and then added to C: one long chain would round every small product at the size of the total.
+  // Blocks of k are summed by themselves and then added to C: one long chain would round every small product
+  // at the size of the total.
   for (int64_t k = 0; k < p.K;) {
     const int64_t end = std::min(k + summation_block, p.K);
 #pragma GCC unroll 4
@@ -81,7 +86,8 @@ template <class V, class S, int NV>
 void multiply_vectors(const Product<S>& p, int64_t vector) {
   constexpr int most = tile_rows(NV, sizeof(V));
   static constexpr auto tiles = tile_table<V, S, NV>(std::make_integer_sequence<int, most>());
-  const int64_t count = (p.rows + most - 1) / most;  // tiles of even height: a last one of a single row would waste its time
+  const int64_t count =
+      (p.rows + most - 1) / most;  // tiles of even height: a last one of a single row would waste its time
   for (int64_t i = 0; i < count; ++i) {
     const int64_t begin = p.rows * i / count, end = p.rows * (i + 1) / count;
     tiles[end - begin - 1](p, begin, vector);
@@ -94,10 +100,17 @@ void multiply(const Product<S>& p) {
   for (int64_t vector = 0; vector < p.vectors;) {
     const int64_t n = std::min(most, p.vectors - vector);
     switch (n) {
-      case 1: multiply_vectors<V, S, 1>(p, vector); break;
-      case 2: multiply_vectors<V, S, 2>(p, vector); break;
-      case 3: multiply_vectors<V, S, 3>(p, vector); break;
-      default: multiply_vectors<V, S, 4>(p, vector);
+      case 1:
+        multiply_vectors<V, S, 1>(p, vector);
+        break;
+      case 2:
+        multiply_vectors<V, S, 2>(p, vector);
+        break;
+      case 3:
+        multiply_vectors<V, S, 3>(p, vector);
+        break;
+      default:
+        multiply_vectors<V, S, 4>(p, vector);
     }
     vector += n;
   }
@@ -109,10 +122,17 @@ void multiply_tiles(const Product<S>& p) {
   constexpr int width = tile_rows(4, sizeof(V));
   for (int64_t row = 0; row < p.rows; row += width) {
     switch (p.vectors) {
-      case 1: tile<V, S, width, 1, width>(p, row, 0); break;
-      case 2: tile<V, S, width, 2, width>(p, row, 0); break;
-      case 3: tile<V, S, width, 3, width>(p, row, 0); break;
-      default: tile<V, S, width, 4, width>(p, row, 0);
+      case 1:
+        tile<V, S, width, 1, width>(p, row, 0);
+        break;
+      case 2:
+        tile<V, S, width, 2, width>(p, row, 0);
+        break;
+      case 3:
+        tile<V, S, width, 3, width>(p, row, 0);
+        break;
+      default:
+        tile<V, S, width, 4, width>(p, row, 0);
     }
   }
 }
@@ -133,8 +153,8 @@ void pack_rows(const S* matrix, int64_t first, int count, int64_t K, S* packed) 
 
 // C[row*ldc] += A's row · rows [first, first + count) of a row-major [*, K] matrix, as one vec of N outputs.
 template <class V, class S>
-__attribute__((noinline)) void multiply_unpacked(const S* matrix, int64_t first, int count, const S* A, int64_t lda, int64_t K,
-                                                 int64_t rows, S* C, int64_t ldc) {
+__attribute__((noinline)) void multiply_unpacked(const S* matrix, int64_t first, int count, const S* A, int64_t lda,
+                                                 int64_t K, int64_t rows, S* C, int64_t ldc) {
   constexpr int N = V::size;
   const S* W[N];
   for (int j = 0; j < N; ++j) W[j] = matrix + (first + std::min(j, count - 1)) * K;

@@ -1,7 +1,9 @@
-// The gradients of the input, the weights and the biases, from those of the pre-activations of the whole sequence. With n counting
-// the sequence's rows:
-//   dX[n] = Σ over directions of dgates[n] · W_ih     dW_ih = Σ_n dgates[n] ⊗ x[n]     dW_hh = Σ_n dgates[n] ⊗ h[n before]     db = Σ_n dgates[n]
-// They are cut into items (a block of rows of dX; some hidden units of one gate of one weight), which the threads take as they come.
+// The gradients of the input, the weights and the biases, from those of the pre-activations of the whole
+// sequence. With n counting the sequence's rows:
+//   dX[n] = Σ over directions of dgates[n] · W_ih     dW_ih = Σ_n dgates[n] ⊗ x[n]     dW_hh = Σ_n dgates[n]
+//   ⊗ h[n before]     db = Σ_n dgates[n]
+// They are cut into items (a block of rows of dX; some hidden units of one gate of one weight), which the
+// threads take as they come.
 #pragma once
 
 #include "recurrence.h"
@@ -12,8 +14,8 @@ namespace {
 template <class Cell, class S, int N>
 struct Gradients : Recurrence<Cell, S, N> {
   using Base = Recurrence<Cell, S, N>;
-  using typename Base::V;
   using Base::gates, Base::sums, Base::sequence, Base::B, Base::H, Base::rows;
+  using typename Base::V;
   static constexpr int tile = tile_rows(4, sizeof(V));
 
   struct Item {
@@ -36,11 +38,14 @@ struct Gradients : Recurrence<Cell, S, N> {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t column = i % input_vectors * N;
           pack_columns<V>(static_cast<const S*>(p.weights[i / input_vectors].w_ih), I, column,
-                          static_cast<int>(std::min<int64_t>(N, I - column)), gates * H, w_ih.get() + i * gates * H * N);
+                          static_cast<int>(std::min<int64_t>(N, I - column)), gates * H,
+                          w_ih.get() + i * gates * H * N);
         }
       });
-    const int64_t parts = std::clamp<int64_t>(threads.count, 1, std::max<int64_t>(1, H / 32));  // enough items for every thread
-    const int64_t blocks = p.dx ? (rows + gradient_rows - 1) / gradient_rows : 0, weight_items = p.directions * 2 * gates * parts;
+    const int64_t parts =
+        std::clamp<int64_t>(threads.count, 1, std::max<int64_t>(1, H / 32));  // enough items for every thread
+    const int64_t blocks = p.dx ? (rows + gradient_rows - 1) / gradient_rows : 0,
+                  weight_items = p.directions * 2 * gates * parts;
     std::atomic<int64_t> next{0};
     threads.parallel(threads.count, [&](int64_t, int64_t) {
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < weight_items + blocks;) {
@@ -49,12 +54,15 @@ struct Gradients : Recurrence<Cell, S, N> {
           continue;
         }
         const int64_t part = i % parts, gate = i / parts % gates, direction = i / parts / gates % p.directions;
-        weight(i / parts / gates / p.directions == 0, Job{sequence, direction, 0, B}, gate, H * part / parts, H * (part + 1) / parts);
+        weight(i / parts / gates / p.directions == 0, Job{sequence, direction, 0, B}, gate, H * part / parts,
+               H * (part + 1) / parts);
       }
     });
   }
 
-  const S* dsums(int64_t direction, int64_t row) const { return static_cast<const S*>(p.dsums) + (direction * rows + row) * sums * H; }
+  const S* dsums(int64_t direction, int64_t row) const {
+    return static_cast<const S*>(p.dsums) + (direction * rows + row) * sums * H;
+  }
 
   // Rows [begin, end) of dX.
   void input(int64_t begin, int64_t end) {
@@ -64,8 +72,8 @@ struct Gradients : Recurrence<Cell, S, N> {
     for (int64_t direction = 0; direction < p.directions; ++direction)
       for (int64_t k = 0; k < gates * H; k += gradient_depth)
         multiply<V, S>({w_ih.get() + direction * input_vectors * gates * H * N + k * N, gates * H * N, N, input_vectors,
-                        dsums(direction, begin) + Cell::input_sum * H + k, sums * H, std::min(gradient_depth, gates * H - k), count,
-                        sum.get(), width, N});
+                        dsums(direction, begin) + Cell::input_sum * H + k, sums * H,
+                        std::min(gradient_depth, gates * H - k), count, sum.get(), width, N});
     for (int64_t row = 0; row < count; ++row)
       std::copy_n(sum.get() + row * width, I, static_cast<S*>(p.dx) + (begin + row) * I);
   }
@@ -76,11 +84,13 @@ struct Gradients : Recurrence<Cell, S, N> {
     S* dw = static_cast<S*>(recurrent ? gradients.w_hh : gradients.w_ih);
     S* db = static_cast<S*>(recurrent ? gradients.b_hh : gradients.b_ih);
     if (!dw && !db) return;
-    const int64_t columns = recurrent ? H : I, vectors = (columns + N - 1) / N, width = vectors * N, units = end - begin;
+    const int64_t columns = recurrent ? H : I, vectors = (columns + N - 1) / N, width = vectors * N,
+                  units = end - begin;
     const int64_t tiles = (units + tile - 1) / tile, depth = std::min(gradient_depth, rows);
     const int64_t torch_gate = recurrent ? Cell::hidden_gate(static_cast<int>(gate)) : gate;
     const S* source = dsums(job.direction, 0) + (recurrent ? gate : Cell::input_sum + gate) * H + begin;
-    const Scratch<S> total = scratch<S>(tiles * tile * width), right = scratch<S>(vectors * depth * N), left = scratch<S>(tiles * tile * depth);
+    const Scratch<S> total = scratch<S>(tiles * tile * width), right = scratch<S>(vectors * depth * N),
+                     left = scratch<S>(tiles * tile * depth);
     std::fill(total.get(), total.get() + tiles * tile * width, S(0));
     const Scratch<S> bias = scratch<S>(tiles * tile);
     std::fill(bias.get(), bias.get() + tiles * tile, S(0));
@@ -89,8 +99,9 @@ struct Gradients : Recurrence<Cell, S, N> {
       const int64_t count = std::min(depth, rows - row);
       for (int64_t k = 0; k < count; ++k) {
         while (row + k >= sequence.start(t + 1)) ++t;
-        const S* from = recurrent ? this->state_before(job, t, row + k - sequence.start(t), static_cast<const S*>(p.y) + job.direction * H,
-                                                       p.directions * H, static_cast<const S*>(p.hx))
+        const S* from = recurrent ? this->state_before(job, t, row + k - sequence.start(t),
+                                                       static_cast<const S*>(p.y) + job.direction * H, p.directions * H,
+                                                       static_cast<const S*>(p.hx))
                                   : static_cast<const S*>(p.x) + (row + k) * I;
         if (dw)
           for (int64_t v = 0; v < vectors; ++v) {
@@ -101,10 +112,11 @@ struct Gradients : Recurrence<Cell, S, N> {
       }
       if (!dw) continue;
       for (int64_t v = 0; v < vectors; v += 4)
-        multiply_tiles<V, S>({right.get() + v * depth * N, depth * N, N, std::min<int64_t>(4, vectors - v), left.get(), depth, count,
-                              tiles * tile, total.get() + v * N, width, N});
+        multiply_tiles<V, S>({right.get() + v * depth * N, depth * N, N, std::min<int64_t>(4, vectors - v), left.get(),
+                              depth, count, tiles * tile, total.get() + v * N, width, N});
     }
-    for (int64_t u = 0; u < units && dw; ++u) std::copy_n(total.get() + u * width, columns, dw + (torch_gate * H + begin + u) * columns);
+    for (int64_t u = 0; u < units && dw; ++u)
+      std::copy_n(total.get() + u * width, columns, dw + (torch_gate * H + begin + u) * columns);
     if (db) std::copy_n(bias.get(), units, db + torch_gate * H + begin);
   }
 

@@ -1,12 +1,14 @@
-// Instantiates the schedule for one instruction set; included once by each of baseline.cpp, avx2.cpp and avx512.cpp.
+// Instantiates the schedule for one instruction set; included once by each of baseline.cpp, avx2.cpp and
+// avx512.cpp.
 #pragma once
 
 #include "../cells/gru.h"
 #include "../cells/lstm.h"
 #include "../cells/rnn.h"
+#include "backward.h"
 #include "cpu.h"
+#include "forward.h"
 #include "gradients.h"
-#include "recurrence.h"
 
 namespace fusedrnn::cpu {
 namespace {
@@ -19,6 +21,29 @@ void evaluate(int function, const S* x, S* y, int64_t n) {
     const V in = V::load(x + i, count);
     (function == 0 ? exp(in) : function == 1 ? sigmoid(in) : tanh(in)).store(y + i, count);
   }
+}
+
+template <template <class, class, int> class Pass, int bytes, class Params>
+void run_pass(const Params& p, const Threads& threads) {
+  const auto with_cell = [&](auto scalar) {
+    using S = decltype(scalar);
+    constexpr int N = bytes / sizeof(S);
+    switch (p.cell) {
+      case CellKind::rnn_tanh:
+        Pass<RNN<false>, S, N>(p, threads);
+        break;
+      case CellKind::rnn_relu:
+        Pass<RNN<true>, S, N>(p, threads);
+        break;
+      case CellKind::lstm:
+        Pass<LSTM, S, N>(p, threads);
+        break;
+      case CellKind::gru:
+        Pass<GRU, S, N>(p, threads);
+        break;
+    }
+  };
+  p.scalar == ScalarKind::float32 ? with_cell(float()) : with_cell(double());
 }
 
 template <int bytes>

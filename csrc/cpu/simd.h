@@ -1,6 +1,6 @@
-// vec<T, N>: N numbers of type T in one register, on the vector extensions that GCC and Clang share. The cells' maths is written once
-// against it and compiled for every instruction set; multiplication followed by addition becomes one fused instruction where there is
-// one (-ffp-contract=fast).
+// vec<T, N>: N numbers of type T in one register, on the vector extensions that GCC and Clang share. The
+// cells' maths is written once against it and compiled for every instruction set; multiplication followed by
+// addition becomes one fused instruction where there is one (-ffp-contract=fast).
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,8 @@
 namespace fusedrnn {
 namespace {
 
-// GCC drops the attribute where such a type is a dependent name of the class that uses it, hence a class of their own.
+// GCC drops the attribute where such a type is a dependent name of the class that uses it, hence a class of
+// their own.
 template <class T, int N>
 struct Registers {
   using Integer = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
@@ -53,7 +54,8 @@ struct vec {
   }
 
  private:
-  // Moves of N/2, N/4 … 1 numbers: a memcpy of variable size is a call, and this runs at the end of every row.
+  // Moves of N/2, N/4 … 1 numbers: a memcpy of variable size is a call, and this runs at the end of every
+  // row.
   template <bool, int half = N / 2>
   static FUSEDRNN_INLINE void move(T* to, const T* from, int n) {
     if constexpr (half > 0) {
@@ -64,10 +66,10 @@ struct vec {
   }
 };
 
-#define FUSEDRNN_OPERATOR(op)                                        \
-  template <class T, int N>                                          \
+#define FUSEDRNN_OPERATOR(op)                                       \
+  template <class T, int N>                                         \
   FUSEDRNN_INLINE vec<T, N> operator op(vec<T, N> a, vec<T, N> b) { \
-    return vec<T, N>(a.v op b.v);                                    \
+    return vec<T, N>(a.v op b.v);                                   \
   }
 FUSEDRNN_OPERATOR(+)
 FUSEDRNN_OPERATOR(-)
@@ -109,15 +111,17 @@ FUSEDRNN_INLINE void transpose(vec<T, N> (&rows)[N]) {
   if constexpr (half > 1) transpose<half / 2>(rows);
 }
 
-// ---- exp, tanh, sigmoid ---------------------------------------------------------------------------------------------------------
-// x = n·ln2 + r with n whole and |r| <= ln2/2. exp(r) - 1 is its Taylor polynomial, of the degree at which the first term left out
-// is below a quarter of the rounding error of r. Largest error seen over all floats and 10^7 doubles, in units in the last place
-// (tests/test_simd.py): exp 1, sigmoid 2, tanh 2.5.
+// ---- exp, tanh, sigmoid
+// ---------------------------------------------------------------------------------------------------------
+// x = n·ln2 + r with n whole and |r| <= ln2/2. exp(r) - 1 is its Taylor polynomial, of the degree at which
+// the first term left out is below a quarter of the rounding error of r. Largest error seen over all floats
+// and 10^7 doubles, in units in the last place (tests/test_simd.py): exp 1, sigmoid 2, tanh 2.5.
 template <class T>
 struct ExpConstants;
 template <>
 struct ExpConstants<float> {
-  static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;  // Cody & Waite: n·ln2_high is exact
+  static constexpr float ln2_high = 0.693359375f,
+                         ln2_low = -2.12194440e-4f;  // Cody & Waite: n·ln2_high is exact
   static constexpr float round = 12582912.0f;  // 1.5·2^23: adding it leaves the nearest whole number in the low bits
   static constexpr int mantissa_bits = 23, bias = 127;
   static constexpr float lowest = -105.0f, highest = 90.0f;  // exp is 0 below, inf above
@@ -181,7 +185,8 @@ FUSEDRNN_INLINE vec<T, N> sigmoid(vec<T, N> x) {
   return one / (one + exp(zero - x));
 }
 
-// tanh(x) = e/(e + 2) with e = exp(2x) - 1 = 2^n·(exp(r) - 1) + (2^n - 1), in which nothing cancels: small x keep all their digits.
+// tanh(x) = e/(e + 2) with e = exp(2x) - 1 = 2^n·(exp(r) - 1) + (2^n - 1), in which nothing cancels: small x
+// keep all their digits.
 template <class T, int N>
 FUSEDRNN_INLINE vec<T, N> tanh(vec<T, N> x) {
   using V = vec<T, N>;

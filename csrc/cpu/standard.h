@@ -1,4 +1,5 @@
-// The standard headers that the kernels use, for inclusion before a target region: what they define must be compiled for every processor.
+// The standard headers that the kernels use, for inclusion before a target region: what they define must be
+// compiled for every processor.
 #pragma once
 
 #include <sched.h>

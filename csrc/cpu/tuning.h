@@ -6,30 +6,34 @@
 
 namespace fusedrnn::cpu {
 
-// Rows in one register tile of `vectors` output vectors. An AVX-512 core has 32 registers: 24 accumulators, the weights' vectors and a
-// broadcast. The others have 16: 12 accumulators, one weight at a time.
+// Rows in one register tile of `vectors` output vectors. An AVX-512 core has 32 registers: 24 accumulators,
+// the weights' vectors and a broadcast. The others have 16: 12 accumulators, one weight at a time.
 constexpr int tile_rows(int vectors, int vector_bytes) {
   const int accumulators = vector_bytes == 64 ? 24 : 12;
   return accumulators / std::max(vectors, 2);
 }
 
-// How many output vectors to take together for so many rows: 4 reuse each broadcast most, but where all rows fit one tile of 2
-// vectors and not one of 4, going over the weights once beats it (B = 8: 172 against 132 GFLOP/s).
+// How many output vectors to take together for so many rows: 4 reuse each broadcast most, but where all rows
+// fit one tile of 2 vectors and not one of 4, going over the weights once beats it (B = 8: 172 against 132
+// GFLOP/s).
 constexpr int tile_vectors(int64_t rows, int vector_bytes) {
   return rows > tile_rows(4, vector_bytes) && rows <= tile_rows(2, vector_bytes) ? 2 : 4;
 }
 
-// Products summed in one go. At 128 the additions to the total are 1 % of the work, and a sum of 400 products is twice as exact.
+// Products summed in one go. At 128 the additions to the total are 1 % of the work, and a sum of 400 products
+// is twice as exact.
 constexpr int64_t summation_block = 128;
 
-// Rows of x·W_ih computed at a time when a step has fewer: one row alone reads all weights for one product each.
+// Rows of x·W_ih computed at a time when a step has fewer: one row alone reads all weights for one product
+// each.
 constexpr int64_t projection_rows = 48;
 
-// Rows of the whole sequence from which on weights are packed. Packing moves every weight twice; a dot product reads it once per row
-// from the first-level cache.
+// Rows of the whole sequence from which on weights are packed. Packing moves every weight twice; a dot
+// product reads it once per row from the first-level cache.
 constexpr int64_t packing_rows = 8;
 
-// Rows of the sequence, or depth of the product, that a block of the gradients' products takes: 4 vecs of such depth are 64 KiB.
+// Rows of the sequence, or depth of the product, that a block of the gradients' products takes: 4 vecs of
+// such depth are 64 KiB.
 constexpr int64_t gradient_depth = 256;
 // Rows of dX in one item of work.
 constexpr int64_t gradient_rows = 96;
@@ -55,8 +59,8 @@ constexpr Plan make_plan(int64_t T, int64_t B, int64_t H, int directions, int64_
   } else {
     plan.slices = share_units ? threads : 1;
   }
-  // Rows are independent: cutting the batch needs no meeting at all, but each team then reads all the weights. That pays while they
-  // stay in a core's own cache, H of about 256 in float.
+  // Rows are independent: cutting the batch needs no meeting at all, but each team then reads all the
+  // weights. That pays while they stay in a core's own cache, H of about 256 in float.
   const int64_t spare = threads / plan.groups;
   if (spare > 1 && H <= 256 && B >= 6 * spare) {
     plan.groups *= spare;

@@ -1,0 +1,178 @@
+// The forward time loop on a CPU, for any cell, scalar type and vector width. A step is: pre-activations = bias +
+// x·W_ih
+// + h·W_hh for a panel (registers, then a buffer that stays in the first-level cache), then the cell, row by row.
+#pragma once
+
+#include "recurrence.h"
+
+namespace fusedrnn::cpu {
+namespace {
+
+template <class Cell, class S, int N>
+struct Forward : Recurrence<Cell, S, N> {
+  using Base = Recurrence<Cell, S, N>;
+  using Base::block_rows;
+  using Base::gates, Base::sums, Base::panels_at_once, Base::sequence, Base::B, Base::H, Base::panels, Base::padded_H,
+      Base::plan;
+  using typename Base::V;
+
+  const ForwardParams& p;
+  const int64_t I = p.I;
+  const int64_t capacity = block_rows * plan.chunk;  // rows of pre-activations kept for a panel
+  const int64_t panels_kept = plan.chunk > 1 ? panels : panels_at_once;
+  Scratch<S> w_ih = scratch<S>(plan.packed ? p.directions * panels * gates * I * N : 0);
+  Scratch<S> w_hh = scratch<S>(plan.packed ? p.directions * panels * gates * H * N : 0);
+  Scratch<S> bias = scratch<S>(p.directions * panels * sums * N);
+  Scratch<S> h_state = scratch<S>(plan.groups * 2 * block_rows * padded_H);
+  Scratch<S> c_state = scratch<S>(Cell::has_cell ? plan.groups * block_rows * padded_H : 0);
+  Scratch<S> pre_activations = scratch<S>(plan.groups * plan.slices * panels_kept * capacity * sums * N);
+
+  Forward(const ForwardParams& params, const Threads& threads) : Base(params, threads), p(params) {
+    const bool small = !plan.packed || gates * H * (I + H) < 30'000;  // a few µs of copying
+    (small ? Threads{1, nullptr} : threads).parallel(p.directions * panels, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) pack(i / panels, i % panels);
+    });
+    this->run(threads,
+              [&](const Job& job, Member& member, int64_t team, int64_t slice) { steps(job, member, team, slice); });
+  }
+
+  void pack(int64_t direction, int64_t panel) {
+    const Weights& w = p.weights[direction];
+    const int64_t at = direction * panels + panel;
+    const int count = this->units(panel);
+    S* sum = bias.get() + at * sums * N;
+    for (int k = 0; k < sums; ++k) V(S(0)).store(sum + k * N);
+    for (int g = 0; g < gates; ++g) {
+      const int64_t input_row = g * H + panel * N, hidden_row = Cell::hidden_gate(g) * H + panel * N;
+      if (plan.packed) {
+        pack_rows<V>(static_cast<const S*>(w.w_ih), input_row, count, I, w_ih.get() + (at * gates + g) * I * N);
+        pack_rows<V>(static_cast<const S*>(w.w_hh), hidden_row, count, H, w_hh.get() + (at * gates + g) * H * N);
+      }
+      if (w.b_ih) add(sum + (Cell::input_sum + g) * N, static_cast<const S*>(w.b_ih) + input_row, count);
+      if (w.b_hh) add(sum + g * N, static_cast<const S*>(w.b_hh) + hidden_row, count);
+    }
+  }
+  static void add(S* sum, const S* bias, int count) { (V::load(sum) + V::load(bias, count)).store(sum); }
+
+  // The initial state of the member's units, in both halves of the double buffer: a reverse direction starts
+  // late in short rows.
+  void start(const Job& job, const Member& member, S* h, S* c) {
+    for (int64_t b = job.row_begin; b < job.row_end; ++b) {
+      const bool empty = sequence.length(b) == 0, reset = !empty && job.reset_at(job.first_step(b), b);
+      for (int64_t panel = member.begin; panel < member.end; ++panel) {
+        const int64_t state = this->state_at(job, b, panel * N), at = (b - job.row_begin) * padded_H + panel * N;
+        const int count = this->units(panel);
+        const V h0 = V::load(static_cast<const S*>(p.hx) + state, count), zero(S(0));
+        for (int half = 0; half < 2; ++half) (reset ? zero : h0).store(h + half * block_rows * padded_H + at);
+        if (empty) h0.store(static_cast<S*>(p.h_n) + state, count);
+        if constexpr (Cell::has_cell) {
+          const V c0 = V::load(static_cast<const S*>(p.cx) + state, count);
+          (reset ? zero : c0).store(c + at);
+          if (empty) c0.store(static_cast<S*>(p.c_n) + state, count);
+        }
+      }
+    }
+  }
+
+  void steps(const Job& job, Member& member, int64_t team, int64_t slice) {
+    S* h = h_state.get() + team * 2 * block_rows * padded_H;
+    S* c = c_state.get() + team * block_rows * padded_H;
+    S* a = pre_activations.get() + slice * panels_kept * capacity * sums * N;
+    const auto kept = [&](int64_t panel) {
+      return a + (plan.chunk > 1 ? panel - member.begin : 0) * capacity * sums * N;
+    };
+    start(job, member, h, c);
+    member.meet();
+    int64_t kept_row = 0;  // the sequence row of the first row of pre-activations kept
+    for (int64_t s = 0; s < sequence.T; ++s) {
+      const int64_t t = job.step(s), row = sequence.start(t) + job.row_begin, count = job.rows_end(t) - job.row_begin;
+      const S* h_in = h + (s % 2) * block_rows * padded_H;
+      S* h_out = h + ((s + 1) % 2) * block_rows * padded_H;
+      if (plan.chunk > 1 && s % plan.chunk == 0) {
+        const int64_t t_end = job.step(std::min(s + plan.chunk, sequence.T) - 1);
+        kept_row = sequence.start(std::min(t, t_end));
+        for (int64_t panel = member.begin; panel < member.end; panel += panels_at_once)
+          project(job, panel, std::min<int64_t>(panels_at_once, member.end - panel), kept_row,
+                  sequence.start(std::max(t, t_end) + 1) - kept_row, kept(panel));
+      }
+      for (int64_t panel = member.begin; count > 0 && panel < member.end; panel += panels_at_once) {
+        const int64_t n = std::min<int64_t>(panels_at_once, member.end - panel);
+        S* sum = kept(panel);
+        if (plan.chunk == 1) {
+          project(job, panel, n, row, count, sum);
+        } else {
+          sum += (row - kept_row) * sums * N;
+        }
+        product<Cell::hidden_gate>(job, panel, n, w_hh.get(), p.weights[job.direction].w_hh, h_in, padded_H, H, count,
+                                   sum);
+        for (int64_t i = 0; i < n; ++i) cell(job, t, panel + i, sum + i * capacity * sums * N, h_in, h_out, c);
+      }
+      member.meet();
+    }
+  }
+
+  // pre-activations = bias + x·W_ih for n panels and some rows of the sequence.
+  void project(const Job& job, int64_t panel, int64_t n, int64_t row, int64_t count, S* sum) {
+    for (int64_t i = 0; i < n; ++i) {
+      const S* b = bias.get() + (job.direction * panels + panel + i) * sums * N;
+      for (int64_t r = 0; r < count; ++r)
+        for (int k = 0; k < sums; ++k) V::load(b + k * N).store(sum + ((i * capacity + r) * sums + k) * N);
+    }
+    product<same_gate>(job, panel, n, w_ih.get(), p.weights[job.direction].w_ih, static_cast<const S*>(p.x) + row * I,
+                       I, I, count, sum + Cell::input_sum * N);
+  }
+
+  static constexpr int same_gate(int g) { return g; }
+
+  // Adds `count` rows of A (K wide) times the gates of n panels to the pre-activations; gate_of(g) is the
+  // weights' block for sum g.
+  template <int (*gate_of)(int)>
+  void product(const Job& job, int64_t panel, int64_t n, const S* packed, const void* weights, const S* A, int64_t lda,
+               int64_t K, int64_t count, S* sum) {
+    const int64_t panel_stride = capacity * sums * N;
+    if (plan.packed) {
+      multiply<V, S>({packed + (job.direction * panels + panel) * gates * K * N, K * N, N, gates * n, A, lda, K, count,
+                      sum, sums * N, gates > 1 ? N : panel_stride});
+      return;
+    }
+    for (int64_t i = 0; i < n; ++i)
+      for (int g = 0; g < gates; ++g)
+        multiply_unpacked<V>(static_cast<const S*>(weights), gate_of(g) * H + (panel + i) * N, this->units(panel + i),
+                             A, lda, K, count, sum + i * panel_stride + g * N, sums * N);
+  }
+
+  void cell(const Job& job, int64_t t, int64_t panel, const S* sum, const S* h_in, S* h_out, S* c_state) {
+    const int count = this->units(panel);
+    const int64_t unit = panel * N, y_width = p.directions * H;
+    const V zero(S(0));
+    for (int64_t b = job.row_begin; b < job.rows_end(t); ++b, sum += sums * N) {
+      const int64_t row = sequence.start(t) + b, at = (b - job.row_begin) * padded_H + unit;
+      S* y = static_cast<S*>(p.y) + row * y_width + job.direction * H + unit;
+      S* cells = p.cells ? static_cast<S*>(p.cells) + this->sequence_at(job, row, H) + unit : nullptr;
+      if (t >= sequence.length(b)) {
+        zero.store(y, count);
+        continue;
+      }
+      V a[sums], gate[std::max(1, Base::saved)], c = zero;
+      for (int k = 0; k < sums; ++k) a[k] = V::load(sum + k * N);
+      if constexpr (Cell::has_cell) c = V::load(c_state + at);
+      const V h = Cell::forward(a, V::load(h_in + at), c, gate);
+      h.store(y, count);
+      if (p.gates) {
+        S* out = static_cast<S*>(p.gates) + this->sequence_at(job, row, Base::saved * H) + unit;
+        for (int k = 0; k < Base::saved; ++k) gate[k].store(out + k * H, count);
+        if constexpr (Cell::has_cell) c.store(cells, count);
+      }
+      const bool last = t == job.last_step(b), reset = !last && job.reset_at(job.next(t), b);
+      (reset ? zero : h).store(h_out + at);
+      if (last) h.store(static_cast<S*>(p.h_n) + this->state_at(job, b, unit), count);
+      if constexpr (Cell::has_cell) {
+        (reset ? zero : c).store(c_state + at);
+        if (last) c.store(static_cast<S*>(p.c_n) + this->state_at(job, b, unit), count);
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace fusedrnn::cpu
