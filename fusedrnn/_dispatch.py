@@ -9,7 +9,6 @@ A fallback is never silent: it warns once per reason, and :func:`explain` tells 
 
 from __future__ import annotations
 
-import functools
 import os
 import warnings
 from types import ModuleType
@@ -48,35 +47,37 @@ def _load() -> tuple[ModuleType | None, str]:
 extension, why_no_extension = _load()
 
 
-@functools.cache
-def _choose(device: str, dtype: torch.dtype, projected: bool) -> Explanation:
+KERNEL_DTYPES = (torch.float32, torch.float64)
+CONVERTED_DTYPES = (torch.bfloat16, torch.float16)
+
+_warned: set[str] = set()
+
+
+def _explain(device: str, dtype: torch.dtype, projected: bool) -> Explanation:
+    name = str(dtype).removeprefix("torch.")
     if extension is None:
         return Explanation("reference", why_no_extension)
     if device != "cpu":
         return Explanation("torch", f"this build has no kernels for {device} devices")
     if projected:
         return Explanation("torch", "the CPU kernels do not cover proj_size yet")
-    if dtype in (torch.float32, torch.float64):
-        return Explanation("cpu", f"fused {dtype} kernels".replace("torch.", ""))
-    if dtype in (torch.bfloat16, torch.float16):
-        return Explanation(
-            "cpu", f"fused float32 kernels; {dtype} is converted on the way in and out".replace("torch.", "")
-        )
-    return Explanation("torch", f"there are no kernels for {dtype}")
+    if dtype in KERNEL_DTYPES:
+        return Explanation("cpu", f"fused {name} kernels")
+    if dtype in CONVERTED_DTYPES:
+        return Explanation("cpu", f"fused float32 kernels; {name} is converted on the way in and out")
+    return Explanation("torch", f"there are no kernels for {name}")
 
 
 def choose(x: Tensor, projected: bool = False) -> str:
     """The implementation for input ``x``; warns, once per reason, when it is a fallback."""
-    choice = _choose(x.device.type, x.dtype, projected)
-    if choice.implementation != "cpu":
-        _warn(choice.reason)
-    return choice.implementation
-
-
-@functools.cache
-def _warn(reason: str) -> None:
-    # 4 frames up: choose, forward, Module.__call__ (two of its own), the user's line
-    warnings.warn(f"fusedrnn runs on a fallback: {reason}", FallbackWarning, stacklevel=6)
+    if x.dtype in KERNEL_DTYPES and not projected and extension is not None and x.device.type == "cpu":
+        return "cpu"
+    implementation, reason = _explain(x.device.type, x.dtype, projected)
+    if implementation != "cpu" and reason not in _warned:
+        _warned.add(reason)
+        # 4 frames up: forward, Module.__call__ (two of its own), the user's line
+        warnings.warn(f"fusedrnn runs on a fallback: {reason}", FallbackWarning, stacklevel=5)
+    return implementation
 
 
 def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = None) -> Explanation:  # noqa: ARG001
@@ -94,7 +95,7 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = N
 
     if isinstance(module, modules.FUSED):
         data = input.data if isinstance(input, PackedSequence) else input
-        return _choose(data.device.type, data.dtype, bool(getattr(module, "proj_size", 0)))
+        return _explain(data.device.type, data.dtype, bool(getattr(module, "proj_size", 0)))
     if isinstance(module, torch.nn.RNNBase | torch.nn.RNNCellBase):
         return Explanation(
             "torch",

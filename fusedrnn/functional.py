@@ -7,9 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedrnn import _autograd, _ops, _reference
-
-HALF = (torch.bfloat16, torch.float16)
-
+from fusedrnn._dispatch import CONVERTED_DTYPES, KERNEL_DTYPES
 
 def step(
     cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: list[Tensor], implementation: str
@@ -18,7 +16,7 @@ def step(
 
     ``cell``, ``weights`` and ``implementation`` are those of :func:`stack`.
     """
-    if implementation == "cpu" and x.dtype not in HALF and not _autograd.needs_gradient(x, h, c, weights):
+    if implementation == "cpu" and x.dtype in KERNEL_DTYPES and not _autograd.needs_gradient(x, h, c, weights):
         h, *rest = _ops.step(cell, x, h, c, weights)
         return h, rest[0] if rest else None
     _, h, c = stack(
@@ -54,7 +52,7 @@ def stack(
         y ``[T, B, D*R]`` or ``[N, D*R]``, h_n like hx and c_n like cx, of x's dtype.
     """
     dtype = x.dtype
-    if dtype in HALF:  # float32 inside: products, cell state and everything kept between steps
+    if dtype in CONVERTED_DTYPES:  # float32 inside: products, cell state and everything kept between steps
         x, hx, weights = x.float(), hx.float(), [w.float() for w in weights]
         cx = None if cx is None else cx.float()
     recurrence = _autograd.recurrence if implementation == "cpu" else _reference.recurrence
@@ -77,7 +75,7 @@ def stack(
             layers.append((h, c))
         h = torch.cat([h for h, _ in layers])
         c = None if cx is None else torch.cat([c for _, c in layers if c is not None])
-    if dtype in HALF:
+    if dtype in CONVERTED_DTYPES:
         return x.to(dtype), h.to(dtype), None if c is None else c.to(dtype)
     return x, h, c
 
