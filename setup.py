@@ -69,8 +69,8 @@ def extension() -> dict[str, Any]:
         from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension, get_cxx_compiler
     except ImportError as error:
         raise SystemExit(
-            f"fusedrnn: building needs torch >= {'.'.join(map(str, OLDEST_TORCH))} and pybind11 ({error}). Install them, "
-            "then `pip install --no-build-isolation .`; or set FUSEDRNN_BUILD=0 for the pure Python package."
+            f"fusedrnn: building needs torch >= {'.'.join(map(str, OLDEST_TORCH))} and pybind11 ({error}). Install "
+            "them, then `pip install --no-build-isolation .`; or set FUSEDRNN_BUILD=0 for the pure Python package."
         ) from error
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
         raise SystemExit(f"fusedrnn: expected torch >= {'.'.join(map(str, OLDEST_TORCH))}, got {torch.__version__}")

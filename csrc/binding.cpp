@@ -10,6 +10,8 @@
 
 #include <atomic>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -31,12 +33,26 @@ struct CellInfo {
   bool has_cell;
 };
 
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream text;
+  text << "fusedrnn: ";
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+// The message is only made when it is needed.
+#define FUSEDRNN_EXPECT(condition, ...)  \
+  do {                                   \
+    if (!(condition)) fail(__VA_ARGS__); \
+  } while (false)
+
 CellInfo cell_info(const std::string& name) {
   if (name == "rnn_tanh") return {CellKind::rnn_tanh, 1, 1, 0, false};
   if (name == "rnn_relu") return {CellKind::rnn_relu, 1, 1, 0, false};
   if (name == "lstm") return {CellKind::lstm, 4, 4, 4, true};
   if (name == "gru") return {CellKind::gru, 3, 4, 4, false};
-  STD_TORCH_CHECK(false, "fusedrnn: expected cell to be rnn_tanh, rnn_relu, lstm or gru, got ", name);
+  fail("expected cell to be rnn_tanh, rnn_relu, lstm or gru, got ", name);
   return {};
 }
 
@@ -52,15 +68,37 @@ std::vector<int64_t> shape(const Tensor& t) {
   return sizes;
 }
 
+const char* dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "another dtype";
+  }
+}
+
 // Checks t, and makes it contiguous where it is not.
 template <class Sizes = std::initializer_list<int64_t>>
 void check(Tensor& t, const char* name, ScalarType dtype, const Sizes& sizes) {
   bool same = t.dim() == static_cast<int64_t>(sizes.size());
   int64_t i = 0;
   for (int64_t size : sizes) same = same && t.size(i++) == size;
-  STD_TORCH_CHECK(same, "fusedrnn: expected ", name, " of shape ", to_string({sizes.begin(), sizes.end()}), ", got ",
+  FUSEDRNN_EXPECT(same, "expected ", name, " of shape ", to_string({sizes.begin(), sizes.end()}), ", got ",
                   to_string(shape(t)));
-  STD_TORCH_CHECK(t.scalar_type() == dtype, "fusedrnn: expected ", name, " of the input's dtype");
+  FUSEDRNN_EXPECT(t.scalar_type() == dtype, "expected ", name, " of dtype ", dtype_name(dtype), ", got ",
+                  dtype_name(t.scalar_type()));
   if (!t.is_contiguous()) t = torch::stable::contiguous(t);
 }
 
@@ -73,33 +111,35 @@ struct SequenceStorage {
   std::vector<int64_t> offsets, lengths;
 
   SequenceStorage(const Tensor& x, int64_t B, MaybeTensor& batch_sizes, MaybeTensor& row_lengths, MaybeTensor& resets) {
+    FUSEDRNN_EXPECT(!batch_sizes || batch_sizes->dim() == 1, "expected batch_sizes of shape [steps], got ",
+                    to_string(shape(*batch_sizes)));
     sequence.T = batch_sizes ? batch_sizes->size(0) : x.size(0);
     sequence.B = B;
     if (batch_sizes) {
-      STD_TORCH_CHECK(!row_lengths, "fusedrnn: expected lengths or batch_sizes, got both");
+      FUSEDRNN_EXPECT(!row_lengths, "expected lengths or batch_sizes, got both");
       check(*batch_sizes, "batch_sizes", ScalarType::Long, {sequence.T});
       const int64_t* sizes = batch_sizes->const_data_ptr<int64_t>();
       offsets.assign(1, 0);
       lengths.assign(B, 0);
       for (int64_t t = 0; t < sequence.T; ++t) {
-        STD_TORCH_CHECK(sizes[t] > 0 && sizes[t] <= (t ? sizes[t - 1] : B),
-                        "fusedrnn: expected batch_sizes to fall from at most ", B, " to at least 1, got ", sizes[t],
-                        " at step ", t);
+        FUSEDRNN_EXPECT(sizes[t] > 0 && sizes[t] <= (t ? sizes[t - 1] : B),
+                        "expected batch_sizes to fall from at most ", B, " to at least 1, got ", sizes[t], " at step ",
+                        t);
         offsets.push_back(offsets.back() + sizes[t]);
         for (int64_t b = 0; b < sizes[t]; ++b) lengths[b] = t + 1;
       }
-      STD_TORCH_CHECK(offsets.back() == x.size(0), "fusedrnn: expected x of ", offsets.back(),
+      FUSEDRNN_EXPECT(offsets.back() == x.size(0), "expected x of ", offsets.back(),
                       " rows, the sum of batch_sizes, got ", x.size(0));
       sequence.offsets = offsets.data();
       sequence.lengths = lengths.data();
     } else {
-      STD_TORCH_CHECK(x.size(1) == B, "fusedrnn: expected x with a batch of ", B, ", got ", x.size(1));
+      FUSEDRNN_EXPECT(x.size(1) == B, "expected x with a batch of ", B, ", got ", x.size(1));
       if (row_lengths) {
         check(*row_lengths, "lengths", ScalarType::Long, {B});
         sequence.lengths = row_lengths->const_data_ptr<int64_t>();
         for (int64_t b = 0; b < B; ++b)
-          STD_TORCH_CHECK(sequence.lengths[b] >= 0 && sequence.lengths[b] <= sequence.T,
-                          "fusedrnn: expected lengths between 0 and ", sequence.T, ", got ", sequence.lengths[b]);
+          FUSEDRNN_EXPECT(sequence.lengths[b] >= 0 && sequence.lengths[b] <= sequence.T,
+                          "expected lengths between 0 and ", sequence.T, ", got ", sequence.lengths[b]);
       }
     }
     if (resets) {
@@ -134,8 +174,8 @@ Tensor make(const Tensor& like, const std::vector<int64_t>& sizes) {
 
 ScalarKind scalar_kind(const Tensor& x) {
   const ScalarType dtype = x.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
-                  "fusedrnn: expected float32 or float64 tensors");
+  FUSEDRNN_EXPECT(dtype == ScalarType::Float || dtype == ScalarType::Double,
+                  "expected float32 or float64 tensors, got ", dtype_name(dtype));
   return dtype == ScalarType::Float ? ScalarKind::float32 : ScalarKind::float64;
 }
 
@@ -151,10 +191,9 @@ cpu::Threads threads() {
 }
 
 Problem make_problem(const CellInfo& cell, const Tensor& x, Tensor& hx, MaybeTensor& cx, const Sequence& sequence) {
-  STD_TORCH_CHECK(hx.dim() == 3 && (hx.size(0) == 1 || hx.size(0) == 2),
-                  "fusedrnn: expected hx of shape [directions, batch, hidden], got ", to_string(shape(hx)));
+  FUSEDRNN_EXPECT(hx.size(0) == 1 || hx.size(0) == 2, "expected hx of 1 or 2 directions, got ", hx.size(0));
   check(hx, "hx", x.scalar_type(), shape(hx));
-  STD_TORCH_CHECK(cx.has_value() == cell.has_cell, "fusedrnn: expected cx for lstm and for no other cell");
+  FUSEDRNN_EXPECT(cx.has_value() == cell.has_cell, "expected cx for lstm and for no other cell");
   if (cx) check(*cx, "cx", x.scalar_type(), shape(hx));
   Problem p{};
   p.cell = cell.kind;
@@ -168,8 +207,8 @@ Problem make_problem(const CellInfo& cell, const Tensor& x, Tensor& hx, MaybeTen
 // Weights per direction: w_ih, w_hh and, with bias, b_ih and b_hh. x gives I and the dtype.
 void set_weights(Problem& p, const CellInfo& cell, const Tensor& x, Tensors& weights) {
   const int64_t D = p.directions, each = static_cast<int64_t>(weights.size()) / D;
-  STD_TORCH_CHECK((each == 2 || each == 4) && each * D == static_cast<int64_t>(weights.size()),
-                  "fusedrnn: expected 2 weights (4 with bias) for each of ", D, " directions, got ", weights.size());
+  FUSEDRNN_EXPECT((each == 2 || each == 4) && each * D == static_cast<int64_t>(weights.size()),
+                  "expected 2 weights (4 with bias) for each of ", D, " directions, got ", weights.size());
   p.I = x.size(x.dim() - 1);
   for (int64_t d = 0; d < D; ++d) {
     Tensor* w = &weights[d * each];
@@ -189,8 +228,9 @@ void set_weights(Problem& p, const CellInfo& cell, const Tensor& x, Tensors& wei
 Tensors forward(std::string cell_name, Tensor x, Tensor hx, MaybeTensor cx, Tensors weights, MaybeTensor batch_sizes,
                 MaybeTensor lengths, MaybeTensor resets, bool save) {
   const CellInfo cell = cell_info(cell_name);
-  STD_TORCH_CHECK(x.dim() == (batch_sizes ? 2 : 3) && hx.dim() == 3,
-                  "fusedrnn: expected x [T, B, I], or [N, I] with batch_sizes, got ", to_string(shape(x)));
+  FUSEDRNN_EXPECT(hx.dim() == 3, "expected hx of shape [directions, batch, hidden], got ", to_string(shape(hx)));
+  FUSEDRNN_EXPECT(x.dim() == (batch_sizes ? 2 : 3), "expected x [T, B, I], or [N, I] with batch_sizes, got ",
+                  to_string(shape(x)));
   check(x, "x", x.scalar_type(), shape(x));
   const SequenceStorage storage(x, hx.size(1), batch_sizes, lengths, resets);
   ForwardParams p{};
@@ -216,10 +256,9 @@ Tensors forward(std::string cell_name, Tensor x, Tensor hx, MaybeTensor cx, Tens
 
 Tensors step(std::string cell_name, Tensor x, Tensor hx, MaybeTensor cx, Tensors weights) {
   const CellInfo cell = cell_info(cell_name);
-  STD_TORCH_CHECK(x.dim() == 2 && hx.dim() == 2 && hx.size(0) == x.size(0),
-                  "fusedrnn: expected x [B, I] and hx [B, H], got ", to_string(shape(x)), " and ",
-                  to_string(shape(hx)));
-  STD_TORCH_CHECK(cx.has_value() == cell.has_cell, "fusedrnn: expected cx for lstm and for no other cell");
+  FUSEDRNN_EXPECT(x.dim() == 2 && hx.dim() == 2 && hx.size(0) == x.size(0), "expected x [B, I] and hx [B, H], got ",
+                  to_string(shape(x)), " and ", to_string(shape(hx)));
+  FUSEDRNN_EXPECT(cx.has_value() == cell.has_cell, "expected cx for lstm and for no other cell");
   check(x, "x", x.scalar_type(), shape(x));
   check(hx, "hx", x.scalar_type(), shape(hx));
   if (cx) check(*cx, "cx", x.scalar_type(), shape(hx));
@@ -246,8 +285,9 @@ Tensors backward(std::string cell_name, MaybeTensor dy, MaybeTensor dh_n, MaybeT
                  Tensor hx, MaybeTensor cx, Tensors saved, Tensors weights, MaybeTensor batch_sizes,
                  MaybeTensor lengths, MaybeTensor resets, std::vector<bool> wanted) {
   const CellInfo cell = cell_info(cell_name);
-  STD_TORCH_CHECK(x.dim() == (batch_sizes ? 2 : 3) && hx.dim() == 3,
-                  "fusedrnn: expected x [T, B, I], or [N, I] with batch_sizes, got ", to_string(shape(x)));
+  FUSEDRNN_EXPECT(hx.dim() == 3, "expected hx of shape [directions, batch, hidden], got ", to_string(shape(hx)));
+  FUSEDRNN_EXPECT(x.dim() == (batch_sizes ? 2 : 3), "expected x [T, B, I], or [N, I] with batch_sizes, got ",
+                  to_string(shape(x)));
   const ScalarType dtype = x.scalar_type();
   check(x, "x", dtype, shape(x));
   const SequenceStorage storage(x, hx.size(1), batch_sizes, lengths, resets);
@@ -257,8 +297,7 @@ Tensors backward(std::string cell_name, MaybeTensor dy, MaybeTensor dh_n, MaybeT
   const int64_t D = p.directions, H = p.H, N = sequence_rows(p.sequence);
   check(y, "y", dtype, with_last(x, D * H));
   const size_t saved_count = (cell.saved ? 1 : 0) + (cell.has_cell ? 1 : 0);
-  STD_TORCH_CHECK(saved.size() == saved_count, "fusedrnn: expected ", saved_count, " saved tensors, got ",
-                  saved.size());
+  FUSEDRNN_EXPECT(saved.size() == saved_count, "expected ", saved_count, " saved tensors, got ", saved.size());
   if (cell.saved) {
     check(saved[0], "gates", dtype, {D, N, cell.saved * H});
     p.gates = saved[0].const_data_ptr();
@@ -269,10 +308,11 @@ Tensors backward(std::string cell_name, MaybeTensor dy, MaybeTensor dh_n, MaybeT
   }
   if (dy) check(*dy, "dy", dtype, shape(y));
   if (dh_n) check(*dh_n, "dh_n", dtype, shape(hx));
+  FUSEDRNN_EXPECT(!dc_n || cell.has_cell, "expected dc_n for lstm and for no other cell");
   if (dc_n) check(*dc_n, "dc_n", dtype, shape(hx));
   const size_t states = cell.has_cell ? 3 : 2;  // x, hx and perhaps cx come before the weights
-  STD_TORCH_CHECK(wanted.size() == states + weights.size(), "fusedrnn: expected wanted to hold ",
-                  states + weights.size(), " values, got ", wanted.size());
+  FUSEDRNN_EXPECT(wanted.size() == states + weights.size(), "expected wanted to hold ", states + weights.size(),
+                  " values, got ", wanted.size());
   Tensor dsums = make(x, {D, N, cell.sums * H});
   Tensors results;
   const auto result = [&](size_t i, const Tensor& like) -> void* {

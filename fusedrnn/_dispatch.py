@@ -40,7 +40,10 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, f"the extension is not built or cannot be loaded ({error})"
     # OpenMP runs the parts of a parallel loop at the same time; a pool with a queue may not (csrc/cpu/team.h).
     _C.use_threads("ATen parallel backend: OpenMP" in torch.__config__.parallel_info())
-    _C.use(os.environ.get("FUSEDRNN_ISA", ""))
+    try:
+        _C.use(os.environ.get("FUSEDRNN_ISA", ""))
+    except ValueError as error:
+        raise ValueError(f"FUSEDRNN_ISA: {error}") from None
     return _C, ""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ def _forward_shapes(
     save: bool,
 ) -> list[Tensor]:
     directions, _, hidden = hx.shape
-    rows = x.numel() // x.size(-1)
+    rows = math.prod(x.shape[:-1])
     results = [x.new_empty(*x.shape[:-1], directions * hidden), x.new_empty(hx.shape)]
     if cx is not None:
         results.append(x.new_empty(hx.shape))

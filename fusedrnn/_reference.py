@@ -116,8 +116,9 @@ def recurrence(
         output = []
         for t in reversed(range(T)) if direction else range(T):
             if resets is not None:
-                h = h.masked_fill(resets[t].unsqueeze(-1), 0)
-                c = None if c is None else c.masked_fill(resets[t].unsqueeze(-1), 0)
+                reset = (resets[t] if lengths is None else resets[t] & (t < lengths)).unsqueeze(-1)
+                h = h.masked_fill(reset, 0)
+                c = None if c is None else c.masked_fill(reset, 0)
             new_h, new_c = step(cell, igates[t], F.linear(h, w_hh, b_hh), h, c)
             if w_hr is not None:
                 new_h = F.linear(new_h, w_hr)

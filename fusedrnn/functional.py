@@ -9,6 +9,7 @@ from torch import Tensor
 from fusedrnn import _autograd, _ops, _reference
 from fusedrnn._dispatch import CONVERTED_DTYPES, KERNEL_DTYPES
 
+
 def step(
     cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: list[Tensor], implementation: str
 ) -> tuple[Tensor, Tensor | None]:

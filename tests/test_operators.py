@@ -208,7 +208,7 @@ def test_empty_batch(options, bidirectional, kind):
 zeros = torch.zeros
 LSTM = Case(T=5, B=3, I=4, H=7)
 SHAPE = r"of shape \[{}\], got \[{}\]".format
-INPUT_DTYPE = "of the input's dtype.*"
+INPUT_DTYPE = "of dtype float(32, got float64|64, got float32)"
 
 
 def weights(*shapes: tuple[int, ...]) -> list[Tensor]:
@@ -290,7 +290,7 @@ MISTAKES = [
 def test_misuse(operator, proper, changed, says):
     with pytest.raises(RuntimeError) as error:
         operator(**proper() | changed)
-    assert re.fullmatch(f"(.*, )?fusedrnn: {says}", str(error.value)), str(error.value)
+    assert re.fullmatch(f"fusedrnn: {says}", str(error.value)), str(error.value)
 
 
 def test_messages_begin_with_the_message():

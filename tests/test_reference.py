@@ -174,8 +174,7 @@ MODULES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
 
 
 def forget_choices() -> None:
-    _dispatch._choose.cache_clear()
-    _dispatch._warn.cache_clear()
+    _dispatch._warned.clear()
 
 
 @pytest.fixture

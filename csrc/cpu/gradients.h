@@ -64,11 +64,16 @@ struct Gradients : Recurrence<Cell, S, N> {
     return static_cast<const S*>(p.dsums) + (direction * rows + row) * sums * H;
   }
 
+  static Scratch<S> zeros(int64_t count) {
+    Scratch<S> made = scratch<S>(count);
+    std::fill_n(made.get(), count, S(0));
+    return made;
+  }
+
   // Rows [begin, end) of dX.
   void input(int64_t begin, int64_t end) {
     const int64_t width = input_vectors * N, count = end - begin;
-    const Scratch<S> sum = scratch<S>(count * width);
-    std::fill(sum.get(), sum.get() + count * width, S(0));
+    const Scratch<S> sum = zeros(count * width);
     for (int64_t direction = 0; direction < p.directions; ++direction)
       for (int64_t k = 0; k < gates * H; k += gradient_depth)
         multiply<V, S>({w_ih.get() + direction * input_vectors * gates * H * N + k * N, gates * H * N, N, input_vectors,
@@ -89,11 +94,9 @@ struct Gradients : Recurrence<Cell, S, N> {
     const int64_t tiles = (units + tile - 1) / tile, depth = std::min(gradient_depth, rows);
     const int64_t torch_gate = recurrent ? Cell::hidden_gate(static_cast<int>(gate)) : gate;
     const S* source = dsums(job.direction, 0) + (recurrent ? gate : Cell::input_sum + gate) * H + begin;
-    const Scratch<S> total = scratch<S>(tiles * tile * width), right = scratch<S>(vectors * depth * N),
-                     left = scratch<S>(tiles * tile * depth);
-    std::fill(total.get(), total.get() + tiles * tile * width, S(0));
-    const Scratch<S> bias = scratch<S>(tiles * tile);
-    std::fill(bias.get(), bias.get() + tiles * tile, S(0));
+    const Scratch<S> total = zeros(tiles * tile * width);
+    const Scratch<S> right = scratch<S>(vectors * depth * N), left = scratch<S>(tiles * tile * depth);
+    const Scratch<S> bias = zeros(tiles * tile), block_bias = zeros(tiles * tile);
     int64_t t = 0;
     for (int64_t row = 0; row < rows; row += depth) {
       const int64_t count = std::min(depth, rows - row);
@@ -108,7 +111,11 @@ struct Gradients : Recurrence<Cell, S, N> {
             const int n = static_cast<int>(std::min<int64_t>(N, columns - v * N));
             (from ? V::load(from + v * N, n) : V(S(0))).store(right.get() + (v * depth + k) * N);
           }
-        split_tiles(source + (row + k) * sums * H, units, left.get() + k * tile, depth * tile, bias.get());
+        split_tiles(source + (row + k) * sums * H, units, left.get() + k * tile, depth * tile, block_bias.get());
+      }
+      for (int64_t u = 0; u < units; ++u) {  // a block's sum at a time, as exact as the products' (gemm.h)
+        bias[u] += block_bias[u];
+        block_bias[u] = S(0);
       }
       if (!dw) continue;
       for (int64_t v = 0; v < vectors; v += 4)
