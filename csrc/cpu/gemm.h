@@ -24,6 +24,7 @@ struct Product {
   int64_t lda, K, rows;
   S* C;
   int64_t ldc, c_stride;
+  bool fresh = false;  // C holds nothing yet: = in place of +=
 };
 
 // With `width`, A is not row-major but in tiles of so many rows: A[row*lda + k*width + b] for row b of the
@@ -52,6 +53,7 @@ __attribute__((noinline)) void tile(const Product<S>& p, int64_t row, int64_t ve
   // Blocks of k are summed by themselves and then added to C: one long chain would round every small product
   // at the size of the total.
   for (int64_t k = 0; k < p.K;) {
+    const bool fresh = p.fresh && k == 0;
     const int64_t end = std::min(k + summation_block, p.K);
 #pragma GCC unroll 4
     for (int s = 0; s < split; ++s)
@@ -72,20 +74,21 @@ __attribute__((noinline)) void tile(const Product<S>& p, int64_t row, int64_t ve
 #pragma GCC unroll 4
         for (int s = 1; s < split; ++s) total = total + sum[s][b][v];
         S* c = C + b * p.ldc + v * p.c_stride;
-        (V::load(c) + total).store(c);
+        (fresh ? total : V::load(c) + total).store(c);
       }
   }
 }
 
-template <class V, class S, int NV, int... MB>
+// Tiles of 1, 2 … sizeof...(MB) rows.
+template <class V, class S, int NV, int width, int... MB>
 constexpr auto tile_table(std::integer_sequence<int, MB...>) {
-  return std::array<void (*)(const Product<S>&, int64_t, int64_t), sizeof...(MB)>{&tile<V, S, MB + 1, NV>...};
+  return std::array<void (*)(const Product<S>&, int64_t, int64_t), sizeof...(MB)>{&tile<V, S, MB + 1, NV, width>...};
 }
 
 template <class V, class S, int NV>
 void multiply_vectors(const Product<S>& p, int64_t vector) {
   constexpr int most = tile_rows(NV, sizeof(V));
-  static constexpr auto tiles = tile_table<V, S, NV>(std::make_integer_sequence<int, most>());
+  static constexpr auto tiles = tile_table<V, S, NV, 0>(std::make_integer_sequence<int, most>());
   const int64_t count =
       (p.rows + most - 1) / most;  // tiles of even height: a last one of a single row would waste its time
   for (int64_t i = 0; i < count; ++i) {
@@ -116,24 +119,28 @@ void multiply(const Product<S>& p) {
   }
 }
 
-// All of a product whose A is in tiles.
+// A product of at most four output vectors whose A is in tiles.
+template <class V, class S, int NV>
+void multiply_tiles_vectors(const Product<S>& p) {
+  constexpr int width = tile_rows(4, sizeof(V));
+  static constexpr auto tiles = tile_table<V, S, NV, width>(std::make_integer_sequence<int, width>());
+  for (int64_t row = 0; row < p.rows; row += width) tiles[std::min<int64_t>(width, p.rows - row) - 1](p, row, 0);
+}
+
 template <class V, class S>
 void multiply_tiles(const Product<S>& p) {
-  constexpr int width = tile_rows(4, sizeof(V));
-  for (int64_t row = 0; row < p.rows; row += width) {
-    switch (p.vectors) {
-      case 1:
-        tile<V, S, width, 1, width>(p, row, 0);
-        break;
-      case 2:
-        tile<V, S, width, 2, width>(p, row, 0);
-        break;
-      case 3:
-        tile<V, S, width, 3, width>(p, row, 0);
-        break;
-      default:
-        tile<V, S, width, 4, width>(p, row, 0);
-    }
+  switch (p.vectors) {
+    case 1:
+      multiply_tiles_vectors<V, S, 1>(p);
+      break;
+    case 2:
+      multiply_tiles_vectors<V, S, 2>(p);
+      break;
+    case 3:
+      multiply_tiles_vectors<V, S, 3>(p);
+      break;
+    default:
+      multiply_tiles_vectors<V, S, 4>(p);
   }
 }
 

@@ -94,7 +94,12 @@ struct Gradients : Recurrence<Cell, S, N> {
     const int64_t tiles = (units + tile - 1) / tile, depth = std::min(gradient_depth, rows);
     const int64_t torch_gate = recurrent ? Cell::hidden_gate(static_cast<int>(gate)) : gate;
     const S* source = dsums(job.direction, 0) + (recurrent ? gate : Cell::input_sum + gate) * H + begin;
-    const Scratch<S> total = zeros(tiles * tile * width);
+    S* result = dw ? dw + (torch_gate * H + begin) * columns : nullptr;
+    if (rows == 0 && dw) std::fill_n(result, units * columns, S(0));
+    // Where a row ends with a vec the products go straight to their place.
+    const bool in_place = width == columns;
+    const Scratch<S> padded = scratch<S>(in_place ? 0 : units * width);
+    S* total = in_place ? result : padded.get();
     const Scratch<S> right = scratch<S>(vectors * depth * N), left = scratch<S>(tiles * tile * depth);
     const Scratch<S> bias = zeros(tiles * tile), block_bias = zeros(tiles * tile);
     int64_t t = 0;
@@ -120,10 +125,10 @@ struct Gradients : Recurrence<Cell, S, N> {
       if (!dw) continue;
       for (int64_t v = 0; v < vectors; v += 4)
         multiply_tiles<V, S>({right.get() + v * depth * N, depth * N, N, std::min<int64_t>(4, vectors - v), left.get(),
-                              depth, count, tiles * tile, total.get() + v * N, width, N});
+                              depth, count, units, total + v * N, width, N, row == 0});
     }
-    for (int64_t u = 0; u < units && dw; ++u)
-      std::copy_n(total.get() + u * width, columns, dw + (torch_gate * H + begin + u) * columns);
+    for (int64_t u = 0; u < units && rows > 0 && dw && !in_place; ++u)
+      std::copy_n(total + u * width, columns, result + u * columns);
     if (db) std::copy_n(bias.get(), units, db + torch_gate * H + begin);
   }
 
