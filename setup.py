@@ -7,6 +7,7 @@ CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS    as torch.utils.cpp_extension reads 
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -55,8 +56,16 @@ def cuda_sources() -> list[str]:
 
 
 def compiler_version(compiler: str) -> str:
-    lines = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()
-    return lines[0].replace('"', "")
+    try:
+        output = subprocess.run(
+            [*shlex.split(compiler), "--version"], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SystemExit(
+            f"fusedrnn: expected a working C++ compiler, got {error}. Install one or name it in CXX; or set "
+            "FUSEDRNN_BUILD=0 for the pure Python package."
+        ) from error
+    return output.splitlines()[0].replace('"', "")
 
 
 def extension() -> dict[str, Any]:

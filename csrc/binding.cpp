@@ -15,6 +15,9 @@
 #include <string>
 #include <vector>
 
+#include "cells/gru.h"
+#include "cells/lstm.h"
+#include "cells/rnn.h"
 #include "cpu/cpu.h"
 
 namespace {
@@ -47,13 +50,17 @@ template <class... Parts>
     if (!(condition)) fail(__VA_ARGS__); \
   } while (false)
 
+template <class Cell>
+CellInfo info_of(CellKind kind) {
+  return {kind, Cell::gates, Cell::sums, Cell::saved, Cell::has_cell};
+}
+
 CellInfo cell_info(const std::string& name) {
-  if (name == "rnn_tanh") return {CellKind::rnn_tanh, 1, 1, 0, false};
-  if (name == "rnn_relu") return {CellKind::rnn_relu, 1, 1, 0, false};
-  if (name == "lstm") return {CellKind::lstm, 4, 4, 4, true};
-  if (name == "gru") return {CellKind::gru, 3, 4, 4, false};
+  if (name == "rnn_tanh") return info_of<RNN<false>>(CellKind::rnn_tanh);
+  if (name == "rnn_relu") return info_of<RNN<true>>(CellKind::rnn_relu);
+  if (name == "lstm") return info_of<LSTM>(CellKind::lstm);
+  if (name == "gru") return info_of<GRU>(CellKind::gru);
   fail("expected cell to be rnn_tanh, rnn_relu, lstm or gru, got ", name);
-  return {};
 }
 
 std::string to_string(const std::vector<int64_t>& sizes) {
@@ -346,8 +353,11 @@ Tensors backward(std::string cell_name, MaybeTensor dy, MaybeTensor dh_n, MaybeT
 }
 
 template <class S>
-py::array_t<S> evaluate(void (*function)(int, const S*, S*, int64_t), int which, const py::array_t<S>& x) {
-  py::array_t<S> y(x.size());
+using Array = py::array_t<S, py::array::c_style | py::array::forcecast>;
+
+template <class S>
+Array<S> evaluate(void (*function)(int, const S*, S*, int64_t), int which, const Array<S>& x) {
+  Array<S> y(x.size());
   function(which, x.data(), y.mutable_data(), x.size());
   return y;
 }

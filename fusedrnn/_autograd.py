@@ -21,6 +21,8 @@ def recurrence(
     resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """:func:`fusedrnn._reference.recurrence` on the compiled kernels; float32 and float64, without projection."""
+    if in_transform():
+        return _reference.recurrence(cell, x, hx, cx, weights, batch_sizes, lengths, resets)
     if needs_gradient(x, hx, cx, weights):
         y, h_n, *c_n = Recurrence.apply(  # type: ignore[no-untyped-call]
             cell, batch_sizes, lengths, resets, x, hx, cx, *weights
@@ -28,6 +30,13 @@ def recurrence(
     else:
         y, h_n, *c_n = _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, False)
     return y, h_n, c_n[0] if c_n else None
+
+
+def in_transform() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, which see through the reference only."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def needs_gradient(x: Tensor, hx: Tensor, cx: Tensor | None, weights: list[Tensor]) -> bool:

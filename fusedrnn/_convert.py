@@ -34,8 +34,15 @@ def convert(model: Model) -> Model:
 
 
 def revert(model: Model) -> Model:
-    """Undo :func:`convert`: every fusedrnn module in ``model`` becomes torch.nn's again; returns ``model`` itself."""
-    for module in model.modules():
+    """Undo :func:`convert`: every fusedrnn module in ``model`` becomes torch.nn's again; returns ``model`` itself.
+
+    Subclasses of fusedrnn's modules are left alone, with a UserWarning that names them.
+    """
+    for path, module in model.named_modules():
         if type(module) in _TORCH_OF:
             module.__class__ = _TORCH_OF[type(module)]
+        elif isinstance(module, FUSED):
+            warnings.warn(
+                f"fusedrnn.revert left {path or 'the model'} alone: {type(module).__name__} is a subclass", stacklevel=2
+            )
     return model

@@ -94,6 +94,20 @@ def recurrence(
     Returns:
         y ``[T, B, D*R]`` or ``[N, D*R]``, h_n ``[D, B, R]`` and, for an LSTM, c_n ``[D, B, H]``.
     """
+    with torch.autocast(x.device.type, enabled=False):  # whoever calls has done the casts that autocast asks for
+        return _recurrence(cell, x, hx, cx, weights, batch_sizes, lengths, resets)
+
+
+def _recurrence(
+    cell: str,
+    x: Tensor,
+    hx: Tensor,
+    cx: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     if batch_sizes is not None:
         steps, rows = (index.to(x.device) for index in packed_rows(batch_sizes))
         T, B = len(batch_sizes), hx.size(1)
@@ -101,7 +115,7 @@ def recurrence(
         if resets is not None:
             resets = resets.new_zeros(T, B).index_put((steps, rows), resets)
         lengths = packed_lengths(batch_sizes).to(x.device)
-        y, h_n, c_n = recurrence(cell, padded, hx, cx, weights, lengths=lengths, resets=resets)
+        y, h_n, c_n = _recurrence(cell, padded, hx, cx, weights, None, lengths, resets)
         return y[steps, rows], h_n, c_n
 
     T, directions = x.size(0), hx.size(0)

@@ -17,7 +17,8 @@ def step(
 
     ``cell``, ``weights`` and ``implementation`` are those of :func:`stack`.
     """
-    if implementation == "cpu" and x.dtype in KERNEL_DTYPES and not _autograd.needs_gradient(x, h, c, weights):
+    kernel = implementation == "cpu" and x.dtype in KERNEL_DTYPES
+    if kernel and not _autograd.needs_gradient(x, h, c, weights) and not _autograd.in_transform():
         h, *rest = _ops.step(cell, x, h, c, weights)
         return h, rest[0] if rest else None
     _, h, c = stack(

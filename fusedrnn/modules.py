@@ -12,16 +12,18 @@ from fusedrnn import _dispatch, functional
 
 
 def _in_autocast(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast wants for recurrent layers on x's device, or None outside autocast."""
+    """The dtype that autocast wants for recurrent layers on x's device; None outside autocast and for float64."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device)
 
 
-def _check_state(state: Tensor, x: Tensor) -> None:
-    if state.dtype != x.dtype:
-        raise RuntimeError(f"expected hx of the input's dtype {x.dtype}, got {state.dtype}")
-    if state.device != x.device:
-        raise RuntimeError(f"expected hx on the input's device {x.device}, got {state.device}")
+def _check_like_input(tensor: Tensor, name: str, x: Tensor, any_dtype: bool) -> None:
+    if tensor.dtype != x.dtype and not any_dtype:
+        raise RuntimeError(f"expected {name} of the input's dtype {x.dtype}, got {tensor.dtype}")
+    if tensor.device != x.device:
+        raise RuntimeError(f"expected {name} on the input's device {x.device}, got {tensor.device}")
 
 
 def _as_pair(hx: Any, name: str) -> list[Tensor]:
@@ -46,13 +48,13 @@ class _Layer(torch.nn.RNNBase):
         implementation = _dispatch.choose(x, self.proj_size > 0)
         if implementation == "torch":
             return super().forward(input, hx)
-        autocast = _in_autocast(x)
+        autocast, weights = _in_autocast(x), self._weights()
         if packed:
             _, batch_sizes, sorted_indices, unsorted_indices = input
-            states = self._states(x, int(batch_sizes[0]), hx, 3, autocast)
+            states = self._states(x, int(batch_sizes[0]), hx, 3, weights, autocast)
             if hx is not None and sorted_indices is not None:
                 states = [s.index_select(1, sorted_indices) for s in states]
-            y, states = self._run(x, states, implementation, batch_sizes, autocast)
+            y, states = self._run(x, states, weights, implementation, batch_sizes, autocast)
             if unsorted_indices is not None:
                 states = [s.index_select(1, unsorted_indices) for s in states]
             output: Any = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
@@ -64,7 +66,8 @@ class _Layer(torch.nn.RNNBase):
                 x = x.unsqueeze(1)
             elif self.batch_first:
                 x = x.transpose(0, 1)
-            y, states = self._run(x, self._states(x, x.size(1), hx, rank, autocast), implementation, None, autocast)
+            states = self._states(x, x.size(1), hx, rank, weights, autocast)
+            y, states = self._run(x, states, weights, implementation, None, autocast)
             if rank == 2:
                 y, states = y.squeeze(1), [s.squeeze(1) for s in states]
             elif self.batch_first:
@@ -72,7 +75,9 @@ class _Layer(torch.nn.RNNBase):
             output = y
         return output, (tuple(states) if self.mode == "LSTM" else states[0])
 
-    def _states(self, x: Tensor, batch: int, hx: Any, rank: int, autocast: torch.dtype | None) -> list[Tensor]:
+    def _states(
+        self, x: Tensor, batch: int, hx: Any, rank: int, weights: list[Tensor], autocast: torch.dtype | None
+    ) -> list[Tensor]:
         """Checks the input, time first, and the state; returns h_0 (and c_0), given or zero, with a batch dimension."""
         if x.size(-1) != self.input_size:
             raise RuntimeError(
@@ -80,11 +85,11 @@ class _Layer(torch.nn.RNNBase):
             )
         if x.size(0) == 0:
             raise RuntimeError(f"{self.mode}: expected a sequence of at least 1 step, got 0")
-        weight_dtype = self._weights()[0].dtype
-        if x.dtype != weight_dtype and autocast is None:
+        if x.dtype != weights[0].dtype and autocast is None:
             # torch.nn.LSTM leaves a packed input to its kernels, which say RuntimeError
             error = RuntimeError if self.mode == "LSTM" and x.dim() == 2 else ValueError
-            raise error(f"{self.mode}: expected input of the weights' dtype {weight_dtype}, got {x.dtype}")
+            raise error(f"{self.mode}: expected input of the weights' dtype {weights[0].dtype}, got {x.dtype}")
+        _check_like_input(weights[0], "the weights", x, any_dtype=True)
         lstm, rows = self.mode == "LSTM", self.num_layers * (2 if self.bidirectional else 1)
         sizes = (self.proj_size or self.hidden_size, self.hidden_size)[: 2 if lstm else 1]
         if hx is None:
@@ -100,8 +105,7 @@ class _Layer(torch.nn.RNNBase):
             expected = (rows, batch, size) if rank == 3 else (rows, size)
             if state.shape != expected:
                 raise RuntimeError(f"{self.mode}: expected {name} of shape {list(expected)}, got {list(state.shape)}")
-            if autocast is None:
-                _check_state(state, x)
+            _check_like_input(state, name, x, any_dtype=autocast is not None)
         return [s.unsqueeze(1) for s in states] if rank == 2 else states
 
     def _weights(self) -> list[Tensor]:
@@ -117,11 +121,11 @@ class _Layer(torch.nn.RNNBase):
         self,
         x: Tensor,
         states: list[Tensor],
+        weights: list[Tensor],
         implementation: str,
         batch_sizes: Tensor | None,
         autocast: torch.dtype | None,
     ) -> tuple[Tensor, list[Tensor]]:
-        weights = self._weights()
         if autocast is not None:
             x, states, weights = (
                 x.to(autocast),
@@ -169,12 +173,12 @@ class _Cell(torch.nn.RNNCellBase):
         lstm = isinstance(self, torch.nn.LSTMCell)
         autocast = _in_autocast(input)
         h, c = (None, None) if hx is None else _as_pair(hx, "LSTMCell") if lstm else (hx, None)
-        self._check(input, h, c, autocast)
+        weights = self._weights()
+        self._check(input, [] if hx is None else [h, c] if lstm else [h], weights[0], autocast)
         x = input if input.dim() == 2 else input.unsqueeze(0)
         h = x.new_zeros(x.size(0), self.hidden_size) if h is None else h if h.dim() == 2 else h.unsqueeze(0)
         if lstm:
             c = torch.zeros_like(h) if c is None else c if c.dim() == 2 else c.unsqueeze(0)
-        weights = self._weights()
         if autocast is not None:
             x, h, c, weights = (
                 x.to(autocast),
@@ -199,7 +203,7 @@ class _Cell(torch.nn.RNNCellBase):
             return "rnn_" + self.nonlinearity
         return "lstm" if isinstance(self, torch.nn.LSTMCell) else "gru"
 
-    def _check(self, input: Tensor, h: Tensor | None, c: Tensor | None, autocast: torch.dtype | None) -> None:
+    def _check(self, input: Tensor, states: list[Any], weight: Tensor, autocast: torch.dtype | None) -> None:
         name = type(self).__name__
         if input.dim() not in (1, 2):
             raise ValueError(f"{name}: expected input of 1 or 2 dimensions (unbatched or batched), got {input.dim()}")
@@ -207,18 +211,16 @@ class _Cell(torch.nn.RNNCellBase):
             raise RuntimeError(
                 f"{name}: expected input of size {self.input_size} in its last dimension, got {input.size(-1)}"
             )
-        if autocast is None and input.dtype != (dtype := self._weights()[0].dtype):
-            raise RuntimeError(f"{name}: expected input of the weights' dtype {dtype}, got {input.dtype}")
+        if autocast is None and input.dtype != weight.dtype:
+            raise RuntimeError(f"{name}: expected input of the weights' dtype {weight.dtype}, got {input.dtype}")
+        _check_like_input(weight, "the weights", input, any_dtype=True)
         expected = (*input.shape[:-1], self.hidden_size)
-        for state in (h, c):
-            if state is None:
-                continue
+        for state in states:
             if state.dim() not in (1, 2):
                 raise ValueError(f"{name}: expected hx of 1 or 2 dimensions, got {state.dim()}")
             if state.shape != expected:
                 raise RuntimeError(f"{name}: expected hx of shape {list(expected)}, got {list(state.shape)}")
-            if autocast is None:
-                _check_state(state, input)
+            _check_like_input(state, "hx", input, any_dtype=autocast is not None)
 
 
 class RNNCell(_Cell, torch.nn.RNNCell):

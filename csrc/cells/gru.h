@@ -1,11 +1,14 @@
-// Gated recurrent unit (torch.nn.GRU; Cho et al. 2014), the reset gate applied after the product ("linear
-// before reset"). torch's gate order is r z n. The candidate n keeps its two products apart, so that a unit
-// has four pre-activations:
-//   a_h = h·W_hn + b_hn   a_r = x·W_ir + b_ir + h·W_hr + b_hr   a_z = x·W_iz + b_iz + h·W_hz + b_hz   a_x =
-//   x·W_in + b_in r = σ(a_r)   z = σ(a_z)   n = tanh(a_x + r∘a_h) h' = (1-z)∘n + z∘h
-// They are kept in the order a_h a_r a_z a_x: what h makes is the first three, what x makes the last three,
-// in torch's order. Backward:
-//   da_x = dh'∘(1-z)∘(1-n²)   da_r = da_x∘a_h∘r(1-r)   da_z = dh'∘(h-n)∘z(1-z)   da_h = da_x∘r
+// Gated recurrent unit (torch.nn.GRU; Cho et al. 2014), the reset gate applied after the product ("linear before reset").
+// torch's gate order is r z n. The candidate n keeps its two products apart, so that a unit has four pre-activations:
+//   a_h = h·W_hn + b_hn
+//   a_r = x·W_ir + b_ir + h·W_hr + b_hr
+//   a_z = x·W_iz + b_iz + h·W_hz + b_hz
+//   a_x = x·W_in + b_in
+//   r = σ(a_r)   z = σ(a_z)   n = tanh(a_x + r∘a_h)
+//   h' = (1-z)∘n + z∘h
+// In this order what h makes is the first three, and what x makes the last three, which is torch's order.
+// Backward:
+//   da_x = dh'∘(1-z)∘(1-n²)   da_z = dh'∘(h-n)∘z(1-z)   da_r = da_x∘a_h∘r(1-r)   da_h = da_x∘r
 //   dh = dh'∘z + (what comes back through W_hh)
 // Saved: r z n a_h.
 #pragma once
@@ -22,7 +25,6 @@ struct GRU {
   static constexpr bool has_cell = false;
   static constexpr bool needs_output = false;
   static constexpr bool needs_previous = true;
-  static constexpr bool passes_state = true;
 
   static constexpr FUSEDRNN_INLINE int hidden_gate(int k) { return k == 0 ? 2 : k - 1; }
 

@@ -21,11 +21,10 @@ struct LSTM {
   static constexpr bool has_cell = true;
   static constexpr bool needs_output = false;
   static constexpr bool needs_previous = false;
-  static constexpr bool passes_state = false;
 
-  // In: pre-activations, h, and c. Out: the activated gates, c' in place of c; returns h'.
   static constexpr FUSEDRNN_INLINE int hidden_gate(int k) { return k; }
 
+  // In: pre-activations, h, and c. Out: the activated gates, c' in place of c; returns h'.
   template <class V>
   static FUSEDRNN_INLINE V forward(const V (&a)[4], V, V& c, V* gate) {
     const V i = sigmoid(a[0]), f = sigmoid(a[1]), g = tanh(a[2]), o = sigmoid(a[3]);

@@ -18,7 +18,6 @@ struct RNN {
   static constexpr bool has_cell = false;  // a cell state beside the hidden state
   static constexpr bool needs_output = true;     // backward reads h'
   static constexpr bool needs_previous = false;  // backward reads h
-  static constexpr bool passes_state = false;    // h reaches h' beside W_hh too
 
   // The block of w_hh that goes to sum k.
   static constexpr FUSEDRNN_INLINE int hidden_gate(int) { return 0; }

@@ -1,6 +1,5 @@
-// The forward time loop on a CPU, for any cell, scalar type and vector width. A step is: pre-activations = bias +
-// x·W_ih
-// + h·W_hh for a panel (registers, then a buffer that stays in the first-level cache), then the cell, row by row.
+// The forward time loop on a CPU, for any cell, scalar type and vector width. A step is: pre-activations = bias + x·W_ih +
+// h·W_hh for a panel (registers, then a buffer that stays in the first-level cache), then the cell, row by row.
 #pragma once
 
 #include "recurrence.h"

@@ -1,9 +1,11 @@
-// The gradients of the input, the weights and the biases, from those of the pre-activations of the whole
-// sequence. With n counting the sequence's rows:
-//   dX[n] = Σ over directions of dgates[n] · W_ih     dW_ih = Σ_n dgates[n] ⊗ x[n]     dW_hh = Σ_n dgates[n]
-//   ⊗ h[n before]     db = Σ_n dgates[n]
-// They are cut into items (a block of rows of dX; some hidden units of one gate of one weight), which the
-// threads take as they come.
+// The gradients of the input, the weights and the biases, from those of the pre-activations of the whole sequence. With n
+// counting the sequence's rows:
+//   dX[n] = Σ over directions of dgates[n] · W_ih
+//   dW_ih = Σ_n dgates[n] ⊗ x[n]
+//   dW_hh = Σ_n dgates[n] ⊗ h[before n]
+//   db    = Σ_n dgates[n]
+// They are cut into items (a block of rows of dX; some hidden units of one gate of one weight), which the threads take as
+// they come.
 #pragma once
 
 #include "recurrence.h"
@@ -107,10 +109,12 @@ struct Gradients : Recurrence<Cell, S, N> {
       const int64_t count = std::min(depth, rows - row);
       for (int64_t k = 0; k < count; ++k) {
         while (row + k >= sequence.start(t + 1)) ++t;
-        const S* from = recurrent ? this->state_before(job, t, row + k - sequence.start(t),
-                                                       static_cast<const S*>(p.y) + job.direction * H, p.directions * H,
-                                                       static_cast<const S*>(p.hx))
-                                  : static_cast<const S*>(p.x) + (row + k) * I;
+        const int64_t b = row + k - sequence.start(t);
+        const S* from = nullptr;  // past a row's end the gradient is zero, but x may be NaN
+        if (t < sequence.length(b))
+          from = recurrent ? this->state_before(job, t, b, static_cast<const S*>(p.y) + job.direction * H,
+                                                p.directions * H, static_cast<const S*>(p.hx))
+                           : static_cast<const S*>(p.x) + (row + k) * I;
         if (dw)
           for (int64_t v = 0; v < vectors; ++v) {
             const int n = static_cast<int>(std::min<int64_t>(N, columns - v * N));

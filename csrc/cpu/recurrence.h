@@ -67,7 +67,8 @@ struct Recurrence {
   const int64_t block_rows = (B + plan.row_blocks - 1) / plan.row_blocks;
 
   Recurrence(const Problem& p, const Threads& threads)
-      : problem(p), plan(make_plan(p.sequence.T, p.sequence.B, p.H, p.directions, gates, threads.count)) {}
+      : problem(p),
+        plan(make_plan(p.sequence.T, p.sequence.B, p.H, p.directions, gates, (p.H + N - 1) / N, threads.count)) {}
 
   int units(int64_t panel) const { return static_cast<int>(std::min<int64_t>(N, H - panel * N)); }
 
@@ -100,7 +101,7 @@ struct Recurrence {
   const S* state_before(const Job& job, int64_t t, int64_t b, const S* outputs, int64_t width, const S* initial) const {
     if (job.reset_at(t, b)) return nullptr;
     if (t == job.first_step(b)) return initial + state_at(job, b, 0);
-    return t < sequence.length(b) ? outputs + (sequence.start(job.previous(t)) + b) * width : nullptr;
+    return outputs + (sequence.start(job.previous(t)) + b) * width;
   }
 };
 

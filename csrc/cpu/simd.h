@@ -43,25 +43,25 @@ struct vec {
   static FUSEDRNN_INLINE vec load(const T* p, int n) {
     if (n == N) return load(p);
     alignas(sizeof(Register)) T buffer[N] = {};
-    move<false>(buffer, p, n);
+    move(buffer, p, n);
     return load(buffer);
   }
   FUSEDRNN_INLINE void store(T* p, int n) const {
     if (n == N) return store(p);
     alignas(sizeof(Register)) T buffer[N];
     store(buffer);
-    move<true>(p, buffer, n);
+    move(p, buffer, n);
   }
 
  private:
   // Moves of N/2, N/4 … 1 numbers: a memcpy of variable size is a call, and this runs at the end of every
   // row.
-  template <bool, int half = N / 2>
+  template <int half = N / 2>
   static FUSEDRNN_INLINE void move(T* to, const T* from, int n) {
     if constexpr (half > 0) {
       const int part = n & half;
       if (part) std::memcpy(to, from, half * sizeof(T));
-      move<true, half / 2>(to + part, from + part, n);
+      move<half / 2>(to + part, from + part, n);
     }
   }
 };

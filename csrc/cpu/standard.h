@@ -1,5 +1,5 @@
-// The standard headers that the kernels use, for inclusion before a target region: what they define must be
-// compiled for every processor.
+// What the kernels include and must not compile themselves: an inline function that is first seen in a target region may
+// be kept with that region's instructions and then serve every other caller. For inclusion before a region.
 #pragma once
 
 #include <sched.h>
@@ -17,3 +17,5 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
+
+#include "cpu.h"

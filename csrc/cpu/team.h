@@ -41,7 +41,7 @@ class Barrier {
     arrived_.fetch_add(arriving, std::memory_order_acq_rel);
     // Threads meet within a microsecond when each has a core. When they do not, a spinner must give its core
     // away: with 4 teams on 2 cores, yielding took 13 µs a step and spinning 861.
-    for (int spins = 0; arrived_.load(std::memory_order_acquire) < generation; ++spins) {
+    for (int64_t spins = 0; arrived_.load(std::memory_order_acquire) < generation; ++spins) {
       if (spins < 128) {
 #if defined(__x86_64__)
         __builtin_ia32_pause();

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 namespace fusedrnn::cpu {
+namespace {
 
 // Rows in one register tile of `vectors` output vectors. An AVX-512 core has 32 registers: 24 accumulators,
 // the weights' vectors and a broadcast. The others have 16: 12 accumulators, one weight at a time.
@@ -46,7 +47,8 @@ struct Plan {
   bool packed;         // whether weights are packed
 };
 
-constexpr Plan make_plan(int64_t T, int64_t B, int64_t H, int directions, int64_t gates, int64_t threads) {
+constexpr Plan make_plan(int64_t T, int64_t B, int64_t H, int directions, int64_t gates, int64_t panels,
+                         int64_t threads) {
   const int64_t step_flops = 2 * gates * H * H * B;
   // Below this many operations a step, meeting costs more than a second thread brings (B = 1: H of about 48).
   const bool share_units = step_flops >= 20'000;
@@ -55,10 +57,12 @@ constexpr Plan make_plan(int64_t T, int64_t B, int64_t H, int directions, int64_
   Plan plan{1, 1, 1, 1, T * B >= packing_rows};
   if (directions == 2 && threads >= 2) {
     plan.groups = 2;
-    plan.slices = share_units ? threads / 2 : 1;
+    plan.slices = threads / 2;
   } else {
-    plan.slices = share_units ? threads : 1;
+    plan.slices = threads;
   }
+  // A member without a panel of its own would only keep the others waiting.
+  plan.slices = share_units ? std::min(plan.slices, std::max<int64_t>(panels, 1)) : 1;
   // Rows are independent: cutting the batch needs no meeting at all, but each team then reads all the
   // weights. That pays while they stay in a core's own cache, H of about 256 in float.
   const int64_t spare = threads / plan.groups;
@@ -72,4 +76,5 @@ constexpr Plan make_plan(int64_t T, int64_t B, int64_t H, int directions, int64_
   return plan;
 }
 
+}  // namespace
 }  // namespace fusedrnn::cpu

@@ -1,0 +1,143 @@
+"""Layers and cells inside what torch wraps around them: autocast, forward mode, torch.func, parametrizations."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.nn.utils import parametrize
+
+import fusedrnn
+from fusedrnn import _ops
+
+LAYERS = ("RNN", "LSTM", "GRU")
+CELLS = ("RNNCell", "LSTMCell", "GRUCell")
+MODULES = pytest.mark.parametrize("name", LAYERS + CELLS)
+
+
+def pair(name: str, **options) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """A torch.nn module and ours, with the same weights."""
+    theirs = getattr(torch.nn, name)(4, 7, **options)
+    ours = getattr(fusedrnn, name)(4, 7, **options)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def make_input(name: str, **options) -> torch.Tensor:
+    return torch.randn(*((3, 4) if name in CELLS else (5, 3, 4)), **options)
+
+
+def first(result) -> torch.Tensor:
+    return result if isinstance(result, torch.Tensor) else first(result[0])
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, at its first forward-mode call
+@MODULES
+def test_forward_mode_derivatives(name):
+    """The kernels are opaque to forward mode: were they used there, the derivative would be zero without a word."""
+    theirs, ours = pair(name, dtype=torch.float64)
+    x = make_input(name, dtype=torch.float64)
+    for module in (theirs, ours):
+        module.requires_grad_(False)
+    tangent = torch.randn_like(x)
+    expected = torch.autograd.functional.jvp(lambda v: first(theirs(v)), x, tangent)[1]
+    _, actual = torch.func.jvp(lambda v: first(ours(v)), (x,), (tangent,))
+    torch.testing.assert_close(actual, expected)
+    with torch.autograd.forward_ad.dual_level():
+        dual = first(ours(torch.autograd.forward_ad.make_dual(x, tangent)))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, expected)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_vmap_over_sequences(name):
+    _, ours = pair(name, dtype=torch.float64)
+    x = torch.randn(6, 5, 3, 4, dtype=torch.float64)
+    one_by_one = torch.stack([ours(sequence)[0] for sequence in x])
+    torch.testing.assert_close(torch.func.vmap(lambda sequence: ours(sequence)[0])(x), one_by_one)
+
+
+@MODULES
+def test_autocast_keeps_float64(name):
+    _, ours = pair(name, dtype=torch.float64)
+    x = make_input(name, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(first(ours(x)), first(ours.double()(x)))
+        assert first(ours(x)).dtype == torch.float64
+
+
+@MODULES
+def test_autocast_rounds_inputs_and_nothing_else(name):
+    _, ours = pair(name)
+    x = make_input(name)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = first(ours(x))
+    rounded = copy.deepcopy(ours).bfloat16()
+    assert torch.equal(under_autocast, first(rounded(x.bfloat16())))
+
+
+@MODULES
+def test_double_backward_under_autocast(name):
+    """create_graph=True goes through the reference, which autocast must not round a second time."""
+    _, ours = pair(name)
+    x = make_input(name, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = first(ours(x)).float().square().sum()
+        plain = torch.autograd.grad(y, x, retain_graph=True)[0]
+        differentiable = torch.autograd.grad(y, x, create_graph=True)[0]
+    torch.testing.assert_close(differentiable, plain, rtol=0, atol=torch.finfo(torch.bfloat16).eps)
+
+
+@MODULES
+def test_weights_on_another_device(name):
+    ours = getattr(fusedrnn, name)(4, 7, device="meta")
+    with pytest.raises(RuntimeError, match="the weights on the input's device cpu, got meta"):
+        ours(make_input(name))
+
+
+def test_half_a_state():
+    with pytest.raises(AttributeError, match="NoneType"):
+        torch.nn.LSTMCell(4, 7)(torch.zeros(3, 4), (torch.zeros(3, 7), None))
+    with pytest.raises(AttributeError, match="NoneType"):
+        fusedrnn.LSTMCell(4, 7)(torch.zeros(3, 4), (torch.zeros(3, 7), None))
+
+
+class Counted(torch.nn.Module):
+    calls = 0
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        Counted.calls += 1
+        return weight
+
+
+@MODULES
+def test_parametrizations_run_as_often_as_in_torch(name):
+    """Spectral norm takes a power iteration whenever it runs: once too often, and training ends elsewhere."""
+    counts = []
+    for module in pair(name):
+        parametrize.register_parametrization(module, "weight_hh" if name in CELLS else "weight_hh_l0", Counted())
+        Counted.calls = 0
+        module(make_input(name))
+        counts.append(Counted.calls)
+    assert counts[1] <= counts[0]
+
+
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+def test_padding_may_be_nan(cell):
+    """What lies past a row's end is no part of it, in x and in the gradients of the weights."""
+    if _ops._dispatch.extension is None:
+        pytest.skip("fusedrnn is installed without its C++ extension")
+    from fusedrnn import _autograd
+
+    gates = {"rnn_tanh": 1, "lstm": 4, "gru": 3}[cell]
+    x = torch.randn(5, 2, 3)
+    lengths = torch.tensor([5, 2])
+    weights = [torch.randn(gates * 7, 3, requires_grad=True), torch.randn(gates * 7, 7, requires_grad=True)]
+    hx, cx = torch.zeros(1, 2, 7), torch.zeros(1, 2, 7) if cell == "lstm" else None
+    gradients = []
+    for padding in (0.0, float("nan")):
+        x[2:, 1] = padding
+        y, _, _ = _autograd.recurrence(cell, x, hx, cx, weights, lengths=lengths)
+        gradients.append(torch.autograd.grad(y.sum(), weights))
+    for clean, dirty in zip(*gradients, strict=True):
+        assert torch.equal(clean, dirty)
