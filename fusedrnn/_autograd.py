@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedrnn import _ops, _reference
+from fusedrnn import _dispatch, _ops, _reference
 
 
 def recurrence(
@@ -34,9 +34,12 @@ def recurrence(
 
 def in_transform() -> bool:
     """Whether torch.func or forward-mode differentiation is at work, which see through the reference only."""
-    return not torch.compiler.is_compiling() and (
-        torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
-    )
+    if torch.compiler.is_compiling():
+        return False
+    active = torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+    if active:
+        _dispatch.warn_once("torch.func and forward-mode differentiation see through the PyTorch reference only")
+    return active
 
 
 def needs_gradient(x: Tensor, hx: Tensor, cx: Tensor | None, weights: list[Tensor]) -> bool:

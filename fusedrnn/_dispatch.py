@@ -76,11 +76,16 @@ def choose(x: Tensor, projected: bool = False) -> str:
     if x.dtype in KERNEL_DTYPES and not projected and extension is not None and x.device.type == "cpu":
         return "cpu"
     implementation, reason = _explain(x.device.type, x.dtype, projected)
-    if implementation != "cpu" and reason not in _warned:
-        _warned.add(reason)
-        # 4 frames up: forward, Module.__call__ (two of its own), the user's line
-        warnings.warn(f"fusedrnn runs on a fallback: {reason}", FallbackWarning, stacklevel=5)
+    if implementation != "cpu":
+        warn_once(reason, stacklevel=6)  # choose, forward, Module.__call__ (two of its own), the user's line
     return implementation
+
+
+def warn_once(reason: str, stacklevel: int = 2) -> None:
+    """Say that something runs on a fallback, the first time that it does so for this reason."""
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f"fusedrnn runs on a fallback: {reason}", FallbackWarning, stacklevel=stacklevel)
 
 
 def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = None) -> Explanation:  # noqa: ARG001

@@ -9,7 +9,7 @@ import torch
 from torch.nn.utils import parametrize
 
 import fusedrnn
-from fusedrnn import _ops
+from fusedrnn import _dispatch
 
 LAYERS = ("RNN", "LSTM", "GRU")
 CELLS = ("RNNCell", "LSTMCell", "GRUCell")
@@ -32,6 +32,17 @@ def first(result) -> torch.Tensor:
     return result if isinstance(result, torch.Tensor) else first(result[0])
 
 
+THROUGH_REFERENCE = pytest.mark.filterwarnings("ignore:fusedrnn runs on a fallback. torch.func")
+
+
+def test_transforms_say_that_they_use_the_reference():
+    _dispatch._warned.clear()
+    layer, x = fusedrnn.GRU(4, 7), make_input("GRU")
+    with pytest.warns(fusedrnn.FallbackWarning, match="torch.func"):
+        torch.func.vmap(lambda sequence: layer(sequence)[0])(x.unsqueeze(0))
+
+
+@THROUGH_REFERENCE
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, at its first forward-mode call
 @MODULES
 def test_forward_mode_derivatives(name):
@@ -49,6 +60,7 @@ def test_forward_mode_derivatives(name):
         torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, expected)
 
 
+@THROUGH_REFERENCE
 @pytest.mark.parametrize("name", LAYERS)
 def test_vmap_over_sequences(name):
     _, ours = pair(name, dtype=torch.float64)
@@ -125,7 +137,7 @@ def test_parametrizations_run_as_often_as_in_torch(name):
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
 def test_padding_may_be_nan(cell):
     """What lies past a row's end is no part of it, in x and in the gradients of the weights."""
-    if _ops._dispatch.extension is None:
+    if _dispatch.extension is None:
         pytest.skip("fusedrnn is installed without its C++ extension")
     from fusedrnn import _autograd
 
