@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import warnings
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,13 +88,12 @@ def warn_once(reason: str, stacklevel: int = 2) -> None:
         warnings.warn(f"fusedrnn runs on a fallback: {reason}", FallbackWarning, stacklevel=stacklevel)
 
 
-def explain(module: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = None) -> Explanation:  # noqa: ARG001
-    """Say which implementation would run ``module(input, hx)``, and why not a faster one; nothing is run.
+def explain(module: torch.nn.Module, input: Tensor | PackedSequence) -> Explanation:
+    """Say which implementation would run ``module(input)``, and why not a faster one; nothing is run.
 
     Args:
         module: a fusedrnn layer or cell. For one of torch.nn's the answer is ``torch``, with the advice to convert it.
         input: what it would be called with.
-        hx: the initial state it would be called with; it never changes the answer.
 
     Raises:
         TypeError: ``module`` is no recurrent layer or cell.
