@@ -320,7 +320,6 @@ Tensors backward(std::string cell_name, MaybeTensor dy, MaybeTensor dh_n, MaybeT
   const size_t states = cell.has_cell ? 3 : 2;  // x, hx and perhaps cx come before the weights
   FUSEDRNN_EXPECT(wanted.size() == states + weights.size(), "expected wanted to hold ", states + weights.size(),
                   " values, got ", wanted.size());
-  Tensor dsums = make(x, {D, N, cell.sums * H});
   Tensors results;
   const auto result = [&](size_t i, const Tensor& like) -> void* {
     if (!wanted[i]) return nullptr;
@@ -334,7 +333,6 @@ Tensors backward(std::string cell_name, MaybeTensor dy, MaybeTensor dh_n, MaybeT
   p.dy = data(dy);
   p.dh_n = data(dh_n);
   p.dc_n = data(dc_n);
-  p.dsums = dsums.mutable_data_ptr();
   p.dx = result(0, x);
   p.dhx = result(1, hx);
   if (cx) p.dcx = result(2, *cx);

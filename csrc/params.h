@@ -75,7 +75,6 @@ struct BackwardParams : Problem {
   const void* dy;    // [N, D*H], or nullptr for zero
   const void* dh_n;  // [D, B, H], or nullptr for zero
   const void* dc_n;  // [D, B, H], or nullptr for zero
-  void* dsums;       // [D, N, sums*H] scratch: gradients of the pre-activations
   void* dx;          // [N, I], or nullptr when nobody asks
   void* dhx;         // [D, B, H], or nullptr when nobody asks
   void* dcx;         // [D, B, H], cells with a cell state only, or nullptr likewise

@@ -1,8 +1,9 @@
 // Back-propagation through time on a CPU. Each row carries the gradients of its state, dh and dc, from its last step
-// (where they are those of h_n and c_n) to before its first (where they are those of hx and cx).
+// (where they are those of h_n and c_n) to before its first (where they are those of hx and cx). After some steps, the
+// gradients of their pre-activations become those of input and weights (gradients.h).
 #pragma once
 
-#include "recurrence.h"
+#include "gradients.h"
 
 namespace fusedrnn::cpu {
 namespace {
@@ -16,60 +17,49 @@ struct Backward : Recurrence<Cell, S, N> {
   using typename Base::V;
 
   const BackwardParams& p;
-  const int64_t full_panels = H / N;  // read in place when weights are not packed; a last partial one never is
-  const int64_t first_packed = plan.packed ? 0 : full_panels;
-  Scratch<S> w_hh = scratch<S>(p.directions * (panels - first_packed) * gates * H * N);
+  Columns<V, S> w_hh{H, gates, H, &Cell::hidden_gate, plan.packed};
+  Gradients<Cell, S, N> gradients;
+  const int64_t chunk_rows = plan.chunk * block_rows, stride = row_stride<S>(sums * H);
+  Scratch<S> dsums = scratch<S>(plan.groups * chunk_rows * stride);
   Scratch<S> dh_carry = scratch<S>(plan.groups * block_rows * padded_H);
   Scratch<S> dc_carry = scratch<S>(Cell::has_cell ? plan.groups * block_rows * padded_H : 0);
 
-  Backward(const BackwardParams& params, const Threads& threads) : Base(params, threads), p(params) {
-    const bool small = !plan.packed || gates * H * H < 100'000;
-    const int64_t packed = panels - first_packed;
-    (small ? Threads{1, nullptr} : threads).parallel(p.directions * packed, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t panel = first_packed + i % packed;
-        const S* weights = static_cast<const S*>(p.weights[i / packed].w_hh);
-        for (int g = 0; g < gates; ++g)
-          pack_columns<V>(weights + Cell::hidden_gate(g) * H * H, H, panel * N, this->units(panel), H,
-                          w_hh.get() + (i * gates + g) * H * N);
-      }
+  Backward(const BackwardParams& params, const Threads& threads)
+      : Base(params, threads, Pass::backward), p(params), gradients(*this, params, threads) {
+    for (int64_t d = 0; d < p.directions; ++d) w_hh.set(d, static_cast<const S*>(p.weights[d].w_hh));
+    w_hh.pack(threads, p.directions);
+    this->run(threads, [&](const Job& job, Member& member, int64_t team, int64_t slice) {
+      steps(job, member, team, slice);
     });
-    this->run(threads, [&](const Job& job, Member& member, int64_t team, int64_t) { steps(job, member, team); });
+    gradients.finish(threads);
   }
 
-  void steps(const Job& job, Member& member, int64_t team) {
+  void steps(const Job& job, Member& member, int64_t team, int64_t slice) {
     S* dh = dh_carry.get() + team * block_rows * padded_H;
     S* dc = dc_carry.get() + team * block_rows * padded_H;
     exchange<true>(job, member, dh, static_cast<const S*>(p.dh_n));
     if constexpr (Cell::has_cell) exchange<true>(job, member, dc, static_cast<const S*>(p.dc_n));
-    for (int64_t s = sequence.T - 1; s >= 0; --s) {
-      const int64_t t = job.step(s), count = job.rows_end(t) - job.row_begin;
-      for (int64_t panel = member.begin; panel < member.end; ++panel) cell(job, t, panel, dh, dc);
+        for (int64_t s_end = sequence.T; s_end > 0;) {
+      const int64_t s_begin = std::max<int64_t>(0, s_end - plan.chunk), one = job.step(s_begin), other = job.step(s_end - 1);
+      const Chunk<S> chunk{job, std::min(one, other), std::max(one, other) + 1,
+                           dsums.get() + team * chunk_rows * stride, stride};
+      for (int64_t s = s_end - 1; s >= s_begin; --s) {
+        const int64_t t = job.step(s), count = job.rows_end(t) - job.row_begin;
+        for (int64_t panel = member.begin; panel < member.end; ++panel) cell(chunk, t, panel, dh, dc);
+        member.meet_in_step();
+        if (count > 0 && (s > 0 || p.dhx))
+          w_hh.multiply(job.direction, chunk.at(t, job.row_begin), stride, count, member.begin, member.end,
+                        dh + member.begin * N, padded_H);
+        if (sequence.resets) forget(job, t, member, dh, dc);
+      }
       member.meet();
-      if (count > 0 && (s > 0 || p.dhx)) product(job, t, count, member, dh);
-      if (sequence.resets) forget(job, t, member, dh, dc);
+      gradients.add(chunk, member, team, slice);
+      member.meet();
+      s_end = s_begin;
     }
     if (p.dhx) exchange<false>(job, member, dh, static_cast<S*>(p.dhx));
     if constexpr (Cell::has_cell)
       if (p.dcx) exchange<false>(job, member, dc, static_cast<S*>(p.dcx));
-  }
-
-  // Adds to the member's dh what comes back from step t through W_hh.
-  void product(const Job& job, int64_t t, int64_t count, const Member& member, S* dh) {
-    const S* dsums =
-        static_cast<const S*>(p.dsums) + this->sequence_at(job, sequence.start(t) + job.row_begin, sums * H);
-    const int64_t in_place = std::clamp(first_packed, member.begin, member.end), packed = panels - first_packed;
-    if (member.begin < in_place) {
-      const S* weights = static_cast<const S*>(p.weights[job.direction].w_hh) + member.begin * N;
-      for (int g = 0; g < gates; ++g)
-        multiply<V, S>({weights + Cell::hidden_gate(g) * H * H, N, H, in_place - member.begin, dsums + g * H, sums * H,
-                        H, count, dh + member.begin * N, padded_H, N});
-    }
-    if (in_place < member.end) {
-      const S* weights = w_hh.get() + (job.direction * packed + in_place - first_packed) * gates * H * N;
-      multiply<V, S>({weights, gates * H * N, N, member.end - in_place, dsums, sums * H, gates * H, count,
-                      dh + in_place * N, padded_H, N});
-    }
   }
 
   // Between a [D, B, H] state (nullptr: zero) and the carried gradients of the member's units.
@@ -99,7 +89,8 @@ struct Backward : Recurrence<Cell, S, N> {
     }
   }
 
-  void cell(const Job& job, int64_t t, int64_t panel, S* dh_carry, S* dc_carry) {
+  void cell(const Chunk<S>& chunk, int64_t t, int64_t panel, S* dh_carry, S* dc_carry) {
+    const Job& job = chunk.job;
     const int count = this->units(panel);
     const int64_t unit = panel * N, y_width = p.directions * H, y_at = job.direction * H;
     const S* cells = static_cast<const S*>(p.cells) + this->sequence_at(job, 0, H);
@@ -109,9 +100,10 @@ struct Backward : Recurrence<Cell, S, N> {
       return state ? V::load(state + unit, count) : V(S(0));
     };
     const V zero(S(0));
-    for (int64_t b = job.row_begin; b < job.rows_end(t); ++b) {
+    const int64_t end = chunk.whole() ? job.rows_end(t) : job.row_end;
+    for (int64_t b = job.row_begin; b < end; ++b) {
       const int64_t row = sequence.start(t) + b, at = (b - job.row_begin) * padded_H + unit;
-      S* dsums = static_cast<S*>(p.dsums) + this->sequence_at(job, row, sums * H) + unit;
+      S* dsums = chunk.at(t, b) + unit;
       V da[sums];
       if (t >= sequence.length(b)) {
         for (int k = 0; k < sums; ++k) zero.store(dsums + k * H, count);

@@ -26,8 +26,8 @@ struct Forward : Recurrence<Cell, S, N> {
   Scratch<S> c_state = scratch<S>(Cell::has_cell ? plan.groups * block_rows * padded_H : 0);
   Scratch<S> pre_activations = scratch<S>(plan.groups * plan.slices * panels_kept * capacity * sums * N);
 
-  Forward(const ForwardParams& params, const Threads& threads) : Base(params, threads), p(params) {
-    const bool small = !plan.packed || gates * H * (I + H) < 30'000;  // a few µs of copying
+  Forward(const ForwardParams& params, const Threads& threads) : Base(params, threads, Pass::forward), p(params) {
+    const bool small = !plan.packed || gates * H * (I + H) < packing_for_team;
     (small ? Threads{1, nullptr} : threads).parallel(p.directions * panels, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) pack(i / panels, i % panels);
     });
@@ -81,7 +81,7 @@ struct Forward : Recurrence<Cell, S, N> {
       return a + (plan.chunk > 1 ? panel - member.begin : 0) * capacity * sums * N;
     };
     start(job, member, h, c);
-    member.meet();
+    member.meet_in_step();
     int64_t kept_row = 0;  // the sequence row of the first row of pre-activations kept
     for (int64_t s = 0; s < sequence.T; ++s) {
       const int64_t t = job.step(s), row = sequence.start(t) + job.row_begin, count = job.rows_end(t) - job.row_begin;
@@ -106,7 +106,7 @@ struct Forward : Recurrence<Cell, S, N> {
                                    sum);
         for (int64_t i = 0; i < n; ++i) cell(job, t, panel + i, sum + i * capacity * sums * N, h_in, h_out, c);
       }
-      member.meet();
+      member.meet_in_step();
     }
   }
 

@@ -1,153 +1,217 @@
-// The gradients of the input, the weights and the biases, from those of the pre-activations of the whole sequence. With n
-// counting the sequence's rows:
+// The gradients of the input, the weights and the biases, from those of the pre-activations (dsums). With n counting the
+// sequence's rows:
 //   dX[n] = Σ over directions of dgates[n] · W_ih
 //   dW_ih = Σ_n dgates[n] ⊗ x[n]
 //   dW_hh = Σ_n dgates[n] ⊗ h[before n]
 //   db    = Σ_n dgates[n]
-// They are cut into items (a block of rows of dX; some hidden units of one gate of one weight), which the threads take as
-// they come.
+// They are taken chunk by chunk, while the chunk's dsums are still in cache. The members of a team share out the columns of
+// the weights. A team of its own for each direction adds where the gradients belong; teams that share a direction add up
+// for themselves first, so that no sum depends on who comes first.
 #pragma once
 
+#include "columns.h"
 #include "recurrence.h"
 
 namespace fusedrnn::cpu {
 namespace {
 
+// Steps [t_begin, t_end) of a job with the dsums of their rows. A job of all rows of the batch has them without gaps, as
+// the sequence has them.
+template <class S>
+struct Chunk {
+  const Job& job;
+  int64_t t_begin, t_end;
+  S* dsums;
+  int64_t stride;
+
+  bool whole() const { return job.row_begin == 0 && job.row_end == job.sequence.B; }
+  int64_t row(int64_t t) const {
+    return whole() ? job.sequence.start(t) - job.sequence.start(t_begin) : (t - t_begin) * (job.row_end - job.row_begin);
+  }
+  S* at(int64_t t, int64_t b) const { return dsums + (row(t) + b - job.row_begin) * stride; }
+  int64_t rows() const { return row(t_end); }
+};
+
 template <class Cell, class S, int N>
-struct Gradients : Recurrence<Cell, S, N> {
+struct Gradients {
   using Base = Recurrence<Cell, S, N>;
-  using Base::gates, Base::sums, Base::sequence, Base::B, Base::H, Base::rows;
-  using typename Base::V;
-  static constexpr int tile = tile_rows(4, sizeof(V));
+  using V = typename Base::V;
+  static constexpr int gates = Base::gates, sums = Base::sums;
 
-  struct Item {
-    bool of_input;  // dX, rows [begin, end); else a weight, units [begin, end) of one gate
-    bool recurrent;
-    int direction, gate;
-    int64_t begin, end;
-  };
-
+  const Base& base;
   const BackwardParams& p;
-  const int64_t I = p.I;
-  const int64_t input_vectors = (I + N - 1) / N;
-  Scratch<S> w_ih = scratch<S>(p.dx ? p.directions * input_vectors * gates * H * N : 0);
+  const Sequence& sequence = p.sequence;
+  const int64_t I = p.I, H = p.H, D = p.directions;
+  const int64_t input_vectors = (I + N - 1) / N, hidden_vectors = (H + N - 1) / N;
+  const bool shared = base.plan.row_blocks > 1;  // whether several teams work on one direction
+  const int64_t teams = shared ? base.plan.groups : 1;
+  Columns<V, S> w_ih;
+  Scratch<S> dx_reverse = scratch<S>(p.dx && D == 2 ? base.rows * I : 0);
+  Scratch<S> ih_sums, hh_sums, bias_sums = scratch<S>(teams * D * sums * H);
+  // A slice's own: a copy of rows (see weight), or of dX a last vector that sticks out of its row.
+  const int64_t slice_room = std::max(gradient_rows * 2 * gradient_pairs, base.plan.chunk * base.block_rows) * N;
+  Scratch<S> room = scratch<S>(base.plan.groups * base.plan.slices * slice_room);
 
-  Gradients(const BackwardParams& params, const Threads& all_threads) : Base(params, all_threads), p(params) {
-    const bool small = rows * gates * H * (I + H) < 500'000;  // some µs for one thread
-    const Threads threads = small ? Threads{1, nullptr} : all_threads;
-    if (p.dx)
-      threads.parallel(p.directions * input_vectors, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t column = i % input_vectors * N;
-          pack_columns<V>(static_cast<const S*>(p.weights[i / input_vectors].w_ih), I, column,
-                          static_cast<int>(std::min<int64_t>(N, I - column)), gates * H,
-                          w_ih.get() + i * gates * H * N);
-        }
-      });
-    const int64_t parts =
-        std::clamp<int64_t>(threads.count, 1, std::max<int64_t>(1, H / 32));  // enough items for every thread
-    const int64_t blocks = p.dx ? (rows + gradient_rows - 1) / gradient_rows : 0,
-                  weight_items = p.directions * 2 * gates * parts;
-    std::atomic<int64_t> next{0};
-    threads.parallel(threads.count, [&](int64_t, int64_t) {
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < weight_items + blocks;) {
-        if (i >= weight_items) {
-          input(rows * (i - weight_items) / blocks, rows * (i - weight_items + 1) / blocks);
-          continue;
-        }
-        const int64_t part = i % parts, gate = i / parts % gates, direction = i / parts / gates % p.directions;
-        weight(i / parts / gates / p.directions == 0, Job{sequence, direction, 0, B}, gate, H * part / parts,
-               H * (part + 1) / parts);
+  Gradients(const Base& recurrence, const BackwardParams& params, const Threads& threads)
+      : base(recurrence),
+        p(params),
+        w_ih(p.dx ? I : 0, gates, H, [](int g) { return g; }, base.plan.packed) {
+    for (int64_t d = 0; d < D; ++d) w_ih.set(d, static_cast<const S*>(p.weights[d].w_ih));
+    w_ih.pack(threads, D);
+    if (!adds_in_place(I)) ih_sums = scratch<S>(teams * D * gates * H * input_vectors * N);
+    if (!adds_in_place(H)) hh_sums = scratch<S>(teams * D * gates * H * hidden_vectors * N);
+  }
+
+  // Where a row of the gradient ends with a vec and nobody else adds to it, the products go straight to their place.
+  bool adds_in_place(int64_t columns) const { return !shared && columns % N == 0; }
+
+  // A member's part of one chunk.
+  void add(const Chunk<S>& chunk, Member& member, int64_t team, int64_t slice) {
+    S* own_room = room.get() + slice * slice_room;
+    if (p.dx) input(chunk, member, own_room);
+    const int64_t direction = chunk.job.direction, set = (shared ? team : 0) * D + direction;
+    const WeightGradients& wanted = p.gradients[direction];
+    const bool first = !member.started[direction];
+    member.started[direction] = true;
+    const int64_t of_input = wanted.w_ih ? input_vectors : 0, of_hidden = wanted.w_hh ? hidden_vectors : 0;
+    const auto [begin, end] = member.share(of_input + of_hidden);
+    weight<false>(chunk, set, std::min(begin, of_input), std::min(end, of_input), first, own_room);
+    weight<true>(chunk, set, std::max(begin - of_input, int64_t(0)), std::max(end - of_input, int64_t(0)), first,
+                 own_room);
+    if (wanted.b_ih || wanted.b_hh) {
+      const auto [unit, last] = member.share(sums * H);
+      bias(chunk, bias_sums.get() + set * sums * H, unit, last, first);
+    }
+  }
+
+  // dX of the chunk's rows: a member's share of the columns, or of the rows where there are few columns.
+  void input(const Chunk<S>& chunk, const Member& member, S* last_vector) {
+    const bool by_columns = input_vectors >= 2 * member.slices;
+    const auto [v_begin, v_end] = by_columns ? member.share(input_vectors) : std::pair<int64_t, int64_t>(0, input_vectors);
+    S* dx = chunk.job.direction == 0 ? static_cast<S*>(p.dx) : dx_reverse.get();
+    const int64_t full = std::min(v_end, I / N);
+    for (int64_t t = chunk.t_begin; t < chunk.t_end; t = chunk.whole() ? chunk.t_end : t + 1) {
+      const int64_t count = chunk.whole() ? chunk.rows() : chunk.job.rows_end(t) - chunk.job.row_begin;
+      const auto [begin, end] = by_columns ? std::pair<int64_t, int64_t>(0, count) : member.share(count);
+      if (begin >= end) continue;
+      const S* A = chunk.at(t, chunk.job.row_begin + begin) + Cell::input_sum * H;
+      S* C = dx + (sequence.start(t) + chunk.job.row_begin + begin) * I;
+      w_ih.multiply(chunk.job.direction, A, chunk.stride, end - begin, v_begin, full, C + v_begin * N, I, true);
+      if (full < v_end) {
+        w_ih.multiply(chunk.job.direction, A, chunk.stride, end - begin, full, v_end, last_vector, N, true);
+        for (int64_t row = 0; row < end - begin; ++row)
+          V::load(last_vector + row * N).store(C + row * I + full * N, static_cast<int>(I - full * N));
       }
-    });
+    }
   }
 
-  const S* dsums(int64_t direction, int64_t row) const {
-    return static_cast<const S*>(p.dsums) + (direction * rows + row) * sums * H;
+  // Vectors [begin, end) of the columns of dW_hh (recurrent) or dW_ih.
+  template <bool recurrent>
+  void weight(const Chunk<S>& chunk, int64_t set, int64_t begin, int64_t end, bool fresh, S* right) {
+    const int64_t columns = recurrent ? H : I, width = recurrent ? hidden_vectors * N : input_vectors * N;
+    const WeightGradients& wanted = p.gradients[chunk.job.direction];
+    const bool in_place = adds_in_place(columns);
+    S* total = in_place    ? static_cast<S*>(recurrent ? wanted.w_hh : wanted.w_ih)
+               : recurrent ? hh_sums.get() + set * gates * H * width
+                           : ih_sums.get() + set * gates * H * width;
+    const int64_t rows = chunk.rows(), blocks = (rows + gradient_rows - 1) / gradient_rows;
+    for (int64_t vector = begin; vector < end; vector += 2 * gradient_pairs)
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t count = std::min<int64_t>(2 * gradient_pairs, end - vector);
+        const int64_t row = rows * block / blocks, K = rows * (block + 1) / blocks - row;
+        copy<recurrent>(chunk, row, row + K, vector, count, right);
+        for (int g = 0; g < gates; ++g) {
+          const int64_t sum = recurrent ? g : Cell::input_sum + g, torch_gate = recurrent ? Cell::hidden_gate(g) : g;
+          multiply_transposed<V, S>({right, N, 2 * N, count, chunk.dsums + row * chunk.stride + sum * H, chunk.stride,
+                                     K, H, total + torch_gate * H * width + vector * N, width, N, fresh && block == 0},
+                                    2 * N * K);
+        }
+      }
   }
 
-  static Scratch<S> zeros(int64_t count) {
-    Scratch<S> made = scratch<S>(count);
-    std::fill_n(made.get(), count, S(0));
-    return made;
-  }
-
-  // Rows [begin, end) of dX.
-  void input(int64_t begin, int64_t end) {
-    const int64_t width = input_vectors * N, count = end - begin;
-    const Scratch<S> sum = zeros(count * width);
-    for (int64_t direction = 0; direction < p.directions; ++direction)
-      for (int64_t k = 0; k < gates * H; k += gradient_depth)
-        multiply<V, S>({w_ih.get() + direction * input_vectors * gates * H * N + k * N, gates * H * N, N, input_vectors,
-                        dsums(direction, begin) + Cell::input_sum * H + k, sums * H,
-                        std::min(gradient_depth, gates * H - k), count, sum.get(), width, N});
-    for (int64_t row = 0; row < count; ++row)
-      std::copy_n(sum.get() + row * width, I, static_cast<S*>(p.dx) + (begin + row) * I);
-  }
-
-  // Units [begin, end) of one gate of dW_hh (recurrent) or dW_ih, and of the bias beside it.
-  void weight(bool recurrent, const Job& job, int64_t gate, int64_t begin, int64_t end) {
-    const WeightGradients& gradients = p.gradients[job.direction];
-    S* dw = static_cast<S*>(recurrent ? gradients.w_hh : gradients.w_ih);
-    S* db = static_cast<S*>(recurrent ? gradients.b_hh : gradients.b_ih);
-    if (!dw && !db) return;
-    const int64_t columns = recurrent ? H : I, vectors = (columns + N - 1) / N, width = vectors * N,
-                  units = end - begin;
-    const int64_t tiles = (units + tile - 1) / tile, depth = std::min(gradient_depth, rows);
-    const int64_t torch_gate = recurrent ? Cell::hidden_gate(static_cast<int>(gate)) : gate;
-    const S* source = dsums(job.direction, 0) + (recurrent ? gate : Cell::input_sum + gate) * H + begin;
-    S* result = dw ? dw + (torch_gate * H + begin) * columns : nullptr;
-    if (rows == 0 && dw) std::fill_n(result, units * columns, S(0));
-    // Where a row ends with a vec the products go straight to their place.
-    const bool in_place = width == columns;
-    const Scratch<S> padded = scratch<S>(in_place ? 0 : units * width);
-    S* total = in_place ? result : padded.get();
-    const Scratch<S> right = scratch<S>(vectors * depth * N), left = scratch<S>(tiles * tile * depth);
-    const Scratch<S> bias = zeros(tiles * tile), block_bias = zeros(tiles * tile);
-    int64_t t = 0;
-    for (int64_t row = 0; row < rows; row += depth) {
-      const int64_t count = std::min(depth, rows - row);
-      for (int64_t k = 0; k < count; ++k) {
-        while (row + k >= sequence.start(t + 1)) ++t;
-        const int64_t b = row + k - sequence.start(t);
+  // Rows [begin, end) of the chunk of x or of the state before, `count` vectors from `vector` on, in pairs: for every pair
+  // its rows, one after the other.
+  template <bool recurrent>
+  void copy(const Chunk<S>& chunk, int64_t begin, int64_t end, int64_t vector, int64_t count, S* pairs) {
+    const Job& job = chunk.job;
+    const int64_t K = end - begin, columns = recurrent ? H : I;
+    const S* outputs = static_cast<const S*>(p.y) + job.direction * H;
+    for (int64_t t = chunk.t_begin; t < chunk.t_end; ++t) {
+      const int64_t first = chunk.row(t);
+      if (first >= end) break;
+      for (int64_t b = std::max(job.row_begin, job.row_begin + begin - first); b < job.row_end; ++b) {
+        const int64_t k = first + b - job.row_begin - begin;
+        if (k >= K || (chunk.whole() && b >= sequence.rows_at(t))) break;
         const S* from = nullptr;  // past a row's end the gradient is zero, but x may be NaN
         if (t < sequence.length(b))
-          from = recurrent ? this->state_before(job, t, b, static_cast<const S*>(p.y) + job.direction * H,
-                                                p.directions * H, static_cast<const S*>(p.hx))
-                           : static_cast<const S*>(p.x) + (row + k) * I;
-        if (dw)
-          for (int64_t v = 0; v < vectors; ++v) {
-            const int n = static_cast<int>(std::min<int64_t>(N, columns - v * N));
-            (from ? V::load(from + v * N, n) : V(S(0))).store(right.get() + (v * depth + k) * N);
-          }
-        split_tiles(source + (row + k) * sums * H, units, left.get() + k * tile, depth * tile, block_bias.get());
+          from = recurrent ? base.state_before(job, t, b, outputs, D * H, static_cast<const S*>(p.hx))
+                           : static_cast<const S*>(p.x) + (sequence.start(t) + b) * I;
+        for (int64_t v = 0; v < count; ++v) {
+          const int n = static_cast<int>(std::min<int64_t>(N, columns - (vector + v) * N));
+          (from ? V::load(from + (vector + v) * N, n) : V(S(0))).store(pairs + ((v / 2 * K + k) * 2 + v % 2) * N);
+        }
       }
-      for (int64_t u = 0; u < units; ++u) {  // a block's sum at a time, as exact as the products' (gemm.h)
-        bias[u] += block_bias[u];
-        block_bias[u] = S(0);
-      }
-      if (!dw) continue;
-      for (int64_t v = 0; v < vectors; v += 4)
-        multiply_tiles<V, S>({right.get() + v * depth * N, depth * N, N, std::min<int64_t>(4, vectors - v), left.get(),
-                              depth, count, units, total + v * N, width, N, row == 0});
     }
-    for (int64_t u = 0; u < units && rows > 0 && dw && !in_place; ++u)
-      std::copy_n(total + u * width, columns, result + u * columns);
-    if (db) std::copy_n(bias.get(), units, db + torch_gate * H + begin);
   }
 
-  // Copies one row's units to the tiles' places for it, and adds them to the bias.
-  static void split_tiles(const S* from, int64_t units, S* to, int64_t stride, S* bias) {
-    int64_t u = 0;
-    for (; u + tile <= units; u += tile, to += stride)
-      for (int i = 0; i < tile; ++i) {
-        to[i] = from[u + i];
-        bias[u + i] += from[u + i];
+  // A chunk's sum at a time, as exact as the products'.
+  void bias(const Chunk<S>& chunk, S* total, int64_t begin, int64_t end, bool fresh) {
+    for (int64_t unit = begin; unit < end; unit += N) {
+      const int n = static_cast<int>(std::min<int64_t>(N, end - unit));
+      V sum(S(0));
+      for (int64_t row = 0; row < chunk.rows(); ++row) sum = sum + V::load(chunk.dsums + row * chunk.stride + unit, n);
+      (fresh ? sum : V::load(total + unit, n) + sum).store(total + unit, n);
+    }
+  }
+
+  // What is left when all jobs are done: sums of several teams, padded rows, both directions' dX.
+  void finish(const Threads& threads) {
+    const int64_t rows = base.rows;
+    for (int64_t d = 0; d < D; ++d) {
+      const WeightGradients& wanted = p.gradients[d];
+      threads.parallel(gates * H, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+          if (wanted.w_ih) collect(static_cast<S*>(wanted.w_ih), ih_sums.get(), d, row, I, input_vectors * N);
+          if (wanted.w_hh) collect(static_cast<S*>(wanted.w_hh), hh_sums.get(), d, row, H, hidden_vectors * N);
+        }
+      });
+      for (int g = 0; g < gates; ++g) {
+        if (wanted.b_ih) collect_bias(static_cast<S*>(wanted.b_ih) + g * H, d, Cell::input_sum + g);
+        if (wanted.b_hh) collect_bias(static_cast<S*>(wanted.b_hh) + Cell::hidden_gate(g) * H, d, g);
       }
-    for (int i = 0; i < tile && u < units; ++i) {
-      const S value = u + i < units ? from[u + i] : S(0);
-      to[i] = value;
-      bias[u + i] += value;
+    }
+    if (dx_reverse && rows)
+      threads.parallel(rows, [&](int64_t begin, int64_t end) {
+        S* dx = static_cast<S*>(p.dx);
+        for (int64_t i = begin * I; i < end * I; i += N) {
+          const int n = static_cast<int>(std::min<int64_t>(N, end * I - i));
+          (V::load(dx + i, n) + V::load(dx_reverse.get() + i, n)).store(dx + i, n);
+        }
+      });
+  }
+
+  // One row of a weight's gradient, from the sums of every team that had a part in direction d.
+  void collect(S* gradient, const S* all, int64_t d, int64_t row, int64_t columns, int64_t width) const {
+    S* to = gradient + row * columns;
+    if (base.rows == 0) std::fill_n(to, columns, S(0));
+    if (base.rows == 0 || !all) return;
+    bool first = true;
+    for (int64_t team = 0; team < teams; ++team) {
+      if (shared && !base.works_on(team, d)) continue;
+      const S* from = all + ((team * D + d) * gates * H + row) * width;
+      for (int64_t i = 0; i < columns; i += N) {
+        const int n = static_cast<int>(std::min<int64_t>(N, columns - i));
+        (first ? V::load(from + i, n) : V::load(to + i, n) + V::load(from + i, n)).store(to + i, n);
+      }
+      first = false;
+    }
+  }
+
+  void collect_bias(S* gradient, int64_t d, int64_t sum) const {
+    std::fill_n(gradient, H, S(0));
+    for (int64_t team = 0; team < teams && base.rows; ++team) {
+      if (shared && !base.works_on(team, d)) continue;
+      for (int64_t u = 0; u < H; ++u) gradient[u] += bias_sums[((team * D + d) * sums + sum) * H + u];
     }
   }
 };

@@ -8,7 +8,6 @@
 #include "backward.h"
 #include "cpu.h"
 #include "forward.h"
-#include "gradients.h"
 
 namespace fusedrnn::cpu {
 namespace {
@@ -47,14 +46,8 @@ void run_pass(const Params& p, const Threads& threads) {
 }
 
 template <int bytes>
-void backward(const BackwardParams& p, const Threads& threads) {
-  run_pass<Backward, bytes>(p, threads);
-  run_pass<Gradients, bytes>(p, threads);
-}
-
-template <int bytes>
 constexpr Kernels make_kernels(const char* name) {
-  return {name, &run_pass<Forward, bytes, ForwardParams>, &backward<bytes>, &evaluate<float, bytes>,
+  return {name, &run_pass<Forward, bytes, ForwardParams>, &run_pass<Backward, bytes, BackwardParams>, &evaluate<float, bytes>,
           &evaluate<double, bytes>};
 }
 

@@ -4,30 +4,24 @@
 // units in panels of N and meet once per step.
 #pragma once
 
-#include <cstdlib>
-#include <memory>
-#include <new>
+#include <array>
+#include <utility>
 
 #include "../params.h"
 #include "gemm.h"
+#include "memory.h"
 #include "team.h"
 #include "tuning.h"
 
 namespace fusedrnn::cpu {
 namespace {
 
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
+// Rows of at least so many numbers, an odd number of cache lines apart: at an even distance of some KiB they would push
+// each other out of the first-level cache.
 template <class S>
-using Scratch = std::unique_ptr<S[], Free>;
-
-template <class S>
-Scratch<S> scratch(int64_t count) {
-  constexpr size_t line = 64;
-  void* p = std::aligned_alloc(line, (count * sizeof(S) + line) / line * line);
-  if (!p) throw std::bad_alloc();
-  return Scratch<S>(static_cast<S*>(p));
+constexpr int64_t row_stride(int64_t numbers) {
+  constexpr int64_t line = 64 / sizeof(S);
+  return ((numbers + line - 1) / line | 1) * line;
 }
 
 // One direction of one block of rows, and the steps in the order in which forward takes them.
@@ -45,12 +39,20 @@ struct Job {
   bool reset_at(int64_t t, int64_t b) const { return sequence.resets && sequence.resets[sequence.start(t) + b]; }
 };
 
-// What one member of a team works on: panels [begin, end) of the hidden units.
+// One member of a team: slices [from, to) of `slices`, and of the hidden units panels [begin, end). Where a step is too
+// little work to share, the first slice has all units, and the others join in between steps only.
 struct Member {
-  int64_t begin, end, arriving, slices;
+  int64_t from, to, slices, begin, end;
+  bool shares_steps;
   Barrier* barrier;
   int64_t generation = 0;
-  void meet() { barrier->wait(arriving, slices, generation); }
+  std::array<bool, 2> started{};  // the sums of a direction's gradients (gradients.h)
+
+  std::pair<int64_t, int64_t> share(int64_t n) const { return {n * from / slices, n * to / slices}; }
+  void meet() { barrier->wait(to - from, slices, generation); }
+  void meet_in_step() {
+    if (shares_steps) meet();
+  }
 };
 
 template <class Cell, class S, int N>
@@ -62,13 +64,12 @@ struct Recurrence {
   const Problem& problem;
   const Sequence& sequence = problem.sequence;
   const int64_t B = sequence.B, H = problem.H, rows = sequence.start(sequence.T);
-  const int64_t panels = (H + N - 1) / N, padded_H = panels * N;
+  const int64_t panels = (H + N - 1) / N, padded_H = row_stride<S>(panels * N);  // of a row of states
   const Plan plan;
   const int64_t block_rows = (B + plan.row_blocks - 1) / plan.row_blocks;
 
-  Recurrence(const Problem& p, const Threads& threads)
-      : problem(p),
-        plan(make_plan(p.sequence.T, p.sequence.B, p.H, p.directions, gates, (p.H + N - 1) / N, threads.count)) {}
+  Recurrence(const Problem& p, const Threads& threads, Pass pass)
+      : problem(p), plan(make_plan(pass, p.sequence.T, p.sequence.B, p.H, p.directions, gates, N, threads.count)) {}
 
   int units(int64_t panel) const { return static_cast<int>(std::min<int64_t>(N, H - panel * N)); }
 
@@ -80,8 +81,12 @@ struct Recurrence {
       for (int64_t slice = begin; slice < end;) {
         const int64_t team = slice / plan.slices, origin = team * plan.slices;
         const int64_t stop = std::min(end, origin + plan.slices);
-        Member member{panels * (slice - origin) / plan.slices, panels * (stop - origin) / plan.slices, stop - slice,
-                      plan.slices, &barriers[team]};
+        Member member{slice - origin, stop - origin, plan.slices, 0, 0, plan.share_units, &barriers[team]};
+        if (plan.share_units) {
+          std::tie(member.begin, member.end) = member.share(panels);
+        } else if (member.from == 0) {
+          member.end = panels;
+        }
         for (int64_t j = team; j < problem.directions * plan.row_blocks; j += plan.groups) {
           const int64_t block = j / problem.directions;
           f(Job{sequence, j % problem.directions, B * block / plan.row_blocks, B * (block + 1) / plan.row_blocks},
@@ -90,6 +95,13 @@ struct Recurrence {
         slice = stop;
       }
     });
+  }
+
+  // Whether a team has jobs of a direction.
+  bool works_on(int64_t team, int64_t direction) const {
+    for (int64_t j = team; j < problem.directions * plan.row_blocks; j += plan.groups)
+      if (j % problem.directions == direction) return true;
+    return false;
   }
 
   // Element `unit` of row b in a [D, B, H] state, and of a sequence row in a [D, rows, width] array.

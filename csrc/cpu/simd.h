@@ -111,6 +111,13 @@ FUSEDRNN_INLINE void transpose(vec<T, N> (&rows)[N]) {
   if constexpr (half > 1) transpose<half / 2>(rows);
 }
 
+// The lower half of x plus the upper one, as a vec of half the size.
+template <class T, int N, int... lane>
+FUSEDRNN_INLINE vec<T, N / 2> add_halves(vec<T, N> x, std::integer_sequence<int, lane...>) {
+  return vec<T, N / 2>(__builtin_shufflevector(x.v, x.v, lane...)) +
+         vec<T, N / 2>(__builtin_shufflevector(x.v, x.v, (lane + N / 2)...));
+}
+
 // exp, sigmoid and tanh. x = n·ln2 + r with n whole and |r| <= ln2/2. exp(r) - 1 is its Taylor polynomial, of the
 // degree at which the first term left out is below a quarter of the rounding error of r. Largest error over all floats
 // and some 10^7 doubles, in units in the last place (tests/test_simd.py): exp 1.1, sigmoid 2.5, tanh 2.6.

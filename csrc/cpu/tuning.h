@@ -14,11 +14,13 @@ constexpr int tile_rows(int vectors, int vector_bytes) {
   return accumulators / std::max(vectors, 2);
 }
 
-// How many output vectors to take together for so many rows: 4 reuse each broadcast most, but where all rows
-// fit one tile of 2 vectors and not one of 4, going over the weights once beats it (B = 8: 172 against 132
-// GFLOP/s).
-constexpr int tile_vectors(int64_t rows, int vector_bytes) {
-  return rows > tile_rows(4, vector_bytes) && rows <= tile_rows(2, vector_bytes) ? 2 : 4;
+// How many output vectors to take together. With 32 registers 4 reuse each broadcast most, but where all rows fit one
+// tile of 2 vectors and not one of 4, going over the weights once beats it (AVX-512, B = 8: 172 against 132 GFLOP/s).
+// With 16 registers every shape reaches 98 % of the peak from the first-level cache; 2 vectors ask least of the caches
+// behind it, and a GRU's 3 gates stay together.
+constexpr int tile_vectors(int64_t rows, int64_t vectors, int vector_bytes) {
+  if (vector_bytes == 64) return rows > tile_rows(4, 64) && rows <= tile_rows(2, 64) ? 2 : 4;
+  return vectors == 3 ? 3 : rows <= tile_rows(4, vector_bytes) ? 4 : 2;
 }
 
 // Products summed in one go. At 128 the additions to the total are 1 % of the work, and a sum of 400 products
@@ -35,36 +37,42 @@ constexpr int64_t projection_rows = 48;
 // layers are packed in no time, and their dot products are mostly tails (GRU of 31, 32 rows: 34 µs packed, 95 unpacked).
 constexpr int64_t packing_rows(int64_t T, int64_t H) { return H < 64 ? 8 : T == 1 ? 40 : 20; }
 
-// Rows of the sequence, or depth of the product, that a block of the gradients' products takes: 4 vecs of
-// such depth are 64 KiB.
-constexpr int64_t gradient_depth = 256;
-// Rows of dX in one item of work.
-constexpr int64_t gradient_rows = 96;
+// Rows whose gradients are taken in one go: the more, the less often the weights' gradients are fetched and stored (1/256
+// of the multiplications), the fewer, the nearer their pre-activations' gradients still are. Also the longest sum in one go.
+constexpr int64_t gradient_rows = 256;
+// Pairs of output vectors of a weight's gradient for which rows of x or h are copied side by side: with AVX2 256 KiB, half a
+// second-level cache.
+constexpr int64_t gradient_pairs = 16;
+
+// Numbers from which on a team packs weights together; one thread needs a few µs for fewer.
+constexpr int64_t packing_for_team = 30'000;
+
+enum class Pass { forward, backward };
 
 struct Plan {
   int64_t groups;      // teams that work on their own, each on some of the jobs
-  int64_t slices;      // threads of a team; they share out the hidden units and meet after every step
+  int64_t slices;      // threads of a team
+  bool share_units;    // whether they share out the hidden units and meet in every step
   int64_t row_blocks;  // blocks of rows into which the batch is cut: jobs are directions × row blocks
-  int64_t chunk;       // steps of x·W_ih computed at a time
+  int64_t chunk;       // steps of x·W_ih, or of gradients, computed at a time
   bool packed;         // whether weights are packed
 };
 
-constexpr Plan make_plan(int64_t T, int64_t B, int64_t H, int directions, int64_t gates, int64_t panels,
-                         int64_t threads) {
-  const int64_t step_flops = 2 * gates * H * H * B;
-  // Below this many operations a step, meeting costs more than a second thread brings (B = 1: H of about 48).
-  const bool share_units = step_flops >= 20'000;
+constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t H, int directions, int64_t gates,
+                         int64_t vector, int64_t threads) {
+  const int64_t panels = (H + vector - 1) / vector, step_flops = 2 * gates * H * H * B;
   // A thread is only woken (a few µs) for work that lasts longer.
   if (T * step_flops * directions < 200'000) threads = 1;
-  Plan plan{1, 1, 1, 1, T * B >= packing_rows(T, H)};
+  Plan plan{1, threads, false, 1, 1, T * B >= packing_rows(T, H)};
   if (directions == 2 && threads >= 2) {
     plan.groups = 2;
     plan.slices = threads / 2;
-  } else {
-    plan.slices = threads;
   }
+  // Below this many operations a step, meeting costs more than a second thread brings (B = 1: H of about 48).
+  plan.share_units = step_flops >= 20'000;
   // A member without a panel of its own would only keep the others waiting.
-  plan.slices = share_units ? std::min(plan.slices, std::max<int64_t>(panels, 1)) : 1;
+  if (plan.share_units) plan.slices = std::min(plan.slices, std::max<int64_t>(panels, 1));
+  if (!plan.share_units && pass == Pass::forward) plan.slices = 1;
   // Rows are independent: cutting the batch needs no meeting at all, but each team then reads all the
   // weights. That pays while they stay in a core's own cache, H of about 256 in float.
   const int64_t spare = threads / plan.groups;
@@ -73,8 +81,12 @@ constexpr Plan make_plan(int64_t T, int64_t B, int64_t H, int directions, int64_
     plan.slices = 1;
     plan.row_blocks = spare;
   }
-  plan.chunk = std::clamp<int64_t>(projection_rows / std::max<int64_t>(B, 1), 1, std::max<int64_t>(T, 1));
-  if (plan.row_blocks > 1 || !plan.packed) plan.chunk = 1;  // a block's rows are next to each other within a step only
+  const int64_t block_rows = std::max<int64_t>((B + plan.row_blocks - 1) / plan.row_blocks, 1);
+  if (pass == Pass::backward) {
+    plan.chunk = std::clamp<int64_t>(gradient_rows / block_rows, 1, std::max<int64_t>(T, 1));
+  } else if (plan.row_blocks == 1 && plan.packed) {  // a block's rows are next to each other within a step only
+    plan.chunk = std::clamp<int64_t>(projection_rows / block_rows, 1, std::max<int64_t>(T, 1));
+  }
   return plan;
 }
 

@@ -1,0 +1,60 @@
+// Weights as backward needs them: their columns as output vectors, for products that go back through them.
+#pragma once
+
+#include "gemm.h"
+#include "memory.h"
+#include "team.h"
+
+namespace fusedrnn::cpu {
+namespace {
+
+// The [gates*H, columns] weights of up to two directions. A product takes `gates` blocks of H numbers a row, the one for
+// block g times the weights' block gate_of(g). Where weights are not packed, whole vectors are read in place; a last
+// partial one never is.
+template <class V, class S>
+struct Columns {
+  static constexpr int N = V::size;
+  int64_t columns, gates, H;
+  int (*gate_of)(int);
+  int64_t vectors = (columns + N - 1) / N, first_packed;
+  const S* weights[2] = {};
+  Scratch<S> panels;
+
+  Columns(int64_t columns, int64_t gates, int64_t H, int (*gate_of)(int), bool packed)
+      : columns(columns), gates(gates), H(H), gate_of(gate_of), first_packed(packed ? 0 : columns / N) {}
+
+  void set(int64_t direction, const S* matrix) { weights[direction] = matrix; }
+
+  void pack(const Threads& threads, int64_t directions) {
+    const int64_t packed = vectors - first_packed;
+    if (packed == 0) return;
+    panels = scratch<S>(directions * packed * gates * H * N);
+    const bool small = packed * gates * H * N < packing_for_team;
+    (small ? Threads{1, nullptr} : threads).parallel(directions * packed, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t column = (first_packed + i % packed) * N;
+        const int count = static_cast<int>(std::min<int64_t>(N, columns - column));
+        for (int g = 0; g < gates; ++g)
+          pack_columns<V>(weights[i / packed] + gate_of(g) * H * columns, columns, column, count, H,
+                          panels.get() + (i * gates + g) * H * N);
+      }
+    });
+  }
+
+  // Adds A's rows times vectors [begin, end) of a direction's columns to C, or stores them there when it is fresh.
+  void multiply(int64_t direction, const S* A, int64_t lda, int64_t rows, int64_t begin, int64_t end, S* C, int64_t ldc,
+                bool fresh = false) const {
+    const int64_t in_place = std::clamp(first_packed, begin, end);
+    if (begin < in_place)
+      for (int g = 0; g < gates; ++g)
+        cpu::multiply<V, S>({weights[direction] + gate_of(g) * H * columns + begin * N, N, columns, in_place - begin,
+                             A + g * H, lda, H, rows, C, ldc, N, fresh && g == 0});
+    if (in_place < end)
+      cpu::multiply<V, S>({panels.get() + (direction * (vectors - first_packed) + in_place - first_packed) * gates * H * N,
+                           gates * H * N, N, end - in_place, A, lda, gates * H, rows, C + (in_place - begin) * N, ldc, N,
+                           fresh});
+  }
+};
+
+}  // namespace
+}  // namespace fusedrnn::cpu
