@@ -176,7 +176,9 @@ Tensor make(const Tensor& like, const std::vector<int64_t>& sizes) {
   AtenTensorHandle made;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(), static_cast<int64_t>(sizes.size()),
                                                           nullptr, nullptr, nullptr, 0, nullptr, &made));
-  return Tensor(made);
+  const Tensor tensor(made);
+  cpu::prefer_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
+  return tensor;
 }
 
 ScalarKind scalar_kind(const Tensor& x) {
@@ -350,6 +352,34 @@ Tensors backward(std::string cell_name, MaybeTensor dy, MaybeTensor dh_n, MaybeT
   return results;
 }
 
+// A forward pass without autograd, on memory that the caller has checked: contiguous tensors of the shapes that ForwardParams
+// states. Small layers spend more time on their way through torch's dispatcher than in their kernel.
+void forward_at(const std::string& cell_name, bool is_double, int64_t T, int64_t B, int64_t I, int64_t H, int directions,
+                uintptr_t x, uintptr_t hx, uintptr_t cx, const std::vector<uintptr_t>& weights, uintptr_t y, uintptr_t h_n,
+                uintptr_t c_n) {
+  const py::gil_scoped_release unlocked;
+  ForwardParams p{};
+  p.cell = cell_info(cell_name).kind;
+  p.scalar = is_double ? ScalarKind::float64 : ScalarKind::float32;
+  p.sequence.T = T;
+  p.sequence.B = B;
+  p.I = I;
+  p.H = H;
+  p.directions = directions;
+  const size_t each = weights.size() / directions;
+  const auto at = [&](int d, size_t i) {
+    return i < each ? reinterpret_cast<const void*>(weights[d * each + i]) : nullptr;
+  };
+  for (int d = 0; d < directions; ++d) p.weights[d] = {at(d, 0), at(d, 1), at(d, 2), at(d, 3)};
+  p.x = reinterpret_cast<const void*>(x);
+  p.hx = reinterpret_cast<const void*>(hx);
+  p.cx = reinterpret_cast<const void*>(cx);
+  p.y = reinterpret_cast<void*>(y);
+  p.h_n = reinterpret_cast<void*>(h_n);
+  p.c_n = reinterpret_cast<void*>(c_n);
+  cpu::kernels().forward(p, threads());
+}
+
 template <class S>
 using Array = py::array_t<S, py::array::c_style | py::array::forcecast>;
 
@@ -361,8 +391,8 @@ Array<S> evaluate(void (*function)(int, const S*, S*, int64_t), int which, const
 }
 
 py::array evaluate_function(const std::string& name, const py::array& x) {
-  const int which = name == "exp" ? 0 : name == "sigmoid" ? 1 : name == "tanh" ? 2 : -1;
-  if (which < 0) throw py::value_error("expected exp, sigmoid or tanh, got " + name);
+  const int which = name == "sigmoid" ? 0 : name == "tanh" ? 1 : -1;
+  if (which < 0) throw py::value_error("expected sigmoid or tanh, got " + name);
   if (py::isinstance<py::array_t<float>>(x)) return evaluate<float>(cpu::kernels().functions_float, which, x);
   return evaluate<double>(cpu::kernels().functions_double, which, x);
 }
@@ -410,6 +440,10 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "use_threads", [](bool at_once) { pool_runs_at_once = at_once; }, py::arg("at_once"),
       "Whether torch's thread pool runs the parts of a parallel loop at the same time (OpenMP does).");
+  m.def("pooled", &cpu::pooled, "Bytes of working memory that are kept for the next call.");
+  m.def("forward_at", &forward_at,
+        "forward_at(cell, is_double, T, B, I, H, directions, x, hx, cx, weights, y, h_n, c_n): a forward pass on the "
+        "addresses of contiguous memory, unchecked.");
   m.def("evaluate", &evaluate_function, py::arg("function"), py::arg("x"),
-        "exp, sigmoid or tanh as the kernels compute them, of a float32 or float64 array.");
+        "sigmoid or tanh as the kernels compute them, of a float32 or float64 array.");
 }

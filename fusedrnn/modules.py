@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import _dispatch, functional
+from fusedrnn import _direct, _dispatch, functional
 
 
 def _in_autocast(x: Tensor) -> torch.dtype | None:
@@ -44,6 +44,10 @@ class _Layer(torch.nn.RNNBase):
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         packed = isinstance(input, PackedSequence)
+        if not packed:
+            done = _direct.layer(self, self.mode.lower(), input, hx)
+            if done is not None:
+                return done
         x = input.data if packed else input
         implementation = _dispatch.choose(x, self.proj_size > 0)
         if implementation == "torch":
@@ -167,6 +171,9 @@ class _Cell(torch.nn.RNNCellBase):
     """What the three cells share: one step is a sequence of one."""
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
+        done = _direct.cell(self, self._mode(), input, hx)
+        if done is not None:
+            return done
         implementation = _dispatch.choose(input)
         if implementation == "torch":
             return super().forward(input, hx)
@@ -199,9 +206,7 @@ class _Cell(torch.nn.RNNCellBase):
             return [getattr(self, name) for name in names]
 
     def _mode(self) -> str:
-        if isinstance(self, torch.nn.RNNCell):
-            return "rnn_" + self.nonlinearity
-        return "lstm" if isinstance(self, torch.nn.LSTMCell) else "gru"
+        raise NotImplementedError
 
     def _check(self, input: Tensor, states: list[Any], weight: Tensor, autocast: torch.dtype | None) -> None:
         name = type(self).__name__
@@ -226,13 +231,22 @@ class _Cell(torch.nn.RNNCellBase):
 class RNNCell(_Cell, torch.nn.RNNCell):
     """:class:`torch.nn.RNNCell` on fused kernels; one step of :class:`RNN`."""
 
+    def _mode(self) -> str:
+        return "rnn_" + self.nonlinearity
+
 
 class LSTMCell(_Cell, torch.nn.LSTMCell):
     """:class:`torch.nn.LSTMCell` on fused kernels; one step of :class:`LSTM`."""
 
+    def _mode(self) -> str:
+        return "lstm"
+
 
 class GRUCell(_Cell, torch.nn.GRUCell):
     """:class:`torch.nn.GRUCell` on fused kernels; one step of :class:`GRU`."""
+
+    def _mode(self) -> str:
+        return "gru"
 
 
 FUSED = (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)

@@ -29,8 +29,13 @@ struct GRU {
   static constexpr FUSEDRNN_INLINE int hidden_gate(int k) { return k == 0 ? 2 : k - 1; }
 
   template <class V>
+  static FUSEDRNN_INLINE void activate(V (&a)[4]) {
+    a[1] = sigmoid(a[1]), a[2] = sigmoid(a[2]);
+  }
+
+  template <class V>
   static FUSEDRNN_INLINE V forward(const V (&a)[4], V h, V&, V* gate) {
-    const V r = sigmoid(a[1]), z = sigmoid(a[2]), n = tanh(a[3] + r * a[0]);
+    const V r = a[1], z = a[2], n = tanh(a[3] + r * a[0]);
     gate[0] = r, gate[1] = z, gate[2] = n, gate[3] = a[0];
     return (V(1) - z) * n + z * h;
   }

@@ -24,13 +24,18 @@ struct LSTM {
 
   static constexpr FUSEDRNN_INLINE int hidden_gate(int k) { return k; }
 
-  // In: pre-activations, h, and c. Out: the activated gates, c' in place of c; returns h'.
+  // Pre-activations to activated gates, in place.
+  template <class V>
+  static FUSEDRNN_INLINE void activate(V (&a)[4]) {
+    a[0] = sigmoid(a[0]), a[1] = sigmoid(a[1]), a[2] = tanh(a[2]), a[3] = sigmoid(a[3]);
+  }
+
+  // In: what activate left, h, and c. Out: the values to save, c' in place of c; returns h'.
   template <class V>
   static FUSEDRNN_INLINE V forward(const V (&a)[4], V, V& c, V* gate) {
-    const V i = sigmoid(a[0]), f = sigmoid(a[1]), g = tanh(a[2]), o = sigmoid(a[3]);
-    gate[0] = i, gate[1] = f, gate[2] = g, gate[3] = o;
-    c = f * c + i * g;
-    return o * tanh(c);
+    for (int k = 0; k < 4; ++k) gate[k] = a[k];
+    c = a[1] * c + a[0] * a[2];
+    return a[3] * tanh(c);
   }
 
   // In: the activated gates, c, c', h, h', dh', and dc'. Out: da, dc in place of dc'; returns what of dh does

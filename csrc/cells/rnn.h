@@ -22,6 +22,11 @@ struct RNN {
   // The block of w_hh that goes to sum k.
   static constexpr FUSEDRNN_INLINE int hidden_gate(int) { return 0; }
 
+  // A step is two calls, activate and forward, for the sake of processors: the long chains of a cell's functions then
+  // overlap from row to row.
+  template <class V>
+  static FUSEDRNN_INLINE void activate(V (&)[1]) {}
+
   template <class V>
   static FUSEDRNN_INLINE V forward(const V (&a)[1], V, V&, V*) {
     return is_relu ? relu(a[0]) : tanh(a[0]);

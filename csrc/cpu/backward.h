@@ -17,12 +17,18 @@ struct Backward : Recurrence<Cell, S, N> {
   using typename Base::V;
 
   const BackwardParams& p;
-  Columns<V, S> w_hh{H, gates, H, &Cell::hidden_gate, plan.packed};
+  Columns<V, S> w_hh{H, gates, H, hidden_gates(), plan.packed};
   Gradients<Cell, S, N> gradients;
   const int64_t chunk_rows = plan.chunk * block_rows, stride = row_stride<S>(sums * H);
   Scratch<S> dsums = scratch<S>(plan.groups * chunk_rows * stride);
   Scratch<S> dh_carry = scratch<S>(plan.groups * block_rows * padded_H);
   Scratch<S> dc_carry = scratch<S>(Cell::has_cell ? plan.groups * block_rows * padded_H : 0);
+
+  static constexpr std::array<int, 4> hidden_gates() {
+    std::array<int, 4> blocks{};
+    for (int g = 0; g < gates; ++g) blocks[g] = Cell::hidden_gate(g);
+    return blocks;
+  }
 
   Backward(const BackwardParams& params, const Threads& threads)
       : Base(params, threads, Pass::backward), p(params), gradients(*this, params, threads) {
@@ -45,7 +51,7 @@ struct Backward : Recurrence<Cell, S, N> {
                            dsums.get() + team * chunk_rows * stride, stride};
       for (int64_t s = s_end - 1; s >= s_begin; --s) {
         const int64_t t = job.step(s), count = job.rows_end(t) - job.row_begin;
-        for (int64_t panel = member.begin; panel < member.end; ++panel) cell(chunk, t, panel, dh, dc);
+        cell(chunk, t, member, dh, dc);
         member.meet_in_step();
         if (count > 0 && (s > 0 || p.dhx))
           w_hh.multiply(job.direction, chunk.at(t, job.row_begin), stride, count, member.begin, member.end,
@@ -89,43 +95,48 @@ struct Backward : Recurrence<Cell, S, N> {
     }
   }
 
-  void cell(const Chunk<S>& chunk, int64_t t, int64_t panel, S* dh_carry, S* dc_carry) {
+  void cell(const Chunk<S>& chunk, int64_t t, const Member& member, S* dh_carry, S* dc_carry) {
     const Job& job = chunk.job;
-    const int count = this->units(panel);
-    const int64_t unit = panel * N, y_width = p.directions * H, y_at = job.direction * H;
-    const S* cells = static_cast<const S*>(p.cells) + this->sequence_at(job, 0, H);
-    const auto before = [&](int64_t t, int64_t b, const S* outputs, int64_t width,
-                            const void* initial) __attribute__((always_inline)) {
-      const S* state = this->state_before(job, t, b, outputs, width, static_cast<const S*>(initial));
-      return state ? V::load(state + unit, count) : V(S(0));
-    };
+    const int64_t y_width = p.directions * H, y_at = job.direction * H;
+    const S* outputs = static_cast<const S*>(p.y) + y_at;
+    const S* all_cells = static_cast<const S*>(p.cells) + this->sequence_at(job, 0, H);
     const V zero(S(0));
     const int64_t end = chunk.whole() ? job.rows_end(t) : job.row_end;
     for (int64_t b = job.row_begin; b < end; ++b) {
-      const int64_t row = sequence.start(t) + b, at = (b - job.row_begin) * padded_H + unit;
-      S* dsums = chunk.at(t, b) + unit;
-      V da[sums];
-      if (t >= sequence.length(b)) {
-        for (int k = 0; k < sums; ++k) zero.store(dsums + k * H, count);
-        continue;
+      const int64_t row = sequence.start(t) + b;
+      S* dsums = chunk.at(t, b);
+      const bool valid = t < sequence.length(b);
+      const S *h_before = nullptr, *c_before = nullptr;
+      if (valid && Cell::needs_previous)
+        h_before = this->state_before(job, t, b, outputs, y_width, static_cast<const S*>(p.hx));
+      if (valid && Cell::has_cell)
+        c_before = this->state_before(job, t, b, all_cells, H, static_cast<const S*>(p.cx));
+      const S* gates_in = static_cast<const S*>(p.gates) + this->sequence_at(job, row, saved * H);
+      const S* dy = p.dy ? static_cast<const S*>(p.dy) + row * y_width + y_at : nullptr;
+      for (int64_t panel = member.begin; panel < member.end; ++panel) {
+        const int count = this->units(panel);
+        const int64_t unit = panel * N, at = (b - job.row_begin) * padded_H + unit;
+        V da[sums];
+        if (!valid) {
+          for (int k = 0; k < sums; ++k) zero.store(dsums + k * H + unit, count);
+          continue;
+        }
+        V gate[std::max(1, saved)], h = zero, h_next = zero, c = zero, c_next = zero, dc = zero;
+        for (int k = 0; k < saved; ++k) gate[k] = V::load(gates_in + k * H + unit, count);
+        if (h_before) h = V::load(h_before + unit, count);
+        if constexpr (Cell::needs_output) h_next = V::load(outputs + row * y_width + unit, count);
+        if constexpr (Cell::has_cell) {
+          if (c_before) c = V::load(c_before + unit, count);
+          c_next = V::load(all_cells + row * H + unit, count);
+          dc = V::load(dc_carry + at);
+        }
+        V dh = V::load(dh_carry + at);
+        if (dy) dh = dh + V::load(dy + unit, count);
+        const V passed = Cell::backward(gate, c, c_next, h, h_next, dh, dc, da);
+        for (int k = 0; k < sums; ++k) da[k].store(dsums + k * H + unit, count);
+        passed.store(dh_carry + at);  // the product adds to it what comes back through W_hh
+        if constexpr (Cell::has_cell) dc.store(dc_carry + at);
       }
-      V gate[std::max(1, saved)], h = zero, h_next = zero, c = zero, c_next = zero, dc = zero;
-      const S* gates_in = static_cast<const S*>(p.gates) + this->sequence_at(job, row, saved * H) + unit;
-      for (int k = 0; k < saved; ++k) gate[k] = V::load(gates_in + k * H, count);
-      if constexpr (Cell::needs_previous) h = before(t, b, static_cast<const S*>(p.y) + y_at, y_width, p.hx);
-      if constexpr (Cell::needs_output)
-        h_next = V::load(static_cast<const S*>(p.y) + row * y_width + y_at + unit, count);
-      if constexpr (Cell::has_cell) {
-        c = before(t, b, cells, H, p.cx);
-        c_next = V::load(cells + row * H + unit, count);
-        dc = V::load(dc_carry + at);
-      }
-      V dh = V::load(dh_carry + at);
-      if (p.dy) dh = dh + V::load(static_cast<const S*>(p.dy) + row * y_width + y_at + unit, count);
-      const V passed = Cell::backward(gate, c, c_next, h, h_next, dh, dc, da);
-      for (int k = 0; k < sums; ++k) da[k].store(dsums + k * H, count);
-      passed.store(dh_carry + at);  // the product adds to it what comes back through W_hh
-      if constexpr (Cell::has_cell) dc.store(dc_carry + at);
     }
   }
 };

@@ -9,18 +9,18 @@ namespace fusedrnn::cpu {
 namespace {
 
 // The [gates*H, columns] weights of up to two directions. A product takes `gates` blocks of H numbers a row, the one for
-// block g times the weights' block gate_of(g). Where weights are not packed, whole vectors are read in place; a last
+// block g times the weights' block gate_of[g]. Where weights are not packed, whole vectors are read in place; a last
 // partial one never is.
 template <class V, class S>
 struct Columns {
   static constexpr int N = V::size;
   int64_t columns, gates, H;
-  int (*gate_of)(int);
+  std::array<int, 4> gate_of;
   int64_t vectors = (columns + N - 1) / N, first_packed;
   const S* weights[2] = {};
   Scratch<S> panels;
 
-  Columns(int64_t columns, int64_t gates, int64_t H, int (*gate_of)(int), bool packed)
+  Columns(int64_t columns, int64_t gates, int64_t H, std::array<int, 4> gate_of, bool packed)
       : columns(columns), gates(gates), H(H), gate_of(gate_of), first_packed(packed ? 0 : columns / N) {}
 
   void set(int64_t direction, const S* matrix) { weights[direction] = matrix; }
@@ -35,7 +35,7 @@ struct Columns {
         const int64_t column = (first_packed + i % packed) * N;
         const int count = static_cast<int>(std::min<int64_t>(N, columns - column));
         for (int g = 0; g < gates; ++g)
-          pack_columns<V>(weights[i / packed] + gate_of(g) * H * columns, columns, column, count, H,
+          pack_columns<V>(weights[i / packed] + gate_of[g] * H * columns, columns, column, count, H,
                           panels.get() + (i * gates + g) * H * N);
       }
     });
@@ -47,7 +47,7 @@ struct Columns {
     const int64_t in_place = std::clamp(first_packed, begin, end);
     if (begin < in_place)
       for (int g = 0; g < gates; ++g)
-        cpu::multiply<V, S>({weights[direction] + gate_of(g) * H * columns + begin * N, N, columns, in_place - begin,
+        cpu::multiply<V, S>({weights[direction] + gate_of[g] * H * columns + begin * N, N, columns, in_place - begin,
                              A + g * H, lda, H, rows, C, ldc, N, fresh && g == 0});
     if (in_place < end)
       cpu::multiply<V, S>({panels.get() + (direction * (vectors - first_packed) + in_place - first_packed) * gates * H * N,

@@ -9,8 +9,8 @@
 
 namespace fusedrnn::cpu {
 
-// One build of the schedule for one instruction set. `functions` evaluates exp, sigmoid and tanh (0, 1, 2)
-// for the accuracy tests.
+// One build of the schedule for one instruction set. `functions` evaluates sigmoid (0) or tanh (1) for the
+// accuracy tests.
 struct Kernels {
   const char* name;
   void (*forward)(const ForwardParams&, const Threads&);
@@ -23,5 +23,16 @@ std::vector<std::string> built();      // instruction sets in this build, best f
 std::vector<std::string> supported();  // those of them that this processor has
 void use(const std::string& name);     // one of supported(), or "" for the best; throws std::invalid_argument otherwise
 const Kernels& kernels();              // the ones in use
+
+// Memory for the length of a pass, at the start of a cache line. Large blocks are kept for the next pass, 64 MiB of them at
+// most and for a few seconds: memory fresh from the system costs more to touch than a small layer's step (2 MiB: 0.5 ms).
+// borrow throws std::bad_alloc; `bytes` of give_back are those asked for.
+void* borrow(size_t bytes);
+void give_back(void* memory, size_t bytes);
+size_t pooled();  // bytes kept and not in use
+
+// Asks for pages of 2 MiB for memory that is not touched yet: the first touch of 100 MB in pages of 4 KiB takes 40 ms.
+// Only a wish, and only made where such a page fits.
+void prefer_huge_pages(void* memory, size_t bytes);
 
 }  // namespace fusedrnn::cpu

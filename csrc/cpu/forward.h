@@ -1,5 +1,5 @@
-// The forward time loop on a CPU, for any cell, scalar type and vector width. A step is: pre-activations = bias + x·W_ih +
-// h·W_hh for a panel (registers, then a buffer that stays in the first-level cache), then the cell, row by row.
+// The forward time loop on a CPU, for any cell, scalar type and vector width. A step is, for some panels: pre-activations =
+// bias + x·W_ih + h·W_hh (registers, then a buffer that stays in the first-level cache), then the cell, row by row.
 #pragma once
 
 #include "recurrence.h"
@@ -17,7 +17,10 @@ struct Forward : Recurrence<Cell, S, N> {
 
   const ForwardParams& p;
   const int64_t I = p.I;
-  const int64_t capacity = block_rows * plan.chunk;  // rows of pre-activations kept for a panel
+  // Pre-activations are kept for the steps of a chunk and all panels, or else for as many rows of a few panels as leave
+  // half of the first-level cache to the products.
+  static constexpr int64_t rows_at_once = (16 << 10) / (panels_at_once * sums * N * sizeof(S));
+  const int64_t capacity = plan.chunk > 1 ? block_rows * plan.chunk : std::min(block_rows, rows_at_once);  // rows a panel
   const int64_t panels_kept = plan.chunk > 1 ? panels : panels_at_once;
   Scratch<S> w_ih = scratch<S>(plan.packed ? p.directions * panels * gates * I * N : 0);
   Scratch<S> w_hh = scratch<S>(plan.packed ? p.directions * panels * gates * H * N : 0);
@@ -77,9 +80,6 @@ struct Forward : Recurrence<Cell, S, N> {
     S* h = h_state.get() + team * 2 * block_rows * padded_H;
     S* c = c_state.get() + team * block_rows * padded_H;
     S* a = pre_activations.get() + slice * panels_kept * capacity * sums * N;
-    const auto kept = [&](int64_t panel) {
-      return a + (plan.chunk > 1 ? panel - member.begin : 0) * capacity * sums * N;
-    };
     start(job, member, h, c);
     member.meet_in_step();
     int64_t kept_row = 0;  // the sequence row of the first row of pre-activations kept
@@ -87,27 +87,33 @@ struct Forward : Recurrence<Cell, S, N> {
       const int64_t t = job.step(s), row = sequence.start(t) + job.row_begin, count = job.rows_end(t) - job.row_begin;
       const S* h_in = h + (s % 2) * block_rows * padded_H;
       S* h_out = h + ((s + 1) % 2) * block_rows * padded_H;
-      if (plan.chunk > 1 && s % plan.chunk == 0) {
-        const int64_t t_end = job.step(std::min(s + plan.chunk, sequence.T) - 1);
-        kept_row = sequence.start(std::min(t, t_end));
-        for (int64_t panel = member.begin; panel < member.end; panel += panels_at_once)
-          project(job, panel, std::min<int64_t>(panels_at_once, member.end - panel), kept_row,
-                  sequence.start(std::max(t, t_end) + 1) - kept_row, kept(panel));
-      }
-      for (int64_t panel = member.begin; count > 0 && panel < member.end; panel += panels_at_once) {
-        const int64_t n = std::min<int64_t>(panels_at_once, member.end - panel);
-        S* sum = kept(panel);
-        if (plan.chunk == 1) {
-          project(job, panel, n, row, count, sum);
-        } else {
-          sum += (row - kept_row) * sums * N;
+      if (plan.chunk > 1) {
+        const int64_t n = member.end - member.begin;
+        if (s % plan.chunk == 0) {
+          const int64_t t_end = job.step(std::min(s + plan.chunk, sequence.T) - 1);
+          kept_row = sequence.start(std::min(t, t_end));
+          project(job, member.begin, n, kept_row, sequence.start(std::max(t, t_end) + 1) - kept_row, a);
         }
-        product<Cell::hidden_gate>(job, panel, n, w_hh.get(), p.weights[job.direction].w_hh, h_in, padded_H, H, count,
-                                   sum);
-        for (int64_t i = 0; i < n; ++i) cell(job, t, panel + i, sum + i * capacity * sums * N, h_in, h_out, c);
+        step(job, t, member.begin, n, job.row_begin, count, a + (row - kept_row) * sums * N, h_in, h_out, c);
+      } else {
+        for (int64_t panel = member.begin; panel < member.end; panel += panels_at_once)
+          for (int64_t r = 0; r < count; r += capacity) {
+            const int64_t n = std::min<int64_t>(panels_at_once, member.end - panel), rows = std::min(capacity, count - r);
+            project(job, panel, n, row + r, rows, a);
+            step(job, t, panel, n, job.row_begin + r, rows, a, h_in, h_out, c);
+          }
       }
       member.meet_in_step();
     }
+  }
+
+  // Step t for n panels and `count` rows from b on, from their pre-activations without h.
+  void step(const Job& job, int64_t t, int64_t panel, int64_t n, int64_t b, int64_t count, S* sum, const S* h_in, S* h_out,
+            S* c) {
+    product<Cell::hidden_gate>(job, panel, n, w_hh.get(), p.weights[job.direction].w_hh,
+                               h_in + (b - job.row_begin) * padded_H, padded_H, H, count, sum);
+    activate(n, count, sum);
+    cell(job, t, panel, n, b, b + count, sum, h_in, h_out, c);
   }
 
   // pre-activations = bias + x·W_ih for n panels and some rows of the sequence.
@@ -129,45 +135,68 @@ struct Forward : Recurrence<Cell, S, N> {
   void product(const Job& job, int64_t panel, int64_t n, const S* packed, const void* weights, const S* A, int64_t lda,
                int64_t K, int64_t count, S* sum) {
     const int64_t panel_stride = capacity * sums * N;
-    if (plan.packed) {
-      multiply<V, S>({packed + (job.direction * panels + panel) * gates * K * N, K * N, N, gates * n, A, lda, K, count,
-                      sum, sums * N, gates > 1 ? N : panel_stride});
+    packed += (job.direction * panels + panel) * gates * K * N;
+    if (plan.packed && gates == 1) {
+      multiply<V, S>({packed, K * N, N, n, A, lda, K, count, sum, sums * N, panel_stride});
       return;
     }
-    for (int64_t i = 0; i < n; ++i)
-      for (int g = 0; g < gates; ++g)
-        multiply_unpacked<V>(static_cast<const S*>(weights), gate_of(g) * H + (panel + i) * N, this->units(panel + i),
-                             A, lda, K, count, sum + i * panel_stride + g * N, sums * N);
-  }
-
-  void cell(const Job& job, int64_t t, int64_t panel, const S* sum, const S* h_in, S* h_out, S* c_state) {
-    const int count = this->units(panel);
-    const int64_t unit = panel * N, y_width = p.directions * H;
-    const V zero(S(0));
-    for (int64_t b = job.row_begin; b < job.rows_end(t); ++b, sum += sums * N) {
-      const int64_t row = sequence.start(t) + b, at = (b - job.row_begin) * padded_H + unit;
-      S* y = static_cast<S*>(p.y) + row * y_width + job.direction * H + unit;
-      S* cells = p.cells ? static_cast<S*>(p.cells) + this->sequence_at(job, row, H) + unit : nullptr;
-      if (t >= sequence.length(b)) {
-        zero.store(y, count);
+    for (int64_t i = 0; i < n; ++i, sum += panel_stride, packed += gates * K * N) {
+      if (plan.packed) {
+        multiply<V, S>({packed, K * N, N, gates, A, lda, K, count, sum, sums * N, N});
         continue;
       }
-      V a[sums], gate[std::max(1, Base::saved)], c = zero;
-      for (int k = 0; k < sums; ++k) a[k] = V::load(sum + k * N);
-      if constexpr (Cell::has_cell) c = V::load(c_state + at);
-      const V h = Cell::forward(a, V::load(h_in + at), c, gate);
-      h.store(y, count);
-      if (p.gates) {
-        S* out = static_cast<S*>(p.gates) + this->sequence_at(job, row, Base::saved * H) + unit;
-        for (int k = 0; k < Base::saved; ++k) gate[k].store(out + k * H, count);
-        if constexpr (Cell::has_cell) c.store(cells, count);
+      for (int g = 0; g < gates; ++g) {
+        const S* W = static_cast<const S*>(weights) + (gate_of(g) * H + (panel + i) * N) * K;
+        multiply_unpacked<V, S, 1>({{{W, A, K, lda}}}, this->units(panel + i), count, sum + g * N, sums * N);
       }
-      const bool last = t == job.last_step(b), reset = !last && job.reset_at(job.next(t), b);
-      (reset ? zero : h).store(h_out + at);
-      if (last) h.store(static_cast<S*>(p.h_n) + this->state_at(job, b, unit), count);
-      if constexpr (Cell::has_cell) {
-        (reset ? zero : c).store(c_state + at);
-        if (last) c.store(static_cast<S*>(p.c_n) + this->state_at(job, b, unit), count);
+    }
+  }
+
+  // The cell's first half, for `count` rows of n panels.
+  void activate(int64_t n, int64_t count, S* sum) {
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t r = 0; r < count; ++r) {
+        S* at = sum + (i * capacity + r) * sums * N;
+        V a[sums];
+        for (int k = 0; k < sums; ++k) a[k] = V::load(at + k * N);
+        Cell::activate(a);
+        for (int k = 0; k < sums; ++k) a[k].store(at + k * N);
+      }
+  }
+
+  // The second half, for rows [begin, end).
+  void cell(const Job& job, int64_t t, int64_t panel, int64_t n, int64_t begin, int64_t end, const S* sum, const S* h_in,
+            S* h_out, S* c_state) {
+    const int64_t y_width = p.directions * H;
+    const V zero(S(0));
+    for (int64_t b = begin; b < end; ++b, sum += sums * N) {
+      const int64_t row = sequence.start(t) + b, at = (b - job.row_begin) * padded_H;
+      const bool valid = t < sequence.length(b), last = t == job.last_step(b),
+                 reset = valid && !last && job.reset_at(job.next(t), b);
+      S* y = static_cast<S*>(p.y) + row * y_width + job.direction * H;
+      S* gates_out = p.gates ? static_cast<S*>(p.gates) + this->sequence_at(job, row, Base::saved * H) : nullptr;
+      S* cells = p.cells ? static_cast<S*>(p.cells) + this->sequence_at(job, row, H) : nullptr;
+      for (int64_t i = 0; i < n; ++i) {
+        const int count = this->units(panel + i);
+        const int64_t unit = (panel + i) * N;
+        if (!valid) {
+          zero.store(y + unit, count);
+          continue;
+        }
+        V a[sums], gate[std::max(1, Base::saved)], c = zero;
+        for (int k = 0; k < sums; ++k) a[k] = V::load(sum + i * capacity * sums * N + k * N);
+        if constexpr (Cell::has_cell) c = V::load(c_state + at + unit);
+        const V h = Cell::forward(a, V::load(h_in + at + unit), c, gate);
+        h.store(y + unit, count);
+        if (gates_out)
+          for (int k = 0; k < Base::saved; ++k) gate[k].store(gates_out + k * H + unit, count);
+        (reset ? zero : h).store(h_out + at + unit);
+        if (last) h.store(static_cast<S*>(p.h_n) + this->state_at(job, b, unit), count);
+        if constexpr (Cell::has_cell) {
+          if (cells) c.store(cells + unit, count);
+          (reset ? zero : c).store(c_state + at + unit);
+          if (last) c.store(static_cast<S*>(p.c_n) + this->state_at(job, b, unit), count);
+        }
       }
     }
   }

@@ -175,95 +175,83 @@ void pack_columns(const S* matrix, int64_t columns, int64_t first, int count, in
   for (int64_t k = 0; k < K; ++k) V::load(matrix + k * columns + first, count).store(packed + k * V::size);
 }
 
-// The sums of the numbers in each of J vecs, J = 4 or, where a vec is that short, 2.
+// The sums of the numbers in each of J vecs, stored side by side.
 template <class T, int N, int J>
 FUSEDRNN_INLINE void sums_of(vec<T, N> (&v)[J], T* sums) {
   if constexpr (N > J) {
     vec<T, N / 2> halves[J];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < J; ++i) halves[i] = add_halves(v[i], std::make_integer_sequence<int, N / 2>());
     sums_of(halves, sums);
   } else {
     transpose<N / 2>(v);
     vec<T, N> total = v[0];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 1; i < J; ++i) total = total + v[i];
     total.store(sums);
   }
 }
 
-// Weights read as they are: dot products of rows of A with J rows of the weights, which give J numbers a row of C.
+// Weights read as they are: dot products of rows of A with rows [unit, unit + count) of a row-major [*, K] matrix.
 template <class S>
 struct Dots {
-  static constexpr int most = 4;
-  const S* W[most];
+  const S* W;
   const S* A;
-  int64_t lda, K;
-  S* C;
-  int64_t ldc;
+  int64_t K, lda;
 };
 
-template <class V, class S, int MB>
-__attribute__((noinline)) void dot_tile(const Dots<S>& p, int64_t row) {
-  constexpr int N = V::size, J = std::min(N, Dots<S>::most), split = MB == 1 ? 2 : 1;
-  const S* A = p.A + row * p.lda;
-  const int64_t K = p.K, lda = p.lda;
-  V sum[split][MB][J];
-#pragma GCC unroll 2
-  for (int s = 0; s < split; ++s)
+// C[row*ldc + j] += a row of A · row j of W, for MB rows and J units; of several Dots, the sum. What it adds for units beyond
+// `count` is of no use.
+template <class V, class S, int MB, int J, size_t terms>
+FUSEDRNN_INLINE void dot_tile(const std::array<Dots<S>, terms>& dots, int64_t row, int64_t unit, int64_t count, S* C,
+                              int64_t ldc) {
+  constexpr int N = V::size;
+  V sum[MB][J];
 #pragma GCC unroll 8
-    for (int b = 0; b < MB; ++b)
-#pragma GCC unroll 4
-      for (int j = 0; j < J; ++j) sum[s][b][j] = V(S(0));
-  const auto step = [&](int64_t k, int s, int width) __attribute__((always_inline)) {
-    V a[MB];
+  for (int b = 0; b < MB; ++b)
 #pragma GCC unroll 8
-    for (int b = 0; b < MB; ++b) a[b] = V::load(A + b * lda + k, width);
-#pragma GCC unroll 4
-    for (int j = 0; j < J; ++j) {
-      const V w = V::load(p.W[j] + k, width);
+    for (int j = 0; j < J; ++j) sum[b][j] = V(S(0));
+  for (const Dots<S>& d : dots) {
+    const S *A = d.A + row * d.lda, *W[J];
+    for (int j = 0; j < J; ++j) W[j] = d.W + std::min(unit + j, count - 1) * d.K;
+    const int64_t lda = d.lda;
+    const auto step = [&](int64_t k, int width) __attribute__((always_inline)) {
+      V a[MB];
 #pragma GCC unroll 8
-      for (int b = 0; b < MB; ++b) sum[s][b][j] = w * a[b] + sum[s][b][j];
-    }
-  };
-  int64_t k = 0;
-  for (; k + split * N <= K; k += split * N) {
-#pragma GCC unroll 2
-    for (int s = 0; s < split; ++s) step(k + s * N, s, N);
+      for (int b = 0; b < MB; ++b) a[b] = V::load(A + b * lda + k, width);
+#pragma GCC unroll 8
+      for (int j = 0; j < J; ++j) {
+        const V w = V::load(W[j] + k, width);
+#pragma GCC unroll 8
+        for (int b = 0; b < MB; ++b) sum[b][j] = w * a[b] + sum[b][j];
+      }
+    };
+    int64_t k = 0;
+    for (; k + N <= d.K; k += N) step(k, N);
+    if (k < d.K) step(k, static_cast<int>(d.K - k));
   }
-  for (; k + N <= K; k += N) step(k, 0, N);
-  if (k < K) step(k, 0, static_cast<int>(K - k));
 #pragma GCC unroll 8
   for (int b = 0; b < MB; ++b) {
-    if constexpr (split == 2)
-#pragma GCC unroll 4
-      for (int j = 0; j < J; ++j) sum[0][b][j] = sum[0][b][j] + sum[1][b][j];
-    S sums[J], *C = p.C + (row + b) * p.ldc;
-    sums_of(sum[0][b], sums);
-    for (int j = 0; j < J; ++j) C[j] += sums[j];
+    S sums[J], *to = C + (row + b) * ldc + unit;
+    sums_of(sum[b], sums);
+    for (int j = 0; j < J; ++j) to[j] += sums[j];
   }
 }
 
-template <class V, class S, int... MB>
-constexpr auto dot_table(std::integer_sequence<int, MB...>) {
-  return std::array<void (*)(const Dots<S>&, int64_t), sizeof...(MB)>{&dot_tile<V, S, MB + 1>...};
-}
-
-// C[row*ldc] += A's row · rows [first, first + count) of a row-major [*, K] matrix, as one vec of N outputs; what it adds
-// to outputs beyond `count` is of no use.
-template <class V, class S>
-void multiply_unpacked(const S* matrix, int64_t first, int count, const S* A, int64_t lda, int64_t K, int64_t rows,
-                       S* C, int64_t ldc) {
-  constexpr int J = std::min(V::size, Dots<S>::most), most = tile_rows(J, sizeof(V));
-  static constexpr auto tiles = dot_table<V, S>(std::make_integer_sequence<int, most>());
-  const int64_t tile_count = (rows + most - 1) / most;
-  for (int unit = 0; unit < count; unit += J) {
-    Dots<S> dots{{}, A, lda, K, C + unit, ldc};
-    for (int j = 0; j < J; ++j) dots.W[j] = matrix + (first + std::min(unit + j, count - 1)) * K;
-    for (int64_t i = 0; i < tile_count; ++i) {
-      const int64_t begin = rows * i / tile_count, end = rows * (i + 1) / tile_count;
-      tiles[end - begin - 1](dots, begin);
-    }
+// All rows of A, and `count` <= N units. A lone row takes more units at a time, for enough sums to overlap.
+template <class V, class S, size_t terms>
+__attribute__((noinline)) void multiply_unpacked(const std::array<Dots<S>, terms>& dots, int64_t count, int64_t rows, S* C,
+                                                 int64_t ldc) {
+  constexpr int N = V::size, J = std::min(N, 4), many = std::min(N, 8), most = std::min(3, tile_rows(J, sizeof(V)));
+  if (rows == 1) {
+    for (int64_t unit = 0; unit < count; unit += many) dot_tile<V, S, 1, many>(dots, 0, unit, count, C, ldc);
+    return;
+  }
+  for (int64_t unit = 0; unit < count; unit += J) {
+    int64_t row = 0;
+    for (; row + most <= rows; row += most) dot_tile<V, S, most, J>(dots, row, unit, count, C, ldc);
+    if (rows - row == 2) dot_tile<V, S, 2, J>(dots, row, unit, count, C, ldc);
+    if (rows - row == 1) dot_tile<V, S, 1, J>(dots, row, unit, count, C, ldc);
   }
 }
 

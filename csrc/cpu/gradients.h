@@ -55,7 +55,7 @@ struct Gradients {
   Gradients(const Base& recurrence, const BackwardParams& params, const Threads& threads)
       : base(recurrence),
         p(params),
-        w_ih(p.dx ? I : 0, gates, H, [](int g) { return g; }, base.plan.packed) {
+        w_ih(p.dx ? I : 0, gates, H, {0, 1, 2, 3}, base.plan.packed) {
     for (int64_t d = 0; d < D; ++d) w_ih.set(d, static_cast<const S*>(p.weights[d].w_ih));
     w_ih.pack(threads, D);
     if (!adds_in_place(I)) ih_sums = scratch<S>(teams * D * gates * H * input_vectors * N);

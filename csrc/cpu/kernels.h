@@ -8,6 +8,7 @@
 #include "backward.h"
 #include "cpu.h"
 #include "forward.h"
+#include "step.h"
 
 namespace fusedrnn::cpu {
 namespace {
@@ -18,7 +19,7 @@ void evaluate(int function, const S* x, S* y, int64_t n) {
   for (int64_t i = 0; i < n; i += V::size) {
     const int count = static_cast<int>(std::min<int64_t>(V::size, n - i));
     const V in = V::load(x + i, count);
-    (function == 0 ? exp(in) : function == 1 ? sigmoid(in) : tanh(in)).store(y + i, count);
+    (function == 0 ? sigmoid(in) : tanh(in)).store(y + i, count);
   }
 }
 
@@ -45,9 +46,17 @@ void run_pass(const Params& p, const Threads& threads) {
   p.scalar == ScalarKind::float32 ? with_cell(float()) : with_cell(double());
 }
 
+// A single step of a few rows needs none of what a sequence does.
+template <class Cell, class S, int N>
+struct ForwardOrStep {
+  ForwardOrStep(const ForwardParams& p, const Threads& threads) {
+    Step<Cell, S, N>::can_do(p) ? void(Step<Cell, S, N>(p, threads)) : void(Forward<Cell, S, N>(p, threads));
+  }
+};
+
 template <int bytes>
 constexpr Kernels make_kernels(const char* name) {
-  return {name, &run_pass<Forward, bytes, ForwardParams>, &run_pass<Backward, bytes, BackwardParams>, &evaluate<float, bytes>,
+  return {name, &run_pass<ForwardOrStep, bytes, ForwardParams>, &run_pass<Backward, bytes, BackwardParams>, &evaluate<float, bytes>,
           &evaluate<double, bytes>};
 }
 

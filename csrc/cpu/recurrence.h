@@ -5,6 +5,8 @@
 #pragma once
 
 #include <array>
+#include <memory>
+#include <tuple>
 #include <utility>
 
 #include "../params.h"
@@ -59,7 +61,8 @@ template <class Cell, class S, int N>
 struct Recurrence {
   using V = vec<S, N>;
   static constexpr int gates = Cell::gates, sums = Cell::sums, saved = Cell::saved;
-  static constexpr int panels_at_once = std::max(1, 4 / gates);  // enough output vectors for a full register tile
+  // Panels for a full register tile, and for whole cache lines of every array.
+  static constexpr int panels_at_once = std::max<int>(gates == 1 ? 4 : 1, 64 / (N * sizeof(S)));
 
   const Problem& problem;
   const Sequence& sequence = problem.sequence;

@@ -77,13 +77,26 @@ FUSEDRNN_OPERATOR(*)
 FUSEDRNN_OPERATOR(/)
 #undef FUSEDRNN_OPERATOR
 
-// Comparisons with NaN are false, so min and max pass a NaN in x through; so does relu.
+// a > b ? a : b and a < b ? a : b, hence b where either is NaN. GCC 12 makes two instructions of what x86 has as one.
+template <class T, int N>
+FUSEDRNN_INLINE vec<T, N> max(vec<T, N> a, vec<T, N> b) {
+#if defined(__x86_64__)
+  if constexpr (std::is_same_v<T, float> && N == 8) return vec<T, N>(__builtin_ia32_maxps256(a.v, b.v));
+#endif
+  return vec<T, N>(a.v > b.v ? a.v : b.v);
+}
+template <class T, int N>
+FUSEDRNN_INLINE vec<T, N> min(vec<T, N> a, vec<T, N> b) {
+#if defined(__x86_64__)
+  if constexpr (std::is_same_v<T, float> && N == 8) return vec<T, N>(__builtin_ia32_minps256(a.v, b.v));
+#endif
+  return vec<T, N>(a.v < b.v ? a.v : b.v);
+}
+
+// A NaN in x passes through, as it does in relu.
 template <class T, int N>
 FUSEDRNN_INLINE vec<T, N> clamp(vec<T, N> x, T low, T high) {
-  const vec<T, N> lo(low), hi(high);
-  x.v = x.v < lo.v ? lo.v : x.v;
-  x.v = x.v > hi.v ? hi.v : x.v;
-  return x;
+  return min(vec<T, N>(high), max(vec<T, N>(low), x));
 }
 template <class T, int N>
 FUSEDRNN_INLINE vec<T, N> relu(vec<T, N> x) {
@@ -118,9 +131,9 @@ FUSEDRNN_INLINE vec<T, N / 2> add_halves(vec<T, N> x, std::integer_sequence<int,
          vec<T, N / 2>(__builtin_shufflevector(x.v, x.v, (lane + N / 2)...));
 }
 
-// exp, sigmoid and tanh. x = n·ln2 + r with n whole and |r| <= ln2/2. exp(r) - 1 is its Taylor polynomial, of the
-// degree at which the first term left out is below a quarter of the rounding error of r. Largest error over all floats
-// and some 10^7 doubles, in units in the last place (tests/test_simd.py): exp 1.1, sigmoid 2.5, tanh 2.6.
+// sigmoid and tanh, by exp(x) = 2^n·exp(r): x = n·ln2 + r with n whole and |r| <= ln2/2. exp(r) is its Taylor polynomial,
+// of the degree at which the first term left out is below a quarter of the rounding error of r. Largest error over all
+// floats and some 10^7 doubles, in units in the last place (tests/test_simd.py): sigmoid 2.5, tanh 2.6.
 template <class T>
 struct ExpConstants;
 template <>
@@ -129,7 +142,7 @@ struct ExpConstants<float> {
                          ln2_low = -2.12194440e-4f;  // Cody & Waite: n·ln2_high is exact
   static constexpr float round = 12582912.0f;  // 1.5·2^23: adding it leaves the nearest whole number in the low bits
   static constexpr int mantissa_bits = 23, bias = 127;
-  static constexpr float lowest = -105.0f, highest = 90.0f;  // exp is 0 below, inf above
+  static constexpr float lowest = -87.0f, highest = 89.0f;  // n of -126, the last normal number, to 128, infinity
   static constexpr float tanh_is_one = 10.0f;
   static constexpr int degree = 7;
 };
@@ -138,7 +151,7 @@ struct ExpConstants<double> {
   static constexpr double ln2_high = 6.93145751953125e-1, ln2_low = 1.42860682030941723212e-6;
   static constexpr double round = 6755399441055744.0;  // 1.5·2^52
   static constexpr int mantissa_bits = 52, bias = 1023;
-  static constexpr double lowest = -746.0, highest = 711.0;
+  static constexpr double lowest = -708.0, highest = 710.0;  // n of -1021 to 1024
   static constexpr double tanh_is_one = 20.0;
   static constexpr int degree = 13;
 };
@@ -158,8 +171,7 @@ FUSEDRNN_INLINE vec<T, N> taylor_tail(vec<T, N> r) {
 
 template <class T, int N>
 struct Reduced {
-  typename vec<T, N>::Mask n;
-  vec<T, N> expm1_r;
+  vec<T, N> power, r;  // 2^n
 };
 
 template <class T, int N>
@@ -168,26 +180,16 @@ FUSEDRNN_INLINE Reduced<T, N> reduce(vec<T, N> x) {
   using V = vec<T, N>;
   const V round(C::round), shifted = x * V(T(1.44269504088896340736)) + round, n = shifted - round;
   const V r = x - n * V(C::ln2_high) - n * V(C::ln2_low);
-  return {(typename V::Mask)shifted.v - (typename V::Mask)round.v, r * r * taylor_tail<2>(r) + r};
-}
-
-template <class T, int N>
-FUSEDRNN_INLINE vec<T, N> power_of_two(typename vec<T, N>::Mask n) {
-  using C = ExpConstants<T>;
-  return vec<T, N>((typename vec<T, N>::Register)((n + C::bias) << C::mantissa_bits));
-}
-
-template <class T, int N>
-FUSEDRNN_INLINE vec<T, N> exp(vec<T, N> x) {
-  const auto [n, expm1_r] = reduce(clamp(x, ExpConstants<T>::lowest, ExpConstants<T>::highest));
-  const auto half = n >> 1;  // 2^n in two factors, or it would overflow before exp does
-  return (expm1_r + vec<T, N>(T(1))) * power_of_two<T, N>(half) * power_of_two<T, N>(n - half);
+  // The shift drops all bits of `shifted` but those of n.
+  const auto exponent = ((typename V::Mask)shifted.v + C::bias) << C::mantissa_bits;
+  return {V((typename V::Register)exponent), r};
 }
 
 template <class T, int N>
 FUSEDRNN_INLINE vec<T, N> sigmoid(vec<T, N> x) {
   const vec<T, N> zero(T(0)), one(T(1));
-  return one / (one + exp(zero - x));
+  const auto [power, r] = reduce(clamp(zero - x, ExpConstants<T>::lowest, ExpConstants<T>::highest));
+  return one / (taylor_tail<0>(r) * power + one);
 }
 
 // tanh(x) = e/(e + 2) with e = exp(2x) - 1 = 2^n·(exp(r) - 1) + (2^n - 1), in which nothing cancels: small x
@@ -196,8 +198,8 @@ template <class T, int N>
 FUSEDRNN_INLINE vec<T, N> tanh(vec<T, N> x) {
   using V = vec<T, N>;
   constexpr T limit = 2 * ExpConstants<T>::tanh_is_one;
-  const auto [n, expm1_r] = reduce(clamp(x + x, -limit, limit));
-  const V scale = power_of_two<T, N>(n), e = scale * expm1_r + (scale - V(T(1)));
+  const auto [power, r] = reduce(clamp(x + x, -limit, limit));
+  const V expm1_r = r * r * taylor_tail<2>(r) + r, e = power * expm1_r + (power - V(T(1)));
   return e / (e + V(T(2)));
 }
 

@@ -1,0 +1,79 @@
+// One step of a few rows, as streams and rollouts take them: weights are read where they are, once, by dot products, and
+// nothing is copied or kept. Threads share out the hidden units and need not meet.
+#pragma once
+
+#include "gemm.h"
+#include "team.h"
+
+namespace fusedrnn::cpu {
+namespace {
+
+template <class Cell, class S, int N>
+struct Step {
+  using V = vec<S, N>;
+  static constexpr int gates = Cell::gates, sums = Cell::sums, saved = Cell::saved;
+
+  const ForwardParams& p;
+  const int64_t B = p.sequence.B, I = p.I, H = p.H, panels = (H + N - 1) / N;
+
+  static bool can_do(const ForwardParams& p) {
+    return p.sequence.T == 1 && !p.sequence.lengths && !p.sequence.resets && p.sequence.B < packing_rows(Pass::forward, 1, p.H);
+  }
+
+  Step(const ForwardParams& params, const Threads& threads) : p(params) {
+    const bool small = gates * H * (I + H) * p.directions * (B + 1) / 2 < step_for_team;
+    (small ? Threads{1, nullptr} : threads).parallel(p.directions * panels, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) panel(i / panels, i % panels);
+    });
+  }
+
+  void panel(int64_t direction, int64_t index) {
+    alignas(64) S a[most_step_rows * sums * N];
+    const int64_t unit = index * N;
+    const int count = static_cast<int>(std::min<int64_t>(N, H - unit));
+    const Weights& w = p.weights[direction];
+    const auto bias = [&](const void* b, int64_t block) {
+      return b ? V::load(static_cast<const S*>(b) + block * H + unit, count) : V(S(0));
+    };
+    V start[sums];
+    for (int k = 0; k < sums; ++k) start[k] = V(S(0));
+    for (int g = 0; g < gates; ++g) {
+      start[Cell::input_sum + g] = start[Cell::input_sum + g] + bias(w.b_ih, g);
+      start[g] = start[g] + bias(w.b_hh, Cell::hidden_gate(g));
+    }
+    for (int64_t b = 0; b < B; ++b)
+      for (int k = 0; k < sums; ++k) start[k].store(a + (b * sums + k) * N);
+    const S* hx = static_cast<const S*>(p.hx) + direction * B * H;
+    for (int k = 0; k < sums; ++k) {
+      const bool of_x = k >= Cell::input_sum, of_h = k < gates;
+      const Dots<S> x{static_cast<const S*>(w.w_ih) + ((k - Cell::input_sum) * H + unit) * I, static_cast<const S*>(p.x),
+                      I, I},
+          h{static_cast<const S*>(w.w_hh) + (Cell::hidden_gate(k) * H + unit) * H, hx, H, H};
+      if (of_x && of_h) {
+        multiply_unpacked<V, S, 2>({{x, h}}, count, B, a + k * N, sums * N);
+      } else {
+        multiply_unpacked<V, S, 1>({{of_x ? x : h}}, count, B, a + k * N, sums * N);
+      }
+    }
+    for (int64_t b = 0; b < B; ++b) cell(direction, b, unit, count, a + b * sums * N);
+  }
+
+  void cell(int64_t direction, int64_t b, int64_t unit, int count, const S* sum) {
+    const int64_t state = (direction * B + b) * H + unit;
+    V a[sums], gate[std::max(1, saved)], c(S(0));
+    for (int k = 0; k < sums; ++k) a[k] = V::load(sum + k * N);
+    if constexpr (Cell::has_cell) c = V::load(static_cast<const S*>(p.cx) + state, count);
+    Cell::activate(a);
+    const V h = Cell::forward(a, V::load(static_cast<const S*>(p.hx) + state, count), c, gate);
+    h.store(static_cast<S*>(p.y) + b * p.directions * H + direction * H + unit, count);
+    if (p.h_n != p.y) h.store(static_cast<S*>(p.h_n) + state, count);
+    if constexpr (Cell::has_cell) c.store(static_cast<S*>(p.c_n) + state, count);
+    if (!p.gates && !p.cells) return;
+    for (int k = 0; k < saved; ++k)
+      gate[k].store(static_cast<S*>(p.gates) + ((direction * B + b) * saved + k) * H + unit, count);
+    if constexpr (Cell::has_cell) c.store(static_cast<S*>(p.cells) + state, count);
+  }
+};
+
+}  // namespace
+}  // namespace fusedrnn::cpu
