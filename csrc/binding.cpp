@@ -9,6 +9,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
+#include <bit>
+#include <memory>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -213,21 +215,27 @@ Problem make_problem(const CellInfo& cell, const Tensor& x, Tensor& hx, MaybeTen
   return p;
 }
 
-// Weights per direction: w_ih, w_hh and, with bias, b_ih and b_hh. x gives I and the dtype.
+// Weights per direction: w_ih, w_hh and, with bias, b_ih and b_hh. x gives I and the dtype; bfloat16 weights may go with a
+// float32 x.
 void set_weights(Problem& p, const CellInfo& cell, const Tensor& x, Tensors& weights) {
   const int64_t D = p.directions, each = static_cast<int64_t>(weights.size()) / D;
   FUSEDRNN_EXPECT((each == 2 || each == 4) && each * D == static_cast<int64_t>(weights.size()),
                   "expected 2 weights (4 with bias) for each of ", D, " directions, got ", weights.size());
   p.I = x.size(x.dim() - 1);
+  ScalarType dtype = x.scalar_type();
+  if (dtype == ScalarType::Float && weights[0].scalar_type() == ScalarType::BFloat16) {
+    dtype = ScalarType::BFloat16;
+    p.scalar = ScalarKind::float32_of_bfloat16;
+  }
   for (int64_t d = 0; d < D; ++d) {
     Tensor* w = &weights[d * each];
-    check(w[0], "w_ih", x.scalar_type(), {cell.gates * p.H, p.I});
-    check(w[1], "w_hh", x.scalar_type(), {cell.gates * p.H, p.H});
+    check(w[0], "w_ih", dtype, {cell.gates * p.H, p.I});
+    check(w[1], "w_hh", dtype, {cell.gates * p.H, p.H});
     p.weights[d].w_ih = w[0].const_data_ptr();
     p.weights[d].w_hh = w[1].const_data_ptr();
     if (each == 4) {
-      check(w[2], "b_ih", x.scalar_type(), {cell.gates * p.H});
-      check(w[3], "b_hh", x.scalar_type(), {cell.gates * p.H});
+      check(w[2], "b_ih", dtype, {cell.gates * p.H});
+      check(w[3], "b_hh", dtype, {cell.gates * p.H});
       p.weights[d].b_ih = w[2].const_data_ptr();
       p.weights[d].b_hh = w[3].const_data_ptr();
     }
@@ -352,32 +360,66 @@ Tensors backward(std::string cell_name, MaybeTensor dy, MaybeTensor dh_n, MaybeT
   return results;
 }
 
-// A forward pass without autograd, on memory that the caller has checked: contiguous tensors of the shapes that ForwardParams
-// states. Small layers spend more time on their way through torch's dispatcher than in their kernel.
-void forward_at(const std::string& cell_name, bool is_double, int64_t T, int64_t B, int64_t I, int64_t H, int directions,
-                uintptr_t x, uintptr_t hx, uintptr_t cx, const std::vector<uintptr_t>& weights, uintptr_t y, uintptr_t h_n,
-                uintptr_t c_n) {
+// bfloat16 is the upper half of a float.
+void widen(const void* from, float* to, int64_t count) {
+  const uint16_t* halves = static_cast<const uint16_t*>(from);
+  for (int64_t i = 0; i < count; ++i) to[i] = std::bit_cast<float>(static_cast<uint32_t>(halves[i]) << 16);
+}
+
+// To the nearest, ties to even; a NaN stays one.
+void narrow(const float* from, void* to, int64_t count) {
+  uint16_t* halves = static_cast<uint16_t*>(to);
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bits = std::bit_cast<uint32_t>(from[i]);
+    halves[i] = from[i] != from[i] ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  }
+}
+
+// A forward pass without autograd, on memory that the caller has checked: contiguous tensors of one dtype and of the shapes
+// that ForwardParams states. Small layers spend more time on their way through torch's dispatcher than in their kernel.
+void forward_at(const std::string& cell_name, const std::string& dtype, int64_t T, int64_t B, int64_t I, int64_t H,
+                int directions, uintptr_t x, uintptr_t hx, uintptr_t cx, const std::vector<uintptr_t>& weights, uintptr_t y,
+                uintptr_t h_n, uintptr_t c_n) {
   const py::gil_scoped_release unlocked;
+  const CellInfo cell = cell_info(cell_name);
   ForwardParams p{};
-  p.cell = cell_info(cell_name).kind;
-  p.scalar = is_double ? ScalarKind::float64 : ScalarKind::float32;
+  p.cell = cell.kind;
+  p.scalar = dtype == "float32"   ? ScalarKind::float32
+             : dtype == "float64" ? ScalarKind::float64
+                                  : ScalarKind::float32_of_bfloat16;
   p.sequence.T = T;
   p.sequence.B = B;
   p.I = I;
   p.H = H;
   p.directions = directions;
   const size_t each = weights.size() / directions;
-  const auto at = [&](int d, size_t i) {
+  const auto weight = [&](int d, size_t i) {
     return i < each ? reinterpret_cast<const void*>(weights[d * each + i]) : nullptr;
   };
-  for (int d = 0; d < directions; ++d) p.weights[d] = {at(d, 0), at(d, 1), at(d, 2), at(d, 3)};
+  for (int d = 0; d < directions; ++d) p.weights[d] = {weight(d, 0), weight(d, 1), weight(d, 2), weight(d, 3)};
   p.x = reinterpret_cast<const void*>(x);
   p.hx = reinterpret_cast<const void*>(hx);
   p.cx = reinterpret_cast<const void*>(cx);
   p.y = reinterpret_cast<void*>(y);
   p.h_n = reinterpret_cast<void*>(h_n);
   p.c_n = reinterpret_cast<void*>(c_n);
-  cpu::kernels().forward(p, threads());
+  if (p.scalar != ScalarKind::float32_of_bfloat16) return cpu::kernels().forward(p, threads());
+  // Everything but the weights is float32 inside: room for x, hx, cx, y, h_n, c_n.
+  const int64_t states = directions * B * H, inputs = T * B * I, outputs = T * directions * B * H;
+  const size_t bytes = (inputs + 4 * states + outputs) * sizeof(float);
+  const auto give_back = [=](float* room) { cpu::give_back(room, bytes); };
+  const std::unique_ptr<float, decltype(give_back)> room(static_cast<float*>(cpu::borrow(bytes)), give_back);
+  float *own_x = room.get(), *own_hx = own_x + inputs, *own_cx = own_hx + states, *own_h = own_cx + states,
+        *own_c = own_h + states, *own_y = y == h_n ? own_h : own_c + states;
+  widen(p.x, own_x, inputs);
+  widen(p.hx, own_hx, states);
+  if (cell.has_cell) widen(p.cx, own_cx, states);
+  ForwardParams wide = p;
+  wide.x = own_x, wide.hx = own_hx, wide.cx = own_cx, wide.y = own_y, wide.h_n = own_h, wide.c_n = own_c;
+  cpu::kernels().forward(wide, threads());
+  narrow(own_h, p.h_n, states);
+  if (y != h_n) narrow(own_y, p.y, outputs);
+  if (cell.has_cell) narrow(own_c, p.c_n, states);
 }
 
 template <class S>
@@ -442,7 +484,7 @@ PYBIND11_MODULE(_C, m) {
       "Whether torch's thread pool runs the parts of a parallel loop at the same time (OpenMP does).");
   m.def("pooled", &cpu::pooled, "Bytes of working memory that are kept for the next call.");
   m.def("forward_at", &forward_at,
-        "forward_at(cell, is_double, T, B, I, H, directions, x, hx, cx, weights, y, h_n, c_n): a forward pass on the "
+        "forward_at(cell, dtype, T, B, I, H, directions, x, hx, cx, weights, y, h_n, c_n): a forward pass on the "
         "addresses of contiguous memory, unchecked.");
   m.def("evaluate", &evaluate_function, py::arg("function"), py::arg("x"),
         "sigmoid or tanh as the kernels compute them, of a float32 or float64 array.");

@@ -11,7 +11,8 @@
 namespace fusedrnn {
 
 enum class CellKind { rnn_tanh, rnn_relu, lstm, gru };
-enum class ScalarKind { float32, float64 };
+// float32_of_bfloat16: weights and biases are bfloat16, all else is float32.
+enum class ScalarKind { float32, float64, float32_of_bfloat16 };
 
 // Where the rows of each step are, and which of them are there. Row b of step t is row start(t) + b of the
 // sequence, for b < rows_at(t). A padded batch has B rows at every step; a packed one (rows sorted by falling

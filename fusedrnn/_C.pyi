@@ -11,7 +11,7 @@ def use_threads(at_once: bool) -> None: ...
 def evaluate(function: str, x: numpy.ndarray[Any, Any]) -> numpy.ndarray[Any, Any]: ...
 def forward_at(
     cell: str,
-    is_double: bool,
+    dtype: str,
     T: int,
     B: int,
     I: int,

@@ -20,7 +20,10 @@ def recurrence(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """:func:`fusedrnn._reference.recurrence` on the compiled kernels; float32 and float64, without projection."""
+    """:func:`fusedrnn._reference.recurrence` on the compiled kernels, without projection.
+
+    float32 or float64; with a float32 x the weights may be bfloat16.
+    """
     if in_transform():
         return _reference.recurrence(cell, x, hx, cx, weights, batch_sizes, lengths, resets)
     if needs_gradient(x, hx, cx, weights):
@@ -93,7 +96,10 @@ class Recurrence(torch.autograd.Function):
         gradients = iter(
             _ops.recurrence_backward(ctx.cell, dy, dh_n, dc_n, x, y, hx, cx, saved, weights, *sequence, asked)
         )
-        return None, None, None, None, *(next(gradients) if want else None for want in wanted)
+        inputs = (x, hx, cx, *weights)
+        return None, None, None, None, *(
+            next(gradients).to(like.dtype) if want else None for like, want in zip(inputs, wanted, strict=True)
+        )
 
 
 def _differentiable_gradients(
@@ -108,7 +114,8 @@ def _differentiable_gradients(
     x, hx, cx, *weights = (None if t is None else t.view_as(t) for t in inputs)
     assert x is not None
     assert hx is not None
-    outputs = _reference.recurrence(cell, x, hx, cx, [w for w in weights if w is not None], *sequence)
+    # bfloat16 weights go with a float32 x.
+    outputs = _reference.recurrence(cell, x, hx, cx, [w.to(x.dtype) for w in weights if w is not None], *sequence)
     pairs = [(o, g) for o, g in zip(outputs, cotangents, strict=True) if o is not None and g is not None]
     sources = [t for t, want in zip((x, hx, cx, *weights), wanted, strict=True) if want and t is not None]
     gradients = iter(

@@ -23,6 +23,7 @@ _functorch_level = torch._C._functorch.peek_interpreter_stack
 _profiling = torch.autograd._profiler_enabled
 _forward_ad = torch.autograd.forward_ad
 _GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
+_DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 _CELL_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
@@ -33,7 +34,7 @@ def _possible(x: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and _dispatch.extension is not None
         and type(x) is Tensor
-        and x.dtype in _dispatch.KERNEL_DTYPES
+        and x.dtype in _DTYPES
         and x.is_cpu
         and not _C._is_any_autocast_enabled()
         and _functorch_level() is None
@@ -97,7 +98,7 @@ def cell(module: torch.nn.RNNCellBase, name: str, x: Tensor, hx: Any) -> Any:
     c_n = torch.empty_like(c) if lstm else h_n
     at = h_n.data_ptr()
     _dispatch.extension.forward_at(  # type: ignore[union-attr]
-        name, dtype is torch.float64, 1, shape[0], inputs, hidden, 1,
+        name, _DTYPES[dtype], 1, shape[0], inputs, hidden, 1,
         x.data_ptr(), h.data_ptr(), c.data_ptr(), weights, at, at, c_n.data_ptr(),
     )  # fmt: skip
     return (h_n, c_n) if lstm else h_n
@@ -112,6 +113,8 @@ def layer(module: torch.nn.RNNBase, name: str, x: Tensor, hx: Any) -> Any:
     steps, batch, inputs = x.shape
     hidden, dtype, layers, lstm = module.hidden_size, x.dtype, module.num_layers, name == "lstm"
     directions = 2 if module.bidirectional else 1
+    if layers > 1 and dtype is torch.bfloat16:
+        return None  # the operators keep float32 between layers
     if inputs != module.input_size or not steps or module.proj_size or (module.training and module.dropout and layers > 1):
         return None
     state = (layers * directions, batch, hidden)
@@ -149,7 +152,7 @@ def layer(module: torch.nn.RNNBase, name: str, x: Tensor, hx: Any) -> Any:
     for k in range(0, layers * directions, directions):
         y = torch.empty((steps, batch, directions * hidden), dtype=dtype, device="cpu")
         _dispatch.extension.forward_at(  # type: ignore[union-attr]
-            name, dtype is torch.float64, steps, batch, x.shape[2], hidden, directions,
+            name, _DTYPES[dtype], steps, batch, x.shape[2], hidden, directions,
             x.data_ptr(), h.data_ptr() + offset, c.data_ptr() + offset,
             weights[k] if directions == 1 else weights[k] + weights[k + 1],
             y.data_ptr(), h_n.data_ptr() + offset, c_n.data_ptr() + offset,

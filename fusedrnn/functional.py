@@ -55,8 +55,9 @@ def stack(
     """
     dtype = x.dtype
     if dtype in CONVERTED_DTYPES:  # float32 inside: products, cell state and everything kept between steps
-        x, hx, weights = x.float(), hx.float(), [w.float() for w in weights]
-        cx = None if cx is None else cx.float()
+        x, hx, cx = x.float(), hx.float(), None if cx is None else cx.float()
+        if dtype != torch.bfloat16 or implementation != "cpu" or _autograd.in_transform():
+            weights = [w.float() for w in weights]  # the kernels take bfloat16 weights as they are
     recurrence = _autograd.recurrence if implementation == "cpu" else _reference.recurrence
     if num_layers == 1:
         x, h, c = recurrence(cell, x, hx, cx, weights, batch_sizes)

@@ -8,7 +8,7 @@
 namespace fusedrnn::cpu {
 namespace {
 
-template <class Cell, class S, int N>
+template <class Cell, class S, int N, class W>
 struct Backward : Recurrence<Cell, S, N> {
   using Base = Recurrence<Cell, S, N>;
   using Base::block_rows;
@@ -17,8 +17,8 @@ struct Backward : Recurrence<Cell, S, N> {
   using typename Base::V;
 
   const BackwardParams& p;
-  Columns<V, S> w_hh{H, gates, H, hidden_gates(), plan.packed};
-  Gradients<Cell, S, N> gradients;
+  Columns<V, S, W> w_hh{H, gates, H, hidden_gates(), plan.packed, B <= narrow_rows};
+  Gradients<Cell, S, N, W> gradients;
   const int64_t chunk_rows = plan.chunk * block_rows, stride = row_stride<S>(sums * H);
   Scratch<S> dsums = scratch<S>(plan.groups * chunk_rows * stride);
   Scratch<S> dh_carry = scratch<S>(plan.groups * block_rows * padded_H);
@@ -32,7 +32,7 @@ struct Backward : Recurrence<Cell, S, N> {
 
   Backward(const BackwardParams& params, const Threads& threads)
       : Base(params, threads, Pass::backward), p(params), gradients(*this, params, threads) {
-    for (int64_t d = 0; d < p.directions; ++d) w_hh.set(d, static_cast<const S*>(p.weights[d].w_hh));
+    for (int64_t d = 0; d < p.directions; ++d) w_hh.set(d, p.weights[d].w_hh);
     w_hh.pack(threads, p.directions);
     this->run(threads, [&](const Job& job, Member& member, int64_t team, int64_t slice) {
       steps(job, member, team, slice);

@@ -10,20 +10,21 @@ namespace {
 
 // The [gates*H, columns] weights of up to two directions. A product takes `gates` blocks of H numbers a row, the one for
 // block g times the weights' block gate_of[g]. Where weights are not packed, whole vectors are read in place; a last
-// partial one never is.
-template <class V, class S>
+// partial one never is. `narrow`: packed weights stay of the type that they are stored in.
+template <class V, class S, class W>
 struct Columns {
   static constexpr int N = V::size;
   int64_t columns, gates, H;
   std::array<int, 4> gate_of;
   int64_t vectors = (columns + N - 1) / N, first_packed;
-  const S* weights[2] = {};
-  Scratch<S> panels;
+  bool narrow;
+  const W* weights[2] = {};
+  Scratch<S> panels;  // of W, where they are narrow
 
-  Columns(int64_t columns, int64_t gates, int64_t H, std::array<int, 4> gate_of, bool packed)
-      : columns(columns), gates(gates), H(H), gate_of(gate_of), first_packed(packed ? 0 : columns / N) {}
+  Columns(int64_t columns, int64_t gates, int64_t H, std::array<int, 4> gate_of, bool packed, bool narrow)
+      : columns(columns), gates(gates), H(H), gate_of(gate_of), first_packed(packed ? 0 : columns / N), narrow(narrow) {}
 
-  void set(int64_t direction, const S* matrix) { weights[direction] = matrix; }
+  void set(int64_t direction, const void* matrix) { weights[direction] = static_cast<const W*>(matrix); }
 
   void pack(const Threads& threads, int64_t directions) {
     const int64_t packed = vectors - first_packed;
@@ -34,9 +35,12 @@ struct Columns {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t column = (first_packed + i % packed) * N;
         const int count = static_cast<int>(std::min<int64_t>(N, columns - column));
-        for (int g = 0; g < gates; ++g)
-          pack_columns<V>(weights[i / packed] + gate_of[g] * H * columns, columns, column, count, H,
-                          panels.get() + (i * gates + g) * H * N);
+        for (int g = 0; g < gates; ++g) {
+          const W* from = weights[i / packed] + gate_of[g] * H * columns;
+          const int64_t to = (i * gates + g) * H * N;
+          narrow ? pack_columns<V>(from, columns, column, count, H, reinterpret_cast<W*>(panels.get()) + to)
+                 : pack_columns<V>(from, columns, column, count, H, panels.get() + to);
+        }
       }
     });
   }
@@ -47,12 +51,16 @@ struct Columns {
     const int64_t in_place = std::clamp(first_packed, begin, end);
     if (begin < in_place)
       for (int g = 0; g < gates; ++g)
-        cpu::multiply<V, S>({weights[direction] + gate_of[g] * H * columns + begin * N, N, columns, in_place - begin,
-                             A + g * H, lda, H, rows, C, ldc, N, fresh && g == 0});
-    if (in_place < end)
-      cpu::multiply<V, S>({panels.get() + (direction * (vectors - first_packed) + in_place - first_packed) * gates * H * N,
-                           gates * H * N, N, end - in_place, A, lda, gates * H, rows, C + (in_place - begin) * N, ldc, N,
-                           fresh});
+        cpu::multiply<V, S, W>({weights[direction] + gate_of[g] * H * columns + begin * N, N, columns, in_place - begin,
+                                A + g * H, lda, H, rows, C, ldc, N, fresh && g == 0});
+    if (in_place == end) return;
+    const int64_t at = (direction * (vectors - first_packed) + in_place - first_packed) * gates * H * N;
+    const auto packed = [&](auto* panels) {
+      using Stored = std::remove_pointer_t<decltype(panels)>;
+      cpu::multiply<V, S, Stored>({panels + at, gates * H * N, N, end - in_place, A, lda, gates * H, rows,
+                                   C + (in_place - begin) * N, ldc, N, fresh});
+    };
+    narrow ? packed(reinterpret_cast<W*>(panels.get())) : packed(panels.get());
   }
 };
 

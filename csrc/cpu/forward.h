@@ -7,7 +7,7 @@
 namespace fusedrnn::cpu {
 namespace {
 
-template <class Cell, class S, int N>
+template <class Cell, class S, int N, class W>
 struct Forward : Recurrence<Cell, S, N> {
   using Base = Recurrence<Cell, S, N>;
   using Base::block_rows;
@@ -23,7 +23,8 @@ struct Forward : Recurrence<Cell, S, N> {
   const int64_t capacity = plan.chunk > 1 ? block_rows * plan.chunk : std::min(block_rows, rows_at_once);  // rows a panel
   const int64_t panels_kept = plan.chunk > 1 ? panels : panels_at_once;
   Scratch<S> w_ih = scratch<S>(plan.packed ? p.directions * panels * gates * I * N : 0);
-  Scratch<S> w_hh = scratch<S>(plan.packed ? p.directions * panels * gates * H * N : 0);
+  const bool narrow = B <= narrow_rows;  // packed w_hh stays of its type
+  Scratch<S> w_hh = scratch<S>(plan.packed ? p.directions * panels * gates * H * N : 0);  // of W, where it is narrow
   Scratch<S> bias = scratch<S>(p.directions * panels * sums * N);
   Scratch<S> h_state = scratch<S>(plan.groups * 2 * block_rows * padded_H);
   Scratch<S> c_state = scratch<S>(Cell::has_cell ? plan.groups * block_rows * padded_H : 0);
@@ -47,14 +48,17 @@ struct Forward : Recurrence<Cell, S, N> {
     for (int g = 0; g < gates; ++g) {
       const int64_t input_row = g * H + panel * N, hidden_row = Cell::hidden_gate(g) * H + panel * N;
       if (plan.packed) {
-        pack_rows<V>(static_cast<const S*>(w.w_ih), input_row, count, I, w_ih.get() + (at * gates + g) * I * N);
-        pack_rows<V>(static_cast<const S*>(w.w_hh), hidden_row, count, H, w_hh.get() + (at * gates + g) * H * N);
+        const int64_t to = (at * gates + g) * H * N;
+        const W* hidden = static_cast<const W*>(w.w_hh);
+        pack_rows<V>(static_cast<const W*>(w.w_ih), input_row, count, I, w_ih.get() + (at * gates + g) * I * N);
+        narrow ? pack_rows<V>(hidden, hidden_row, count, H, reinterpret_cast<W*>(w_hh.get()) + to)
+               : pack_rows<V>(hidden, hidden_row, count, H, w_hh.get() + to);
       }
-      if (w.b_ih) add(sum + (Cell::input_sum + g) * N, static_cast<const S*>(w.b_ih) + input_row, count);
-      if (w.b_hh) add(sum + g * N, static_cast<const S*>(w.b_hh) + hidden_row, count);
+      if (w.b_ih) add(sum + (Cell::input_sum + g) * N, static_cast<const W*>(w.b_ih) + input_row, count);
+      if (w.b_hh) add(sum + g * N, static_cast<const W*>(w.b_hh) + hidden_row, count);
     }
   }
-  static void add(S* sum, const S* bias, int count) { (V::load(sum) + V::load(bias, count)).store(sum); }
+  static void add(S* sum, const W* bias, int count) { (V::load(sum) + load<V>(bias, count)).store(sum); }
 
   // The initial state of the member's units, in both halves of the double buffer: a reverse direction starts
   // late in short rows.
@@ -110,8 +114,11 @@ struct Forward : Recurrence<Cell, S, N> {
   // Step t for n panels and `count` rows from b on, from their pre-activations without h.
   void step(const Job& job, int64_t t, int64_t panel, int64_t n, int64_t b, int64_t count, S* sum, const S* h_in, S* h_out,
             S* c) {
-    product<Cell::hidden_gate>(job, panel, n, w_hh.get(), p.weights[job.direction].w_hh,
-                               h_in + (b - job.row_begin) * padded_H, padded_H, H, count, sum);
+    const S* A = h_in + (b - job.row_begin) * padded_H;
+    const void* weights = p.weights[job.direction].w_hh;
+    narrow ? product<Cell::hidden_gate>(job, panel, n, reinterpret_cast<const W*>(w_hh.get()), weights, A, padded_H, H,
+                                        count, sum)
+           : product<Cell::hidden_gate>(job, panel, n, static_cast<const S*>(w_hh.get()), weights, A, padded_H, H, count, sum);
     activate(n, count, sum);
     cell(job, t, panel, n, b, b + count, sum, h_in, h_out, c);
   }
@@ -123,7 +130,7 @@ struct Forward : Recurrence<Cell, S, N> {
       for (int64_t r = 0; r < count; ++r)
         for (int k = 0; k < sums; ++k) V::load(b + k * N).store(sum + ((i * capacity + r) * sums + k) * N);
     }
-    product<same_gate>(job, panel, n, w_ih.get(), p.weights[job.direction].w_ih, static_cast<const S*>(p.x) + row * I,
+    product<same_gate>(job, panel, n, static_cast<const S*>(w_ih.get()), p.weights[job.direction].w_ih, static_cast<const S*>(p.x) + row * I,
                        I, I, count, sum + Cell::input_sum * N);
   }
 
@@ -131,23 +138,23 @@ struct Forward : Recurrence<Cell, S, N> {
 
   // Adds `count` rows of A (K wide) times the gates of n panels to the pre-activations; gate_of(g) is the
   // weights' block for sum g.
-  template <int (*gate_of)(int)>
-  void product(const Job& job, int64_t panel, int64_t n, const S* packed, const void* weights, const S* A, int64_t lda,
-               int64_t K, int64_t count, S* sum) {
+  template <int (*gate_of)(int), class Packed>
+  void product(const Job& job, int64_t panel, int64_t n, const Packed* packed, const void* weights, const S* A,
+               int64_t lda, int64_t K, int64_t count, S* sum) {
     const int64_t panel_stride = capacity * sums * N;
     packed += (job.direction * panels + panel) * gates * K * N;
     if (plan.packed && gates == 1) {
-      multiply<V, S>({packed, K * N, N, n, A, lda, K, count, sum, sums * N, panel_stride});
+      multiply<V, S, Packed>({packed, K * N, N, n, A, lda, K, count, sum, sums * N, panel_stride});
       return;
     }
     for (int64_t i = 0; i < n; ++i, sum += panel_stride, packed += gates * K * N) {
       if (plan.packed) {
-        multiply<V, S>({packed, K * N, N, gates, A, lda, K, count, sum, sums * N, N});
+        multiply<V, S, Packed>({packed, K * N, N, gates, A, lda, K, count, sum, sums * N, N});
         continue;
       }
       for (int g = 0; g < gates; ++g) {
-        const S* W = static_cast<const S*>(weights) + (gate_of(g) * H + (panel + i) * N) * K;
-        multiply_unpacked<V, S, 1>({{{W, A, K, lda}}}, this->units(panel + i), count, sum + g * N, sums * N);
+        const W* rows = static_cast<const W*>(weights) + (gate_of(g) * H + (panel + i) * N) * K;
+        multiply_unpacked<V, S, W, 1>({{{rows, A, K, lda}}}, this->units(panel + i), count, sum + g * N, sums * N);
       }
     }
   }

@@ -13,10 +13,10 @@ namespace fusedrnn::cpu {
 namespace {
 
 // C[row*ldc + vector*c_stride] += sum over k of A[row*lda + k] * W[vector*w_stride + k*k_stride], for
-// `vectors` × `rows` vecs. Where A is transposed, its element is A[k*lda + row].
-template <class S>
+// `vectors` × `rows` vecs. Where A is transposed, its element is A[k*lda + row]. Weights may be stored as another type.
+template <class S, class Stored = S>
 struct Product {
-  const S* W;
+  const Stored* W;
   int64_t w_stride, k_stride, vectors;
   const S* A;
   int64_t lda, K, rows;
@@ -25,12 +25,12 @@ struct Product {
   bool fresh = false;  // C holds nothing yet: = in place of +=
 };
 
-template <class V, class S, int MB, int NV, bool transposed>
-__attribute__((noinline)) void tile(const Product<S>& p, int64_t row, int64_t vector) {
+template <class V, class S, class Stored, int MB, int NV, bool transposed>
+__attribute__((noinline)) void tile(const Product<S, Stored>& p, int64_t row, int64_t vector) {
   // A lone fused multiply-add waits four cycles for the one before: few accumulators are split over several k.
   constexpr int split = MB * NV >= 8 ? 1 : MB * NV >= 4 ? 2 : 4;
   const int64_t w_stride = p.w_stride, k_stride = p.k_stride, lda = p.lda;
-  const S* W = p.W + vector * w_stride;
+  const Stored* W = p.W + vector * w_stride;
   const S* A = p.A + (transposed ? row : row * lda);
   S* C = p.C + row * p.ldc + vector * p.c_stride;
   if constexpr (transposed)  // such a C is a whole weight gradient, far from the core
@@ -40,7 +40,7 @@ __attribute__((noinline)) void tile(const Product<S>& p, int64_t row, int64_t ve
     return V(transposed ? A[k * lda + b] : A[b * lda + k]);
   };
   const auto weights = [&](int64_t k, int v) __attribute__((always_inline)) {
-    return V::load(W + v * w_stride + k * k_stride);
+    return load<V>(W + v * w_stride + k * k_stride);
   };
   // The smaller side of the tile stays in registers, beside one value of the other: with 12 accumulators that is 16.
   const auto step = [&](int64_t k, int s) __attribute__((always_inline)) {
@@ -96,19 +96,19 @@ __attribute__((noinline)) void tile(const Product<S>& p, int64_t row, int64_t ve
   } while (k < p.K);
 }
 
-template <class S>
-using Tile = void (*)(const Product<S>&, int64_t row, int64_t vector);
+template <class S, class Stored>
+using Tile = void (*)(const Product<S, Stored>&, int64_t row, int64_t vector);
 
 // Tiles of 1, 2 … sizeof...(MB) rows.
-template <class V, class S, int NV, bool transposed, int... MB>
+template <class V, class S, class Stored, int NV, bool transposed, int... MB>
 constexpr auto tile_table(std::integer_sequence<int, MB...>) {
-  return std::array<Tile<S>, sizeof...(MB)>{&tile<V, S, MB + 1, NV, transposed>...};
+  return std::array<Tile<S, Stored>, sizeof...(MB)>{&tile<V, S, Stored, MB + 1, NV, transposed>...};
 }
 
-template <class V, class S, int NV>
-void multiply_vectors(const Product<S>& p, int64_t vector) {
+template <class V, class S, class Stored, int NV>
+void multiply_vectors(const Product<S, Stored>& p, int64_t vector) {
   constexpr int most = tile_rows(NV, sizeof(V));
-  static constexpr auto tiles = tile_table<V, S, NV, false>(std::make_integer_sequence<int, most>());
+  static constexpr auto tiles = tile_table<V, S, Stored, NV, false>(std::make_integer_sequence<int, most>());
   const int64_t count =
       (p.rows + most - 1) / most;  // tiles of even height: a last one of a single row would waste its time
   for (int64_t i = 0; i < count; ++i) {
@@ -117,23 +117,23 @@ void multiply_vectors(const Product<S>& p, int64_t vector) {
   }
 }
 
-template <class V, class S>
-void multiply(const Product<S>& p) {
+template <class V, class S, class Stored = S>
+void multiply(const Product<S, Stored>& p) {
   const int64_t most = tile_vectors(p.rows, p.vectors, sizeof(V));
   for (int64_t vector = 0; vector < p.vectors;) {
     const int64_t n = std::min(most, p.vectors - vector);
     switch (n) {
       case 1:
-        multiply_vectors<V, S, 1>(p, vector);
+        multiply_vectors<V, S, Stored, 1>(p, vector);
         break;
       case 2:
-        multiply_vectors<V, S, 2>(p, vector);
+        multiply_vectors<V, S, Stored, 2>(p, vector);
         break;
       case 3:
-        multiply_vectors<V, S, 3>(p, vector);
+        multiply_vectors<V, S, Stored, 3>(p, vector);
         break;
       default:
-        multiply_vectors<V, S, 4>(p, vector);
+        multiply_vectors<V, S, Stored, 4>(p, vector);
     }
     vector += n;
   }
@@ -144,8 +144,8 @@ void multiply(const Product<S>& p) {
 template <class V, class S>
 void multiply_transposed(const Product<S>& p, int64_t pair) {
   constexpr int most = tile_rows(2, sizeof(V));
-  static constexpr auto pairs = tile_table<V, S, 2, true>(std::make_integer_sequence<int, most>());
-  static constexpr auto singles = tile_table<V, S, 1, true>(std::make_integer_sequence<int, most>());
+  static constexpr auto pairs = tile_table<V, S, S, 2, true>(std::make_integer_sequence<int, most>());
+  static constexpr auto singles = tile_table<V, S, S, 1, true>(std::make_integer_sequence<int, most>());
   const int64_t count = (p.rows + most - 1) / most;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t begin = p.rows * i / count, end = p.rows * (i + 1) / count;
@@ -156,23 +156,23 @@ void multiply_transposed(const Product<S>& p, int64_t pair) {
 }
 
 // Packs rows [first, first + count) of a row-major [*, K] matrix as one output vector; missing rows are zero.
-template <class V, class S>
-void pack_rows(const S* matrix, int64_t first, int count, int64_t K, S* packed) {
+template <class V, class From, class To>
+void pack_rows(const From* matrix, int64_t first, int count, int64_t K, To* packed) {
   constexpr int N = V::size;
   for (int64_t k = 0; k < K; k += N) {
     const int width = static_cast<int>(std::min<int64_t>(N, K - k));
     V square[N];
 #pragma GCC unroll 16
-    for (int j = 0; j < N; ++j) square[j] = j < count ? V::load(matrix + (first + j) * K + k, width) : V(S(0));
+    for (int j = 0; j < N; ++j) square[j] = j < count ? load<V>(matrix + (first + j) * K + k, width) : V(typename V::Scalar(0));
     transpose<N / 2>(square);
-    for (int i = 0; i < width; ++i) square[i].store(packed + (k + i) * N);
+    for (int i = 0; i < width; ++i) store(square[i], packed + (k + i) * N);
   }
 }
 
 // Packs columns [first, first + count) of a row-major [K, columns] matrix as one output vector.
-template <class V, class S>
-void pack_columns(const S* matrix, int64_t columns, int64_t first, int count, int64_t K, S* packed) {
-  for (int64_t k = 0; k < K; ++k) V::load(matrix + k * columns + first, count).store(packed + k * V::size);
+template <class V, class From, class To>
+void pack_columns(const From* matrix, int64_t columns, int64_t first, int count, int64_t K, To* packed) {
+  for (int64_t k = 0; k < K; ++k) store(load<V>(matrix + k * columns + first, count), packed + k * V::size);
 }
 
 // The sums of the numbers in each of J vecs, stored side by side.
@@ -193,17 +193,17 @@ FUSEDRNN_INLINE void sums_of(vec<T, N> (&v)[J], T* sums) {
 }
 
 // Weights read as they are: dot products of rows of A with rows [unit, unit + count) of a row-major [*, K] matrix.
-template <class S>
+template <class S, class Stored>
 struct Dots {
-  const S* W;
+  const Stored* W;
   const S* A;
   int64_t K, lda;
 };
 
 // C[row*ldc + j] += a row of A · row j of W, for MB rows and J units; of several Dots, the sum. What it adds for units beyond
 // `count` is of no use.
-template <class V, class S, int MB, int J, size_t terms>
-FUSEDRNN_INLINE void dot_tile(const std::array<Dots<S>, terms>& dots, int64_t row, int64_t unit, int64_t count, S* C,
+template <class V, class S, class Stored, int MB, int J, size_t terms>
+FUSEDRNN_INLINE void dot_tile(const std::array<Dots<S, Stored>, terms>& dots, int64_t row, int64_t unit, int64_t count, S* C,
                               int64_t ldc) {
   constexpr int N = V::size;
   V sum[MB][J];
@@ -211,8 +211,9 @@ FUSEDRNN_INLINE void dot_tile(const std::array<Dots<S>, terms>& dots, int64_t ro
   for (int b = 0; b < MB; ++b)
 #pragma GCC unroll 8
     for (int j = 0; j < J; ++j) sum[b][j] = V(S(0));
-  for (const Dots<S>& d : dots) {
-    const S *A = d.A + row * d.lda, *W[J];
+  for (const Dots<S, Stored>& d : dots) {
+    const S* A = d.A + row * d.lda;
+    const Stored* W[J];
     for (int j = 0; j < J; ++j) W[j] = d.W + std::min(unit + j, count - 1) * d.K;
     const int64_t lda = d.lda;
     const auto step = [&](int64_t k, int width) __attribute__((always_inline)) {
@@ -221,7 +222,7 @@ FUSEDRNN_INLINE void dot_tile(const std::array<Dots<S>, terms>& dots, int64_t ro
       for (int b = 0; b < MB; ++b) a[b] = V::load(A + b * lda + k, width);
 #pragma GCC unroll 8
       for (int j = 0; j < J; ++j) {
-        const V w = V::load(W[j] + k, width);
+        const V w = load<V>(W[j] + k, width);
 #pragma GCC unroll 8
         for (int b = 0; b < MB; ++b) sum[b][j] = w * a[b] + sum[b][j];
       }
@@ -239,19 +240,19 @@ FUSEDRNN_INLINE void dot_tile(const std::array<Dots<S>, terms>& dots, int64_t ro
 }
 
 // All rows of A, and `count` <= N units. A lone row takes more units at a time, for enough sums to overlap.
-template <class V, class S, size_t terms>
-__attribute__((noinline)) void multiply_unpacked(const std::array<Dots<S>, terms>& dots, int64_t count, int64_t rows, S* C,
+template <class V, class S, class Stored, size_t terms>
+__attribute__((noinline)) void multiply_unpacked(const std::array<Dots<S, Stored>, terms>& dots, int64_t count, int64_t rows, S* C,
                                                  int64_t ldc) {
   constexpr int N = V::size, J = std::min(N, 4), many = std::min(N, 8), most = std::min(3, tile_rows(J, sizeof(V)));
   if (rows == 1) {
-    for (int64_t unit = 0; unit < count; unit += many) dot_tile<V, S, 1, many>(dots, 0, unit, count, C, ldc);
+    for (int64_t unit = 0; unit < count; unit += many) dot_tile<V, S, Stored, 1, many>(dots, 0, unit, count, C, ldc);
     return;
   }
   for (int64_t unit = 0; unit < count; unit += J) {
     int64_t row = 0;
-    for (; row + most <= rows; row += most) dot_tile<V, S, most, J>(dots, row, unit, count, C, ldc);
-    if (rows - row == 2) dot_tile<V, S, 2, J>(dots, row, unit, count, C, ldc);
-    if (rows - row == 1) dot_tile<V, S, 1, J>(dots, row, unit, count, C, ldc);
+    for (; row + most <= rows; row += most) dot_tile<V, S, Stored, most, J>(dots, row, unit, count, C, ldc);
+    if (rows - row == 2) dot_tile<V, S, Stored, 2, J>(dots, row, unit, count, C, ldc);
+    if (rows - row == 1) dot_tile<V, S, Stored, 1, J>(dots, row, unit, count, C, ldc);
   }
 }
 

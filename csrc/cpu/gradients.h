@@ -32,7 +32,7 @@ struct Chunk {
   int64_t rows() const { return row(t_end); }
 };
 
-template <class Cell, class S, int N>
+template <class Cell, class S, int N, class W>
 struct Gradients {
   using Base = Recurrence<Cell, S, N>;
   using V = typename Base::V;
@@ -45,7 +45,7 @@ struct Gradients {
   const int64_t input_vectors = (I + N - 1) / N, hidden_vectors = (H + N - 1) / N;
   const bool shared = base.plan.row_blocks > 1;  // whether several teams work on one direction
   const int64_t teams = shared ? base.plan.groups : 1;
-  Columns<V, S> w_ih;
+  Columns<V, S, W> w_ih;
   Scratch<S> dx_reverse = scratch<S>(p.dx && D == 2 ? base.rows * I : 0);
   Scratch<S> ih_sums, hh_sums, bias_sums = scratch<S>(teams * D * sums * H);
   // A slice's own: a copy of rows (see weight), or of dX a last vector that sticks out of its row.
@@ -55,8 +55,8 @@ struct Gradients {
   Gradients(const Base& recurrence, const BackwardParams& params, const Threads& threads)
       : base(recurrence),
         p(params),
-        w_ih(p.dx ? I : 0, gates, H, {0, 1, 2, 3}, base.plan.packed) {
-    for (int64_t d = 0; d < D; ++d) w_ih.set(d, static_cast<const S*>(p.weights[d].w_ih));
+        w_ih(p.dx ? I : 0, gates, H, {0, 1, 2, 3}, base.plan.packed, false) {
+    for (int64_t d = 0; d < D; ++d) w_ih.set(d, p.weights[d].w_ih);
     w_ih.pack(threads, D);
     if (!adds_in_place(I)) ih_sums = scratch<S>(teams * D * gates * H * input_vectors * N);
     if (!adds_in_place(H)) hh_sums = scratch<S>(teams * D * gates * H * hidden_vectors * N);

@@ -23,36 +23,47 @@ void evaluate(int function, const S* x, S* y, int64_t n) {
   }
 }
 
-template <template <class, class, int> class Pass, int bytes, class Params>
+// A single step of a few rows needs none of what a sequence does.
+template <class Cell, class S, int N, class W>
+struct ForwardOrStep {
+  ForwardOrStep(const ForwardParams& p, const Threads& threads) {
+    Step<Cell, S, N, W>::can_do(p) ? void(Step<Cell, S, N, W>(p, threads)) : void(Forward<Cell, S, N, W>(p, threads));
+  }
+};
+
+template <template <class, class, int, class> class Pass, int bytes, class Params>
 void run_pass(const Params& p, const Threads& threads) {
-  const auto with_cell = [&](auto scalar) {
+  const auto with_cell = [&](auto scalar, auto weight) {
     using S = decltype(scalar);
+    using W = decltype(weight);
     constexpr int N = bytes / sizeof(S);
     switch (p.cell) {
       case CellKind::rnn_tanh:
-        Pass<RNN<false>, S, N>(p, threads);
+        Pass<RNN<false>, S, N, W>(p, threads);
         break;
       case CellKind::rnn_relu:
-        Pass<RNN<true>, S, N>(p, threads);
+        Pass<RNN<true>, S, N, W>(p, threads);
         break;
       case CellKind::lstm:
-        Pass<LSTM, S, N>(p, threads);
+        Pass<LSTM, S, N, W>(p, threads);
         break;
       case CellKind::gru:
-        Pass<GRU, S, N>(p, threads);
+        Pass<GRU, S, N, W>(p, threads);
         break;
     }
   };
-  p.scalar == ScalarKind::float32 ? with_cell(float()) : with_cell(double());
-}
-
-// A single step of a few rows needs none of what a sequence does.
-template <class Cell, class S, int N>
-struct ForwardOrStep {
-  ForwardOrStep(const ForwardParams& p, const Threads& threads) {
-    Step<Cell, S, N>::can_do(p) ? void(Step<Cell, S, N>(p, threads)) : void(Forward<Cell, S, N>(p, threads));
+  switch (p.scalar) {
+    case ScalarKind::float32:
+      with_cell(float(), float());
+      break;
+    case ScalarKind::float64:
+      with_cell(double(), double());
+      break;
+    case ScalarKind::float32_of_bfloat16:
+      with_cell(float(), bfloat16());
+      break;
   }
-};
+}
 
 template <int bytes>
 constexpr Kernels make_kernels(const char* name) {

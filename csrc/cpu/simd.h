@@ -23,11 +23,19 @@ struct Registers {
   typedef Integer Mask __attribute__((vector_size(N * sizeof(T))));
 };
 
+template <int N>
+struct Bits {
+  typedef uint16_t Half __attribute__((vector_size(N * 2)));
+  typedef short Short __attribute__((vector_size(N * 2)));
+  typedef uint32_t Whole __attribute__((vector_size(N * 4)));
+};
+
 template <class T, int N>
 struct vec {
   using Register = typename Registers<T, N>::Aligned;
   using Unaligned = typename Registers<T, N>::Unaligned;
   using Mask = typename Registers<T, N>::Mask;
+  using Scalar = T;
   static constexpr int size = N;
 
   Register v;
@@ -65,6 +73,53 @@ struct vec {
     }
   }
 };
+
+// A stored bfloat16: the upper half of a float.
+struct bfloat16 {
+  uint16_t bits;
+};
+
+// Numbers of another type in memory, as vecs of T; `n` as in vec::load.
+template <class V, class T>
+FUSEDRNN_INLINE V load(const T* p) {
+  return V::load(p);
+}
+template <class V, class T>
+FUSEDRNN_INLINE V load(const T* p, int n) {
+  return V::load(p, n);
+}
+template <class V>
+FUSEDRNN_INLINE V load(const bfloat16* p) {
+  using Half = typename Bits<V::size>::Half;
+  Half half;
+  std::memcpy(&half, p, sizeof(half));
+#if defined(__x86_64__)
+  if constexpr (V::size == 8) {  // GCC 12 makes four instructions of the conversion
+    const auto words = (typename Bits<V::size>::Short)half;
+    return V((typename V::Register)(__builtin_ia32_pmovzxwd256(words) << 16));
+  }
+#endif
+  return V((typename V::Register)(__builtin_convertvector(half, typename Bits<V::size>::Whole) << 16));
+}
+template <class V>
+FUSEDRNN_INLINE V load(const bfloat16* p, int n) {
+  if (n == V::size) return load<V>(p);
+  bfloat16 buffer[V::size] = {};
+  for (int i = 0; i < n; ++i) buffer[i] = p[i];
+  return load<V>(buffer);
+}
+template <class V, class T>
+FUSEDRNN_INLINE void store(V v, T* p) {
+  v.store(p);
+}
+// Of numbers that are bfloat16s.
+template <class V>
+FUSEDRNN_INLINE void store(V v, bfloat16* p) {
+  using Half = typename Bits<V::size>::Half;
+  using Whole = typename Bits<V::size>::Whole;
+  const Half half = __builtin_convertvector((Whole)v.v >> 16, Half);
+  std::memcpy(p, &half, sizeof(half));
+}
 
 #define FUSEDRNN_OPERATOR(op)                                       \
   template <class T, int N>                                         \

@@ -8,7 +8,7 @@
 namespace fusedrnn::cpu {
 namespace {
 
-template <class Cell, class S, int N>
+template <class Cell, class S, int N, class W>
 struct Step {
   using V = vec<S, N>;
   static constexpr int gates = Cell::gates, sums = Cell::sums, saved = Cell::saved;
@@ -33,7 +33,7 @@ struct Step {
     const int count = static_cast<int>(std::min<int64_t>(N, H - unit));
     const Weights& w = p.weights[direction];
     const auto bias = [&](const void* b, int64_t block) {
-      return b ? V::load(static_cast<const S*>(b) + block * H + unit, count) : V(S(0));
+      return b ? load<V>(static_cast<const W*>(b) + block * H + unit, count) : V(S(0));
     };
     V start[sums];
     for (int k = 0; k < sums; ++k) start[k] = V(S(0));
@@ -46,13 +46,13 @@ struct Step {
     const S* hx = static_cast<const S*>(p.hx) + direction * B * H;
     for (int k = 0; k < sums; ++k) {
       const bool of_x = k >= Cell::input_sum, of_h = k < gates;
-      const Dots<S> x{static_cast<const S*>(w.w_ih) + ((k - Cell::input_sum) * H + unit) * I, static_cast<const S*>(p.x),
+      const Dots<S, W> x{static_cast<const W*>(w.w_ih) + ((k - Cell::input_sum) * H + unit) * I, static_cast<const S*>(p.x),
                       I, I},
-          h{static_cast<const S*>(w.w_hh) + (Cell::hidden_gate(k) * H + unit) * H, hx, H, H};
+          h{static_cast<const W*>(w.w_hh) + (Cell::hidden_gate(k) * H + unit) * H, hx, H, H};
       if (of_x && of_h) {
-        multiply_unpacked<V, S, 2>({{x, h}}, count, B, a + k * N, sums * N);
+        multiply_unpacked<V, S, W, 2>({{x, h}}, count, B, a + k * N, sums * N);
       } else {
-        multiply_unpacked<V, S, 1>({{of_x ? x : h}}, count, B, a + k * N, sums * N);
+        multiply_unpacked<V, S, W, 1>({{of_x ? x : h}}, count, B, a + k * N, sums * N);
       }
     }
     for (int64_t b = 0; b < B; ++b) cell(direction, b, unit, count, a + b * sums * N);

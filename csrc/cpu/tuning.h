@@ -54,6 +54,10 @@ constexpr int64_t gradient_rows = 256;
 // second-level cache.
 constexpr int64_t gradient_pairs = 16;
 
+// Most rows of a step for which packed bfloat16 weights stay bfloat16: so few wait for weights to come from a cache, more
+// for the arithmetic, to which unpacking would add.
+constexpr int64_t narrow_rows = 4;
+
 // Weights, times half the rows, from which on a team takes a single step: waking a thread takes as long as reading so many.
 constexpr int64_t step_for_team = 130'000;
 
