@@ -17,7 +17,8 @@ import fusedrnn
 from benchmarks.report import ROOT, Row, draw, summarise
 from benchmarks.rivals import OnnxRuntime
 from benchmarks.shapes import GATES, MODES, QUICK, SETS, Case, Mode, distinct
-from benchmarks.timing import ONNXRUNTIME, OURS, TORCH, TORCH_DENSE, ResultsDifferError, measure
+from benchmarks.roofline import limit, peak_flops
+from benchmarks.timing import FLOAT32, ONNXRUNTIME, OURS, OURS_DENSE, TORCH, TORCH_DENSE, ResultsDifferError, measure
 
 
 def _cpu_model() -> str:
@@ -47,6 +48,7 @@ def machine() -> dict[str, str | int | None]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "onnxruntime": importlib.metadata.version("onnxruntime") if has_onnxruntime else None,
+        "instruction_set": fusedrnn._dispatch.extension.instruction_set() if fusedrnn._dispatch.extension else None,
         "fusedrnn": fusedrnn.__version__,
         "commit": _commit(),
         "date": datetime.datetime.now().isoformat(timespec="minutes"),
@@ -54,7 +56,7 @@ def machine() -> dict[str, str | int | None]:
 
 
 def _print_header(mode: Mode) -> None:
-    columns = f"{OURS:>10} {TORCH:>11} {'×':>6} {ONNXRUNTIME:>11} {'×':>6} {'GFLOP/s':>8}"
+    columns = f"{OURS:>10} {TORCH:>11} {'×':>6} {ONNXRUNTIME:>11} {'×':>6} {'GFLOP/s':>8} {'limit':>6}"
     print(f"\n{mode + ', ms':53} {columns}")
 
 
@@ -64,9 +66,13 @@ def _print_row(row: Row) -> None:
         return f"{'-':>11} {'-':>6}" if ratio is None else f"{row.seconds[rival] * 1e3:11.3f} {ratio:6.2f}"
 
     line = f"{row.case.id:53} {row.seconds[OURS] * 1e3:10.3f} {against(TORCH)} {against(ONNXRUNTIME)}"
-    dense = row.speedup(TORCH_DENSE)
-    note = "" if dense is None else f"  (torch.nn dense {row.seconds[TORCH_DENSE] * 1e3:.3f}, {dense:.2f})"
-    print(f"{line} {row.gflops:8.1f}{note}", flush=True)
+    notes = [
+        f"{name} {row.seconds[name] * 1e3:.3f} {row.speedup(name):.2f}"
+        for name in (OURS_DENSE, TORCH_DENSE, FLOAT32)
+        if name in row.seconds
+    ]
+    share = "" if row.share is None else f"{row.share * 100:5.0f}%"
+    print(f"{line} {row.gflops:8.1f} {share} {', '.join(notes)}", flush=True)
 
 
 def _print_summaries(rows: list[Row], sets: dict[str, tuple[Case, ...]]) -> None:
@@ -125,6 +131,8 @@ def main() -> int:
     seconds = args.seconds_per_row or (1.0 if args.quick else 2.0)
     here = machine()
     print(", ".join(f"{key} {value}" for key, value in here.items() if value is not None))
+    if fusedrnn._dispatch.extension is not None:
+        print(f"peak {peak_flops() / 1e9:.0f} GFLOP/s, {fusedrnn._dispatch.extension.instruction_set()}")
 
     rows: list[Row] = []
     wrong = 0
@@ -141,14 +149,16 @@ def main() -> int:
                 continue
             _print_header(mode)
             for case in chosen:
-                rival = onnxruntime if mode == "inference" else None
+                if case.step and mode == "training":
+                    continue
+                rival = onnxruntime if mode == "inference" and case.dtype == "float32" else None
                 try:
                     measured = measure(case, mode, "torch" in args.against, rival, seconds)
                 except ResultsDifferError as error:
                     wrong += 1
                     print(f"{case.id:53} not timed: {error}", flush=True)
                     continue
-                row = Row(case, mode, measured.seconds, measured.implementation, measured.reason, here)
+                row = Row(case, mode, measured.seconds, measured.implementation, measured.reason, here, limit(case, mode))
                 rows.append(row)
                 _print_row(row)
                 if out:

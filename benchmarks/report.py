@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.shapes import GATES, MODES, SETS, Case, Mode
-from benchmarks.timing import ONNXRUNTIME, OURS, TORCH, TORCH_DENSE
+from benchmarks.timing import ALONE, FLOAT32, ONNXRUNTIME, OURS, OURS_DENSE, TORCH, TORCH_DENSE
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -28,10 +28,18 @@ class Row:
     implementation: str
     reason: str
     machine: Mapping[str, str | int | None]
+    limit: float | None = None  # seconds that the machine needs at least (roofline.py)
 
     def speedup(self, rival: str) -> float | None:
         """The rival's time over ours: above 1 where fusedrnn is faster; None where the rival did not run."""
-        return self.seconds[rival] / self.seconds[OURS] if rival in self.seconds else None
+        ours = ALONE if rival == ONNXRUNTIME and ALONE in self.seconds else OURS  # as the rival was timed
+        return self.seconds[rival] / self.seconds[ours] if rival in self.seconds else None
+
+    @property
+    def share(self) -> float | None:
+        """Of the machine's limit that fusedrnn reaches."""
+        best = min(self.seconds[OURS], self.seconds.get(ALONE, self.seconds[OURS]))
+        return None if self.limit is None else self.limit / best
 
     @property
     def gflops(self) -> float:
@@ -45,15 +53,15 @@ class Row:
             {"id": self.case.id, **asdict(self.case), "mode": self.mode}
             | {"seconds": self.seconds, "speedup": {name: self.speedup(name) for name in rivals}}
             | {"gflops": self.gflops, "implementation": self.implementation, "reason": self.reason}
-            | {"machine": self.machine}
+            | {"limit": self.limit, "share": self.share, "machine": self.machine}
         )
 
     @classmethod
     def from_line(cls, line: str) -> "Row":
         record: dict[str, Any] = json.loads(line)
-        case = Case(**{field.name: record[field.name] for field in fields(Case)})
+        case = Case(**{field.name: record[field.name] for field in fields(Case) if field.name in record})
         own = ("mode", "seconds", "implementation", "reason", "machine")
-        return cls(case, **{name: record[name] for name in own})
+        return cls(case, **{name: record[name] for name in own}, limit=record.get("limit"))
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,7 @@ def summarise(rows: Sequence[Row], sets: Mapping[str, Iterable[Case]]) -> list[S
     summaries = []
     for set_name, cases in sets.items():
         ids = {case.id for case in cases}
-        for cell, mode, rival in ((c, m, r) for c in GATES for m in MODES for r in (TORCH, ONNXRUNTIME)):
+        for cell, mode, rival in ((c, m, r) for c in GATES for m in MODES for r in (TORCH, ONNXRUNTIME, OURS_DENSE, FLOAT32)):
             ratios = {
                 row.case.id: ratio
                 for row in rows

@@ -4,7 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -24,11 +24,11 @@ ONNX_GATES = {"RNN": (0,), "LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2)}
 class Workload:
     """A torch.nn module and its input.
 
-    ``padded`` is (seq, batch, input) and ``x`` is the same batch as the case gives it, packed or not;
+    A cell has x (batch, input) and hx (batch, hidden), and no gradients. Of a layer, ``padded`` is (seq, batch, input) and ``x`` is the same batch as the case gives it, packed or not;
     ``hx`` is (layers * directions, batch, hidden), a pair for an LSTM. All of them require gradients.
     """
 
-    module: torch.nn.RNNBase
+    module: torch.nn.RNNBase | torch.nn.RNNCellBase
     x: Tensor | PackedSequence
     padded: Tensor
     hx: State
@@ -38,6 +38,11 @@ def torch_workload(case: Case) -> Workload:
     """The case with torch.nn: random weights, input and state, the same at every call."""
     torch.manual_seed(0)
     dtype: torch.dtype = getattr(torch, case.dtype)
+    if case.step:
+        cell: torch.nn.RNNCellBase = getattr(torch.nn, case.cell + "Cell")(case.input, case.hidden, dtype=dtype)
+        one = torch.randn(case.batch, case.input, dtype=dtype)
+        h, c = torch.randn(2, case.batch, case.hidden, dtype=dtype).unbind()
+        return Workload(cell, one, one, (h.clone(), c.clone()) if case.cell == "LSTM" else h.clone())
     module: torch.nn.RNNBase = getattr(torch.nn, case.cell)(
         case.input, case.hidden, case.layers, bidirectional=case.bidirectional, dtype=dtype
     )
@@ -190,7 +195,7 @@ class OnnxRuntime:
 
 
 def _answer(request: dict[str, Any]) -> float:
-    case = Case(**request["case"])
+    case = replace(Case(**request["case"]), step=False)  # onnxruntime has layers only
     torch.set_num_threads(request["threads"])
     workload = torch_workload(case)
     session = onnx_session(case, workload, request["threads"])

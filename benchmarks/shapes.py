@@ -28,6 +28,7 @@ class Case:
     lengths: Lengths = "dense"
     dtype: str = "float32"
     source: str = ""
+    step: bool = False  # a cell, which takes one step, in place of a layer
 
     @property
     def directions(self) -> int:
@@ -45,6 +46,8 @@ class Case:
             parts.append("packed")
         if self.dtype != "float32":
             parts.append(self.dtype)
+        if self.step:
+            parts.append("cell")
         return "-".join(parts)
 
     def sequence_lengths(self) -> list[int]:
@@ -176,11 +179,34 @@ DEEPBENCH: tuple[Case, ...] = (
     Case("deepbench", "GRU", 32, 50, 1536, 1536, source="Baidu DeepBench; T 187 -> 50"),
 )
 
+_CELL = "one step of a stream at batch 1, all of its Python included"
+_STREAM_SIZES = (48, 64, 128, 192, 256, 512)
+STREAMING: tuple[Case, ...] = tuple(
+    Case("cell", cell, 1, 1, size, size, source=_CELL, step=True) for cell in GATES for size in _STREAM_SIZES
+)
+
+_HALF = "the same sizes in bfloat16, beside fusedrnn's own float32"
+_HALF_SIZES = ((1, 1, 512, 512), (1, 1, 1024, 1024), (1, 100, 256, 256), (1, 50, 1024, 1024), (4, 50, 512, 512),
+               (8, 128, 64, 256), (32, 50, 512, 512))  # fmt: skip
+BFLOAT16: tuple[Case, ...] = tuple(
+    Case("bfloat16", cell, *size, dtype="bfloat16", source=_HALF) for size in _HALF_SIZES for cell in ("LSTM", "GRU")
+)
+
+_GROWTH = "one size grows, the others stay"
+GROWTH: tuple[Case, ...] = (
+    *(Case("growth-T", "LSTM", 4, t, 32, 64, source=_GROWTH) for t in (32, 128, 512, 2048, 8192, 32768)),
+    *(Case("growth-B", "LSTM", b, 32, 128, 128, source=_GROWTH) for b in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)),
+    *(Case("growth-H", "LSTM", 8, 32, h, h, source=_GROWTH) for h in (16, 32, 64, 128, 256, 512, 1024, 2048)),
+)
+
 SETS: dict[str, tuple[Case, ...]] = {
     "small-batch": SMALL_BATCH,
     "models": MODELS,
     "deepbench": DEEPBENCH,
     "trial": TRIAL,
+    "streaming": STREAMING,
+    "bfloat16": BFLOAT16,
+    "growth": GROWTH,
 }
 
 _QUICK_IDS = (

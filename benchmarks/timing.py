@@ -1,7 +1,7 @@
 """Times one case in one mode: fusedrnn and its rivals, in turn, after their results were found equal."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from benchmarks.shapes import Case, Mode
 from fusedrnn._bench import inference_call, interleaved_medians, training_call
 
 OURS = "fusedrnn"
+ALONE = "fusedrnn alone"
+OURS_DENSE = "fusedrnn dense"
+FLOAT32 = "fusedrnn float32"
 TORCH = "torch.nn"
 TORCH_DENSE = "torch.nn dense"
 ONNXRUNTIME = "onnxruntime"
@@ -33,8 +36,12 @@ class Measurement:
     reason: str
 
 
-def fused_module(case: Case, workload: Workload) -> torch.nn.RNNBase:
+def fused_module(case: Case, workload: Workload) -> torch.nn.Module:
     """The fusedrnn module of the case, with the weights of the workload's torch.nn module."""
+    if case.step:
+        cell: torch.nn.Module = getattr(fusedrnn, case.cell + "Cell")(case.input, case.hidden)
+        cell.load_state_dict(workload.module.state_dict())
+        return cell
     module: torch.nn.RNNBase = getattr(fusedrnn, case.cell)(
         case.input,
         case.hidden,
@@ -59,10 +66,11 @@ def check_equal(expected: list[Tensor], actual: list[Tensor]) -> None:
 def measure(case: Case, mode: Mode, with_torch: bool, onnxruntime: OnnxRuntime | None, seconds: float) -> Measurement:
     """Median seconds of fusedrnn and of each rival.
 
-    fusedrnn and torch.nn share ``seconds`` in one process. A packed case is also given to torch.nn
-    as a padded batch, which does more arithmetic and gives other results, but spares it the packing's cost.
-    onnxruntime, for inference only, has a quarter of ``seconds`` before them and another after them, and
-    the better median counts.
+    fusedrnn and torch.nn share ``seconds`` in one process. A packed case is also given to both as a padded batch, which
+    does more arithmetic and gives other results, but spares torch.nn the packing's cost. A bfloat16 case is also run by
+    fusedrnn in float32. onnxruntime, for inference only, has a quarter of ``seconds`` before them and another after
+    them, and the better median counts; as it then has the machine's caches for itself, it is compared with fusedrnn
+    ``ALONE``, timed in the same way.
     """
     workload = torch_workload(case)
     ours = fused_module(case, workload)
@@ -70,17 +78,26 @@ def measure(case: Case, mode: Mode, with_torch: bool, onnxruntime: OnnxRuntime |
     prepare = PREPARE[mode]
     calls: dict[str, Call] = {OURS: prepare(ours, workload.x, workload.hx)}
     theirs = prepare(workload.module, workload.x, workload.hx)
-    check_equal(theirs(), calls[OURS]())
-    if with_torch:
-        calls[TORCH] = theirs
+    with torch.inference_mode(mode == "inference"):
+        check_equal(theirs(), calls[OURS]())
+        if with_torch:
+            calls[TORCH] = theirs
         if case.lengths == "packed":
-            calls[TORCH_DENSE] = prepare(workload.module, workload.padded, workload.hx)
+            calls[OURS_DENSE] = prepare(ours, workload.padded, workload.hx)
+            if with_torch:
+                calls[TORCH_DENSE] = prepare(workload.module, workload.padded, workload.hx)
+        if case.dtype == "bfloat16":
+            wide_case = replace(case, dtype="float32")
+            wide = torch_workload(wide_case)
+            calls[FLOAT32] = prepare(fused_module(wide_case, wide), wide.x, wide.hx)
 
-    onnx_seconds = []
-    if onnxruntime is not None:
-        onnx_seconds.append(onnxruntime.median_seconds(case, seconds / 4))
-    medians = dict(zip(calls, interleaved_medians(list(calls.values()), seconds), strict=True))
-    if onnxruntime is not None:
-        onnx_seconds.append(onnxruntime.median_seconds(case, seconds / 4))
-        medians[ONNXRUNTIME] = min(onnx_seconds)
+        theirs_alone, ours_alone = [], []
+        if onnxruntime is not None:
+            theirs_alone.append(onnxruntime.median_seconds(case, seconds / 4))
+            ours_alone += interleaved_medians([calls[OURS]], seconds / 8)
+        medians = dict(zip(calls, interleaved_medians(list(calls.values()), seconds), strict=True))
+        if onnxruntime is not None:
+            ours_alone += interleaved_medians([calls[OURS]], seconds / 8)
+            theirs_alone.append(onnxruntime.median_seconds(case, seconds / 4))
+            medians |= {ONNXRUNTIME: min(theirs_alone), ALONE: min(ours_alone)}
     return Measurement(medians, explanation.implementation, explanation.reason)

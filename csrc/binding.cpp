@@ -8,8 +8,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <atomic>
 #include <bit>
+#include <chrono>
 #include <memory>
 #include <optional>
 #include <sstream>
@@ -439,6 +441,40 @@ py::array evaluate_function(const std::string& name, const py::array& x) {
   return evaluate<double>(cpu::kernels().functions_double, which, x);
 }
 
+template <class F>
+double seconds_of(const F& f) {
+  const auto start = std::chrono::steady_clock::now();
+  f();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+// Floating-point operations per second of fused multiply-adds from registers, all threads: the best of some tries.
+double peak_flops() {
+  const py::gil_scoped_release unlocked;
+  double best = 0;
+  for (int i = 0; i < 20; ++i) {
+    double operations = 0;
+    const double seconds = seconds_of([&] { operations = cpu::kernels().multiply_add(2'400'000, threads()); });
+    best = std::max(best, operations / seconds);
+  }
+  return best;
+}
+
+// Bytes per second at which all threads read so many bytes again and again, each its part.
+double read_bandwidth(size_t bytes) {
+  const py::gil_scoped_release unlocked;
+  const auto give_back = [=](float* memory) { cpu::give_back(memory, bytes); };
+  const std::unique_ptr<float, decltype(give_back)> memory(static_cast<float*>(cpu::borrow(bytes)), give_back);
+  const int64_t count = bytes / sizeof(float), repeats = std::max<int64_t>(1, (32 << 20) / bytes);
+  std::fill_n(memory.get(), count, 1.0f);
+  double best = 0;
+  for (int i = 0; i < 10; ++i) {
+    const double seconds = seconds_of([&] { cpu::kernels().read_all(memory.get(), count, repeats, threads()); });
+    best = std::max(best, static_cast<double>(bytes) * repeats / seconds);
+  }
+  return best;
+}
+
 }  // namespace
 
 // Results, in this order: y, h_n, c_n (lstm), and with save what backward asks for as `saved`: gates (lstm,
@@ -482,6 +518,9 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "use_threads", [](bool at_once) { pool_runs_at_once = at_once; }, py::arg("at_once"),
       "Whether torch's thread pool runs the parts of a parallel loop at the same time (OpenMP does).");
+  m.def("peak_flops", &peak_flops, "float32 operations per second from registers, all threads, measured.");
+  m.def("read_bandwidth", &read_bandwidth, py::arg("bytes"),
+        "Bytes per second at which all threads together read so many bytes again and again, measured.");
   m.def("pooled", &cpu::pooled, "Bytes of working memory that are kept for the next call.");
   m.def("forward_at", &forward_at,
         "forward_at(cell, dtype, T, B, I, H, directions, x, hx, cx, weights, y, h_n, c_n): a forward pass on the "

@@ -17,6 +17,8 @@ struct Kernels {
   void (*backward)(const BackwardParams&, const Threads&);
   void (*functions_float)(int function, const float* x, float* y, int64_t n);
   void (*functions_double)(int function, const double* x, double* y, int64_t n);
+  double (*multiply_add)(int64_t n, const Threads&);  // see roofline.h
+  void (*read_all)(const float* memory, int64_t count, int64_t repeats, const Threads&);
 };
 
 std::vector<std::string> built();      // instruction sets in this build, best first

@@ -8,6 +8,7 @@
 #include "backward.h"
 #include "cpu.h"
 #include "forward.h"
+#include "roofline.h"
 #include "step.h"
 
 namespace fusedrnn::cpu {
@@ -68,7 +69,7 @@ void run_pass(const Params& p, const Threads& threads) {
 template <int bytes>
 constexpr Kernels make_kernels(const char* name) {
   return {name, &run_pass<ForwardOrStep, bytes, ForwardParams>, &run_pass<Backward, bytes, BackwardParams>, &evaluate<float, bytes>,
-          &evaluate<double, bytes>};
+          &evaluate<double, bytes>, &multiply_add<bytes>, &read_all<bytes>};
 }
 
 }  // namespace
