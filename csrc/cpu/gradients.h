@@ -48,8 +48,10 @@ struct Gradients {
   Columns<V, S, W> w_ih;
   Scratch<S> dx_reverse = scratch<S>(p.dx && D == 2 ? base.rows * I : 0);
   Scratch<S> ih_sums, hh_sums, bias_sums = scratch<S>(teams * D * sums * H);
-  // A slice's own: a copy of rows (see weight), or of dX a last vector that sticks out of its row.
-  const int64_t slice_room = std::max(gradient_rows * 2 * gradient_pairs, base.plan.chunk * base.block_rows) * N;
+  // A slice's own: a copy of some rows in pairs of vectors (see weight), or of dX a last vector that sticks out of its row.
+  const int64_t chunk_rows = base.plan.chunk * base.block_rows;
+  const int64_t vectors_at_once = std::min(2 * gradient_pairs, std::max(input_vectors, hidden_vectors) + 1);
+  const int64_t slice_room = std::max(std::min(gradient_rows, chunk_rows) * vectors_at_once, chunk_rows) * N;
   Scratch<S> room = scratch<S>(base.plan.groups * base.plan.slices * slice_room);
 
   Gradients(const Base& recurrence, const BackwardParams& params, const Threads& threads)

@@ -46,12 +46,14 @@ struct Job {
 struct Member {
   int64_t from, to, slices, begin, end;
   bool shares_steps;
-  Barrier* barrier;
+  Arrivals* arrivals;  // of the team's slices
   int64_t generation = 0;
   std::array<bool, 2> started{};  // the sums of a direction's gradients (gradients.h)
 
   std::pair<int64_t, int64_t> share(int64_t n) const { return {n * from / slices, n * to / slices}; }
-  void meet() { barrier->wait(to - from, slices, generation); }
+  void meet() {
+    if (to - from < slices) cpu::meet(arrivals, from, to, slices, ++generation);
+  }
   void meet_in_step() {
     if (shares_steps) meet();
   }
@@ -79,12 +81,12 @@ struct Recurrence {
   // Runs f(job, member, team, slice) for all jobs on all threads of all teams.
   template <class F>
   void run(const Threads& threads, const F& f) const {
-    const auto barriers = std::make_unique<Barrier[]>(plan.groups);
+    const auto arrivals = std::make_unique<Arrivals[]>(plan.groups * plan.slices);
     threads.parallel(plan.groups * plan.slices, [&](int64_t begin, int64_t end) {
       for (int64_t slice = begin; slice < end;) {
         const int64_t team = slice / plan.slices, origin = team * plan.slices;
         const int64_t stop = std::min(end, origin + plan.slices);
-        Member member{slice - origin, stop - origin, plan.slices, 0, 0, plan.share_units, &barriers[team]};
+        Member member{slice - origin, stop - origin, plan.slices, 0, 0, plan.share_units, &arrivals[origin]};
         if (plan.share_units) {
           std::tie(member.begin, member.end) = member.share(panels);
         } else if (member.from == 0) {

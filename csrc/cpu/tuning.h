@@ -1,4 +1,5 @@
-// The numbers of the CPU schedule, each with its reason. Measured on a 2-core Zen 4 (AVX-512).
+// The numbers of the CPU schedule, each with its reason. Measured with AVX-512 on 2 cores of a Zen 4, or with AVX2 on 2 of a
+// Zen 3.
 #pragma once
 
 #include <algorithm>
@@ -86,15 +87,16 @@ constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t H, int directi
     plan.groups = 2;
     plan.slices = threads / 2;
   }
-  // Below this many operations a step, meeting costs more than a second thread brings (B = 1: H of about 48).
-  plan.share_units = step_flops >= 20'000;
+  // Below this many operations a step, meeting costs more than a second thread brings (B = 1: an LSTM of 32).
+  plan.share_units = step_flops >= 8'000;
   // A member without a panel of its own would only keep the others waiting.
   if (plan.share_units) plan.slices = std::min(plan.slices, std::max<int64_t>(panels, 1));
   if (!plan.share_units && pass == Pass::forward) plan.slices = 1;
   // Rows are independent: cutting the batch needs no meeting at all, but each team then reads all the weights, and has fewer
   // rows for each. That pays while weights stay in a core's own cache, H of about 256 in float, and from some rows a thread
-  // on (AVX2, forward: with 8 rows a thread units are 6-17 % faster, with 16 they tie; backward up to H = 128: rows, always).
-  const int64_t spare = threads / plan.groups, enough = pass == Pass::forward || H > 128 ? 16 : 6;
+  // on (AVX2, forward: with 8 rows a thread units are 6-17 % faster, with 16 they tie; narrow layers and backward up to H = 128:
+  // rows, always).
+  const int64_t spare = threads / plan.groups, enough = pass == Pass::forward ? (H < 48 ? 6 : 16) : H > 128 ? 16 : 6;
   if (spare > 1 && H <= 256 && B >= enough * spare) {
     plan.groups *= spare;
     plan.slices = 1;
