@@ -1,4 +1,4 @@
-"""Results as JSON lines, as README's tables and as a plot: ``python -m benchmarks.report --help``."""
+"""Results as JSON lines, as tables for README and docs/results.md, and as plots: ``python -m benchmarks.report --help``."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks.shapes import GATES, MODES, SETS, Case, Mode
+from benchmarks.shapes import GATES, GRID, MODES, SETS, Case, Mode
 from benchmarks.timing import ALONE, FLOAT32, ONNXRUNTIME, OURS, OURS_DENSE, TORCH, TORCH_DENSE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,7 +112,9 @@ def by_machine(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Rows grouped under a machine's description, in the order of the case list."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(f"{row.machine['cpu']}, {row.machine['threads']} threads", []).append(row)
+        isa = row.machine.get("instruction_set")
+        name = f"{row.machine['cpu']}{f' ({isa})' if isa else ''}, {row.machine['threads']} threads"
+        groups.setdefault(name, []).append(row)
     order = {case.id: position for position, case in enumerate(c for cases in SETS.values() for c in cases)}
     for group in groups.values():
         group.sort(key=lambda row: order.get(row.case.id, len(order)))
@@ -139,31 +141,49 @@ def _times(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}×"
 
 
-def markdown(rows: Iterable[Row]) -> str:
-    """README's results: for each machine the summaries, then every row folded away."""
+SUMMARY = ["| Rows | Cell | Mode | Against | Number | Slower | Geometric mean | Worst |", "|---|---|---|---|--:|--:|--:|---|"]
+
+
+def _summary_lines(rows: Sequence[Row], sets: Mapping[str, Iterable[Case]]) -> list[str]:
+    return SUMMARY + [
+        f"| {s.set_name} | {s.cell} | {s.mode} | {s.rival} | {s.rows} | {s.losses} "
+        f"| {_times(s.geometric_mean)} | {_times(s.worst)} {s.worst_id} |"
+        for s in summarise(rows, sets)
+    ]
+
+
+def overview(rows: Iterable[Row]) -> str:
+    """README's results: for each machine the whole grid in a few lines."""
     lines: list[str] = []
+    sets = {"grid": GRID, "one step": SETS["streaming"], "bfloat16": SETS["bfloat16"]}
     for machine, group in by_machine(rows).items():
-        lines += [f"**{machine}** ({_versions(group)})", ""]
-        lines += ["| Set | Cell | Mode | Against | Rows | Slower | Geometric mean | Worst row |"]
-        lines += ["|---|---|---|---|--:|--:|--:|---|"]
-        lines += [
-            f"| {s.set_name} | {s.cell} | {s.mode} | {s.rival} | {s.rows} | {s.losses} "
-            f"| {_times(s.geometric_mean)} | {_times(s.worst)} {s.worst_id} |"
-            for s in summarise(group, SETS)
-        ]
+        lines += [f"**{machine}** ({_versions(group)})", "", *_summary_lines(group, sets), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share * 100:.0f} %"
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    """All results: for each machine the summaries of every set, then every row."""
+    lines: list[str] = []
+    others = (TORCH_DENSE, OURS_DENSE, FLOAT32)
+    for machine, group in by_machine(rows).items():
+        lines += [f"## {machine}", "", _versions(group), "", *_summary_lines(group, {"grid": GRID, **SETS})]
         for mode in (mode for mode in MODES if any(row.mode == mode for row in group)):
-            lines += ["", f"<details><summary>Every row, {mode}</summary>", ""]
-            lines += ["| Case | fusedrnn ms | torch.nn ms | × | onnxruntime ms | × | torch.nn dense ms | GFLOP/s |"]
-            lines += ["|---|--:|--:|--:|--:|--:|--:|--:|"]
+            lines += ["", f"### Every row, {mode}", ""]
+            lines += ["| Case | fusedrnn ms | torch.nn ms | × | onnxruntime ms | × | GFLOP/s | of limit | also, ms |"]
+            lines += ["|---|--:|--:|--:|--:|--:|--:|--:|---|"]
             lines += [
                 f"| {row.case.id} | {_milliseconds(row, OURS)} "
                 f"| {_milliseconds(row, TORCH)} | {_times(row.speedup(TORCH))} "
                 f"| {_milliseconds(row, ONNXRUNTIME)} | {_times(row.speedup(ONNXRUNTIME))} "
-                f"| {_milliseconds(row, TORCH_DENSE)} | {_number(row.gflops)} |"
+                f"| {_number(row.gflops)} | {_percent(row.share)} "
+                f"| {', '.join(f'{name} {_milliseconds(row, name)}' for name in others if name in row.seconds)} |"
                 for row in group
                 if row.mode == mode
             ]
-            lines += ["", "</details>"]
         lines += [""]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -219,31 +239,81 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     pyplot.close(figure)
 
 
+def draw_growth(rows: Sequence[Row], path: Path) -> None:
+    """Time of a call while T, B or H grows, for fusedrnn and its rivals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sizes = {"growth-T": ("seq", "T, steps"), "growth-B": ("batch", "B, rows"), "growth-H": ("hidden", "H = I, units")}
+    modes = [mode for mode in MODES if any(row.mode == mode for row in rows)]
+    figure, axes = pyplot.subplots(len(modes), len(sizes), figsize=(11, 3.1 * len(modes)), squeeze=False)
+    for line, mode in zip(axes, modes, strict=True):
+        for axis, (name, (field, label)) in zip(line, sizes.items(), strict=True):
+            chosen = [row for row in rows if row.mode == mode and row.case.name == name]
+            chosen.sort(key=lambda row: int(getattr(row.case, field)))
+            for rival, colour in ((OURS, "#0072b2"), (TORCH, "#d55e00"), (ONNXRUNTIME, "#666666")):
+                points = [(getattr(row.case, field), row.seconds[rival] * 1e3) for row in chosen if rival in row.seconds]
+                if points:
+                    axis.loglog(*zip(*points, strict=True), marker="o", ms=3, color=colour, label=rival)
+            limits = [(getattr(row.case, field), row.limit * 1e3) for row in chosen if row.limit]
+            if limits:
+                axis.loglog(*zip(*limits, strict=True), ls=":", color="black", label="limit of the machine")
+            axis.set_xlabel(label)
+            axis.set_ylabel(f"{mode}, ms")
+            axis.grid(color="#dddddd", linewidth=0.6)
+            if chosen:
+                first = chosen[0].case
+                fixed = {"T": first.seq, "B": first.batch, "I": first.input, "H": first.hidden}
+                fixed.pop(name[-1])
+                if name == "growth-H":
+                    fixed.pop("I")
+                axis.set_title(f"{first.cell}, " + ", ".join(f"{k} {v}" for k, v in fixed.items()), size=9)
+    axes[0][0].legend(fontsize=7.5, frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150, facecolor="white")
+    pyplot.close(figure)
+
+
+def _between_markers(path: Path, text: str) -> bool:
+    """Puts text between the markers of a file; says so and returns False where they are missing."""
+    before, begin, rest = path.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        print(f"report: error: {path.name} lacks {BEGIN} .. {END}", file=sys.stderr)
+        return False
+    path.write_text(f"{before}{BEGIN}\n{text}{END}{after}")
+    return True
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("files", nargs="*", type=Path, help="result files (benchmarks/results/*.jsonl)")
-    parser.add_argument("--write", action="store_true", help="put the tables into README instead")
+    parser.add_argument("--write", action="store_true", help="put the tables into README and docs/results.md instead")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw the first machine's rows")
     parser.add_argument("--set", nargs="+", choices=SETS, default=["models"], help="sets drawn (models)")
+    parser.add_argument("--plot-growth", type=Path, metavar="FILE.png", help="also draw the set growth")
     args = parser.parse_args()
     rows = read_rows(args.files or sorted((ROOT / "benchmarks" / "results").glob("*.jsonl")))
     if not rows:
         print("report: error: no results; make some with python -m benchmarks --out FILE.jsonl", file=sys.stderr)
         return 1
     if args.write:
-        readme = ROOT / "README.md"
-        before, begin, rest = readme.read_text().partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if not begin or not end:
-            print(f"report: error: {readme.name} lacks {BEGIN} .. {END}", file=sys.stderr)
+        written = (
+            _between_markers(ROOT / "README.md", overview(rows)),
+            _between_markers(ROOT / "docs" / "results.md", markdown(rows)),
+        )
+        if not all(written):
             return 1
-        readme.write_text(f"{before}{BEGIN}\n{markdown(rows)}{END}{after}")
     else:
         print(markdown(rows), end="")
+    first = next(iter(by_machine(rows).values()))
     if args.plot:
         drawn = {case.id for name in args.set for case in SETS[name]}
-        first = next(iter(by_machine(rows).values()))
         draw([row for row in first if row.case.id in drawn], args.plot)
+    if args.plot_growth:
+        draw_growth(first, args.plot_growth)
     return 0
 
 

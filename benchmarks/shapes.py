@@ -231,4 +231,5 @@ def distinct(cases: Iterable[Case]) -> tuple[Case, ...]:
 
 
 ALL: tuple[Case, ...] = distinct(case for cases in SETS.values() for case in cases)
+GRID: tuple[Case, ...] = distinct((*SMALL_BATCH, *MODELS, *DEEPBENCH, *TRIAL))
 QUICK: tuple[Case, ...] = tuple(case for case in ALL if case.id in _QUICK_IDS)

@@ -67,7 +67,8 @@ def _explain(device: str, dtype: torch.dtype, projected: bool) -> Explanation:
     if dtype in KERNEL_DTYPES:
         return Explanation("cpu", f"fused {name} kernels")
     if dtype in CONVERTED_DTYPES:
-        return Explanation("cpu", f"fused float32 kernels; {name} is converted on the way in and out")
+        weights = "bfloat16 weights" if dtype == torch.bfloat16 else "weights converted at every call"
+        return Explanation("cpu", f"fused float32 kernels, {weights}; {name} outside")
     return Explanation("torch", f"there are no kernels for {name}")
 
 
@@ -102,10 +103,43 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence) -> Explanat
 
     if isinstance(module, modules.FUSED):
         data = input.data if isinstance(input, PackedSequence) else input
-        return _explain(data.device.type, data.dtype, bool(getattr(module, "proj_size", 0)))
+        found = _explain(data.device.type, data.dtype, bool(getattr(module, "proj_size", 0)))
+        return Explanation("cpu", f"{found.reason}; {_path(module, input)}") if found.implementation == "cpu" else found
     if isinstance(module, torch.nn.RNNBase | torch.nn.RNNCellBase):
         return Explanation(
             "torch",
             f"{type(module).__name__} is not one of fusedrnn's modules; fusedrnn.convert swaps torch.nn's",
         )
     raise TypeError(f"expected a recurrent layer or cell, got {type(module).__name__}")
+
+
+def _path(module: torch.nn.Module, input: Tensor | PackedSequence) -> str:
+    """How the kernels would run the first layer forward, in words."""
+    assert extension is not None
+    data = input.data if isinstance(input, PackedSequence) else input
+    if isinstance(module, torch.nn.RNNCellBase):
+        steps, batch, directions = 1, data.shape[0] if data.dim() == 2 else 1, 1
+    else:
+        assert isinstance(module, torch.nn.RNNBase)
+        directions = 2 if module.bidirectional else 1
+        if isinstance(input, PackedSequence):
+            steps, batch = len(input.batch_sizes), int(input.batch_sizes[0])
+        elif data.dim() == 2:
+            steps, batch = data.shape[0], 1
+        else:
+            steps, batch = data.shape[:2] if not module.batch_first else data.shape[1::-1]
+    mode = getattr(module, "mode", type(module).__name__.removesuffix("Cell")).lower()
+    cell = "rnn_tanh" if mode.startswith("rnn") else mode  # relu's plan is the same
+    double = data.dtype == torch.float64
+    plan = extension.plan(cell, double, False, steps, batch, module.input_size, module.hidden_size, directions)
+    weights = "packed weights" if plan["packed"] else "weights read in place"
+    threads = plan["teams"] * plan["members"]
+    if threads == 1:
+        sharing = "1 thread"
+    elif plan["row_blocks"] > 1:
+        sharing = f"{threads} threads share the rows"
+    elif plan["members"] == 1:
+        sharing = f"{threads} threads share the directions"
+    else:
+        sharing = f"{threads} threads share the units"
+    return f"{extension.instruction_set()}, {weights}, {sharing}"

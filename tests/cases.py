@@ -288,7 +288,14 @@ LOW_PRECISION = tuple(
     replace(case, dtype=dtype)
     for dtype in ("bfloat16", "float16")
     for case in (
-        *for_all_cells({}, {"T": 12, "B": 6, "I": 16, "H": 33}, {"layers": 2, "bidirectional": True}),
+        *for_all_cells(
+            {},
+            {"T": 12, "B": 6, "I": 16, "H": 33},
+            {"layers": 2, "bidirectional": True},
+            {"T": 1, "B": 1, "I": 40, "H": 70},
+            {"T": 1, "B": 5, "I": 33, "H": 65},
+            {"T": 9, "B": 2, "I": 16, "H": 70},
+        ),
         Case(lengths=(2, 5, 1)),
         Case(proj=3),
     )

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import report, shapes
+from benchmarks import report, roofline, shapes
 from benchmarks.rivals import ONNX_GATES, onnx_feeds, onnx_session, torch_outputs, torch_workload
 from benchmarks.shapes import Case
 from benchmarks.timing import (
+    ALONE,
+    FLOAT32,
     ONNXRUNTIME,
     OURS,
+    OURS_DENSE,
     TORCH,
     TORCH_DENSE,
     ResultsDifferError,
@@ -104,8 +107,45 @@ def test_training_call_returns_every_gradient(case: Case) -> None:
 
 def test_measure_times_every_rival_of_a_packed_case() -> None:
     measured = measure(TINY[1], "training", with_torch=True, onnxruntime=None, seconds=0)
-    assert set(measured.seconds) == {OURS, TORCH, TORCH_DENSE}
+    assert set(measured.seconds) == {OURS, OURS_DENSE, TORCH, TORCH_DENSE}
     assert measured.implementation
+
+
+def test_measure_times_float32_beside_bfloat16() -> None:
+    case = replace(TINY[0], dtype="bfloat16")
+    measured = measure(case, "inference", with_torch=True, onnxruntime=None, seconds=0)
+    assert set(measured.seconds) == {OURS, TORCH, FLOAT32}
+
+
+@pytest.mark.parametrize("cell", shapes.GATES)
+def test_measure_times_a_cell(cell: shapes.Cell) -> None:
+    case = Case("tiny", cell, 1, 1, 5, 6, step=True)
+    assert case.id.endswith("-cell")
+    assert set(measure(case, "inference", with_torch=True, onnxruntime=None, seconds=0).seconds) == {OURS, TORCH}
+
+
+def test_onnxruntime_is_compared_with_what_was_timed_as_it_was() -> None:
+    result = row(TINY[0], "inference", **{ALONE: 0.5, ONNXRUNTIME: 2.0, TORCH: 3.0})
+    assert result.speedup(ONNXRUNTIME) == 4.0
+    assert result.speedup(TORCH) == 3.0
+
+
+def test_limit_is_arithmetic_or_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "peak_flops", lambda: 1e9)
+    monkeypatch.setattr(roofline, "bandwidth", lambda size: 1e9)
+    wide = Case("wide", "GRU", batch=64, seq=3, input=5, hidden=7)
+    assert roofline.limit(wide, "training") == pytest.approx(wide.flops("training") / 1e9)
+    lone = Case("lone", "GRU", batch=1, seq=10, input=1, hidden=7)
+    assert roofline.limit(lone, "inference") == pytest.approx(10 * 3 * 7 * 7 * 4 / 1e9)
+    assert roofline.limit(lone, "training") == pytest.approx(2 * 10 * 3 * 7 * 7 * 4 / 1e9)
+    step = Case("step", "GRU", batch=1, seq=1, input=5, hidden=7)
+    assert roofline.limit(step, "inference") == pytest.approx(3 * 7 * (5 + 7) * 4 / 1e9)
+
+
+def test_rates_are_measured() -> None:
+    pytest.importorskip("fusedrnn._C", exc_type=ImportError)
+    assert roofline.peak_flops() > 1e8
+    assert roofline.bandwidth(1 << 16) > 1e8
 
 
 def test_check_equal_refuses_other_weights_and_nan() -> None:
@@ -168,6 +208,9 @@ def test_markdown_shows_losing_rows() -> None:
     text = report.markdown([row(case, "inference", **{TORCH: 0.25})])
     assert f"| models | {case.cell} | inference | torch.nn | 1 | 1 | 0.25× | 0.25× {case.id} |" in text
     assert f"| {case.id} | 1000 | 250 | 0.25× |" in text
+    assert f"| grid | {case.cell} | inference | torch.nn | 1 | 1 | 0.25× |" in report.overview(
+        [row(case, "inference", **{TORCH: 0.25})]
+    )
 
 
 def test_draw_writes_a_picture(tmp_path: Path) -> None:
@@ -176,4 +219,6 @@ def test_draw_writes_a_picture(tmp_path: Path) -> None:
     rows = [row(case, "inference", **{TORCH: 0.5, ONNXRUNTIME: 2.0}) for case in TINY[:2]]
     rows += [row(case, "training", **{TORCH: 2.0}) for case in TINY[:2]]
     report.draw(rows, path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    report.draw_growth([row(case, "training", **{TORCH: 2.0}) for case in shapes.GROWTH], path)
     assert path.read_bytes().startswith(b"\x89PNG")

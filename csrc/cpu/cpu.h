@@ -9,6 +9,12 @@
 
 namespace fusedrnn::cpu {
 
+// How a pass is carried out (see tuning.h).
+struct PlanInfo {
+  int64_t teams, members, row_blocks;
+  bool share_units, packed, step;
+};
+
 // One build of the schedule for one instruction set. `functions` evaluates sigmoid (0) or tanh (1) for the
 // accuracy tests.
 struct Kernels {
@@ -17,6 +23,7 @@ struct Kernels {
   void (*backward)(const BackwardParams&, const Threads&);
   void (*functions_float)(int function, const float* x, float* y, int64_t n);
   void (*functions_double)(int function, const double* x, double* y, int64_t n);
+  PlanInfo (*plan)(const Problem&, bool backward, int64_t threads);
   double (*multiply_add)(int64_t n, const Threads&);  // see roofline.h
   void (*read_all)(const float* memory, int64_t count, int64_t repeats, const Threads&);
 };

@@ -22,7 +22,7 @@ struct Forward : Recurrence<Cell, S, N> {
   static constexpr int64_t rows_at_once = (16 << 10) / (panels_at_once * sums * N * sizeof(S));
   const int64_t capacity = plan.chunk > 1 ? block_rows * plan.chunk : std::min(block_rows, rows_at_once);  // rows a panel
   const int64_t panels_kept = plan.chunk > 1 ? panels : panels_at_once;
-  Scratch<S> w_ih = scratch<S>(plan.packed ? p.directions * panels * gates * I * N : 0);
+  Scratch<S> w_ih = scratch<S>(plan.packed_input ? p.directions * panels * gates * I * N : 0);
   const bool narrow = B <= narrow_rows;  // packed w_hh stays of its type
   Scratch<S> w_hh = scratch<S>(plan.packed ? p.directions * panels * gates * H * N : 0);  // of W, where it is narrow
   Scratch<S> bias = scratch<S>(p.directions * panels * sums * N);
@@ -31,7 +31,8 @@ struct Forward : Recurrence<Cell, S, N> {
   Scratch<S> pre_activations = scratch<S>(plan.groups * plan.slices * panels_kept * capacity * sums * N);
 
   Forward(const ForwardParams& params, const Threads& threads) : Base(params, threads, Pass::forward), p(params) {
-    const bool small = !plan.packed || gates * H * (I + H) < packing_for_team;
+    const int64_t packed = gates * H * ((plan.packed_input ? I : 0) + (plan.packed ? H : 0));
+    const bool small = packed < packing_for_team;
     (small ? Threads{1, nullptr} : threads).parallel(p.directions * panels, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) pack(i / panels, i % panels);
     });
@@ -47,13 +48,13 @@ struct Forward : Recurrence<Cell, S, N> {
     for (int k = 0; k < sums; ++k) V(S(0)).store(sum + k * N);
     for (int g = 0; g < gates; ++g) {
       const int64_t input_row = g * H + panel * N, hidden_row = Cell::hidden_gate(g) * H + panel * N;
-      if (plan.packed) {
-        const int64_t to = (at * gates + g) * H * N;
-        const W* hidden = static_cast<const W*>(w.w_hh);
+      const W* hidden = static_cast<const W*>(w.w_hh);
+      const int64_t to = (at * gates + g) * H * N;
+      if (plan.packed_input)
         pack_rows<V>(static_cast<const W*>(w.w_ih), input_row, count, I, w_ih.get() + (at * gates + g) * I * N);
+      if (plan.packed)
         narrow ? pack_rows<V>(hidden, hidden_row, count, H, reinterpret_cast<W*>(w_hh.get()) + to)
                : pack_rows<V>(hidden, hidden_row, count, H, w_hh.get() + to);
-      }
       if (w.b_ih) add(sum + (Cell::input_sum + g) * N, static_cast<const W*>(w.b_ih) + input_row, count);
       if (w.b_hh) add(sum + g * N, static_cast<const W*>(w.b_hh) + hidden_row, count);
     }
@@ -136,20 +137,21 @@ struct Forward : Recurrence<Cell, S, N> {
 
   static constexpr int same_gate(int g) { return g; }
 
-  // Adds `count` rows of A (K wide) times the gates of n panels to the pre-activations; gate_of(g) is the
-  // weights' block for sum g.
+  // Adds `count` rows of A (K wide) times the gates of n panels to the pre-activations; gate_of(g) is the weights' block for
+  // sum g. `packed` is nullptr where weights are read in place.
   template <int (*gate_of)(int), class Packed>
   void product(const Job& job, int64_t panel, int64_t n, const Packed* packed, const void* weights, const S* A,
                int64_t lda, int64_t K, int64_t count, S* sum) {
     const int64_t panel_stride = capacity * sums * N;
-    packed += (job.direction * panels + panel) * gates * K * N;
-    if (plan.packed && gates == 1) {
+    const bool is_packed = packed;
+    if (is_packed) packed += (job.direction * panels + panel) * gates * K * N;
+    if (is_packed && gates == 1) {
       multiply<V, S, Packed>({packed, K * N, N, n, A, lda, K, count, sum, sums * N, panel_stride});
       return;
     }
-    for (int64_t i = 0; i < n; ++i, sum += panel_stride, packed += gates * K * N) {
-      if (plan.packed) {
-        multiply<V, S, Packed>({packed, K * N, N, gates, A, lda, K, count, sum, sums * N, N});
+    for (int64_t i = 0; i < n; ++i, sum += panel_stride) {
+      if (is_packed) {
+        multiply<V, S, Packed>({packed + i * gates * K * N, K * N, N, gates, A, lda, K, count, sum, sums * N, N});
         continue;
       }
       for (int g = 0; g < gates; ++g) {

@@ -228,6 +228,19 @@ FUSEDRNN_INLINE void dot_tile(const std::array<Dots<S, Stored>, terms>& dots, in
       }
     };
     int64_t k = 0;
+    if constexpr (std::is_same_v<Stored, bfloat16>)
+      for (; k + 2 * N <= d.K; k += 2 * N) {
+        EvenOdd<V> a[MB];
+#pragma GCC unroll 8
+        for (int b = 0; b < MB; ++b)
+          a[b] = pairs_of(V::load(A + b * lda + k), V::load(A + b * lda + k + N), std::make_integer_sequence<int, N>());
+#pragma GCC unroll 8
+        for (int j = 0; j < J; ++j) {
+          const EvenOdd<V> w = load_pairs<V>(W[j] + k);
+#pragma GCC unroll 8
+          for (int b = 0; b < MB; ++b) sum[b][j] = w.odd * a[b].odd + (w.even * a[b].even + sum[b][j]);
+        }
+      }
     for (; k + N <= d.K; k += N) step(k, N);
     if (k < d.K) step(k, static_cast<int>(d.K - k));
   }

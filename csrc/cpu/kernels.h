@@ -28,7 +28,7 @@ void evaluate(int function, const S* x, S* y, int64_t n) {
 template <class Cell, class S, int N, class W>
 struct ForwardOrStep {
   ForwardOrStep(const ForwardParams& p, const Threads& threads) {
-    Step<Cell, S, N, W>::can_do(p) ? void(Step<Cell, S, N, W>(p, threads)) : void(Forward<Cell, S, N, W>(p, threads));
+    is_step(p) ? void(Step<Cell, S, N, W>(p, threads)) : void(Forward<Cell, S, N, W>(p, threads));
   }
 };
 
@@ -66,10 +66,33 @@ void run_pass(const Params& p, const Threads& threads) {
   }
 }
 
+constexpr int64_t gates_of(CellKind cell) {
+  switch (cell) {
+    case CellKind::lstm:
+      return LSTM::gates;
+    case CellKind::gru:
+      return GRU::gates;
+    default:
+      return RNN<false>::gates;
+  }
+}
+
+template <int bytes>
+PlanInfo plan_of(const Problem& p, bool backward, int64_t threads) {
+  const int64_t gates = gates_of(p.cell), N = bytes / (p.scalar == ScalarKind::float64 ? sizeof(double) : sizeof(float));
+  if (!backward && is_step(p)) {
+    const int64_t panels = (p.H + N - 1) / N * p.directions;
+    return {1, step_needs_team(p, gates) ? std::min(threads, panels) : 1, 1, true, false, true};
+  }
+  const Plan plan = make_plan(backward ? Pass::backward : Pass::forward, p.sequence.T, p.sequence.B, p.H, p.directions,
+                              gates, N, threads);
+  return {plan.groups, plan.slices, plan.row_blocks, plan.share_units, plan.packed, false};
+}
+
 template <int bytes>
 constexpr Kernels make_kernels(const char* name) {
   return {name, &run_pass<ForwardOrStep, bytes, ForwardParams>, &run_pass<Backward, bytes, BackwardParams>, &evaluate<float, bytes>,
-          &evaluate<double, bytes>, &multiply_add<bytes>, &read_all<bytes>};
+          &evaluate<double, bytes>, &plan_of<bytes>, &multiply_add<bytes>, &read_all<bytes>};
 }
 
 }  // namespace

@@ -108,6 +108,23 @@ FUSEDRNN_INLINE V load(const bfloat16* p, int n) {
   for (int i = 0; i < n; ++i) buffer[i] = p[i];
   return load<V>(buffer);
 }
+// 2N of them at once, the even ones and the odd ones: half a load and one more instruction a vec.
+template <class V>
+struct EvenOdd {
+  V even, odd;
+};
+template <class V>
+FUSEDRNN_INLINE EvenOdd<V> load_pairs(const bfloat16* p) {
+  typename Bits<V::size>::Whole words;
+  std::memcpy(&words, p, sizeof(words));
+  return {V((typename V::Register)(words << 16)), V((typename V::Register)(words & 0xffff0000u))};
+}
+// The same of 2N numbers in two vecs.
+template <class T, int N, int... lane>
+FUSEDRNN_INLINE EvenOdd<vec<T, N>> pairs_of(vec<T, N> low, vec<T, N> high, std::integer_sequence<int, lane...>) {
+  return {vec<T, N>(__builtin_shufflevector(low.v, high.v, (2 * lane)...)),
+          vec<T, N>(__builtin_shufflevector(low.v, high.v, (2 * lane + 1)...))};
+}
 template <class V, class T>
 FUSEDRNN_INLINE void store(V v, T* p) {
   v.store(p);

@@ -8,6 +8,15 @@
 namespace fusedrnn::cpu {
 namespace {
 
+inline bool is_step(const Problem& p) {
+  return p.sequence.T == 1 && !p.sequence.lengths && !p.sequence.resets &&
+         !packs(Pass::forward, 1, p.sequence.B, p.H);
+}
+
+inline bool step_needs_team(const Problem& p, int64_t gates) {
+  return gates * p.H * (p.I + p.H) * p.directions * (p.sequence.B + 1) / 2 >= step_for_team;
+}
+
 template <class Cell, class S, int N, class W>
 struct Step {
   using V = vec<S, N>;
@@ -16,13 +25,8 @@ struct Step {
   const ForwardParams& p;
   const int64_t B = p.sequence.B, I = p.I, H = p.H, panels = (H + N - 1) / N;
 
-  static bool can_do(const ForwardParams& p) {
-    return p.sequence.T == 1 && !p.sequence.lengths && !p.sequence.resets && p.sequence.B < packing_rows(Pass::forward, 1, p.H);
-  }
-
   Step(const ForwardParams& params, const Threads& threads) : p(params) {
-    const bool small = gates * H * (I + H) * p.directions * (B + 1) / 2 < step_for_team;
-    (small ? Threads{1, nullptr} : threads).parallel(p.directions * panels, [&](int64_t begin, int64_t end) {
+    (step_needs_team(p, gates) ? threads : Threads{1, nullptr}).parallel(p.directions * panels, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) panel(i / panels, i % panels);
     });
   }

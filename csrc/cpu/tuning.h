@@ -34,18 +34,22 @@ constexpr int64_t projection_rows = 48;
 
 enum class Pass { forward, backward };
 
-// Most rows of a single step with unpacked weights (see packing_rows).
+// Rows from which on a single step packs weights (see packs).
 constexpr int64_t most_step_rows = 128;
 
-// Rows of the whole sequence from which on weights are packed. Packing moves every weight twice; a dot product reads it once
-// per few rows from a near cache. For a single step dot products are as fast up to 128 rows (AVX2, LSTM of 256, B = 16:
-// 149 µs unpacked, 239 packed; B = 128: 957 and 968), but those of narrow layers are mostly tails. Over several steps packing
-// also lets x·W_ih be computed for all of them at once (LSTM of 256, T = 10, B = 1: 271 µs packed, 406 unpacked).
-// Backward reads unpacked weights across their rows, which caches like less.
-constexpr int64_t packing_rows(Pass pass, int64_t T, int64_t H) {
-  if (H < 64) return 8;
-  if (pass == Pass::backward) return T == 1 ? 40 : 20;
-  return T == 1 ? most_step_rows : 10;
+// Whether weights are packed. Packing moves every weight twice; a dot product reads it once per few rows from a near cache.
+// For a single step dot products are as fast up to 128 rows (AVX2, LSTM of 256, B = 16: 149 µs unpacked, 239 packed; B = 128:
+// 957 and 968), but those of narrow layers are mostly tails. Several steps read W_hh again and again, W_ih only once for
+// some of them (LSTM of 1024, B = 1, T = 25: 8.1 ms with both packed, 6.4 with W_hh only; GRU of 256, T = 10: 182 µs with
+// both, 134 with none). Backward reads unpacked weights across their rows, which caches like less.
+constexpr bool packs(Pass pass, int64_t T, int64_t B, int64_t H) {
+  if (H < 64) return T * B >= 8;
+  if (pass == Pass::backward) return T * B >= (T == 1 ? 40 : 20);
+  if (T == 1) return B >= most_step_rows;
+  return B == 1 ? T >= 30 : T * B >= 10;
+}
+constexpr bool packs_input(int64_t T, int64_t B, int64_t H) {
+  return T * B >= (H < 64 ? 8 : T == 1 || H >= 512 ? most_step_rows : 16);
 }
 
 // Rows whose gradients are taken in one go: the more, the less often the weights' gradients are fetched and stored (1/256
@@ -74,7 +78,8 @@ struct Plan {
   bool share_units;    // whether they share out the hidden units and meet in every step
   int64_t row_blocks;  // blocks of rows into which the batch is cut: jobs are directions × row blocks
   int64_t chunk;       // steps of x·W_ih, or of gradients, computed at a time
-  bool packed;         // whether weights are packed
+  bool packed_input;   // whether forward packs W_ih
+  bool packed;         // whether W_hh is packed (backward: both)
 };
 
 constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t H, int directions, int64_t gates,
@@ -82,7 +87,7 @@ constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t H, int directi
   const int64_t panels = (H + vector - 1) / vector, step_flops = 2 * gates * H * H * B;
   // A thread is only woken (a few µs) for work that lasts longer.
   if (T * step_flops * directions < 200'000) threads = 1;
-  Plan plan{1, threads, false, 1, 1, T * B >= packing_rows(pass, T, H)};
+  Plan plan{1, threads, false, 1, 1, packs_input(T, B, H), packs(pass, T, B, H)};
   if (directions == 2 && threads >= 2) {
     plan.groups = 2;
     plan.slices = threads / 2;
@@ -107,7 +112,7 @@ constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t H, int directi
   const int64_t block_rows = std::max<int64_t>((B + plan.row_blocks - 1) / plan.row_blocks, 1);
   if (pass == Pass::backward) {
     plan.chunk = std::clamp<int64_t>(gradient_rows / block_rows, 1, std::max<int64_t>(T, 1));
-  } else if (plan.row_blocks == 1 && plan.packed) {  // a block's rows are next to each other within a step only
+  } else if (plan.row_blocks == 1) {  // a block's rows are next to each other within a step only
     plan.chunk = std::clamp<int64_t>(projection_rows / block_rows, 1, std::max<int64_t>(T, 1));
   }
   return plan;

@@ -1,0 +1,250 @@
+"""Inference without torch's dispatcher (_direct.py): the same numbers, taken only where nobody else sees the call, and
+never from weights of the past."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fusedrnn
+from fusedrnn import _direct
+
+pytest.importorskip("fusedrnn._C", exc_type=ImportError)
+
+CELLS = ("RNN", "LSTM", "GRU")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+Results = list[Tensor]
+
+
+def flat(value: object) -> Results:
+    return [value] if isinstance(value, Tensor) else [t for part in value for t in flat(part)]
+
+
+def make(name: str, dtype: torch.dtype = torch.float32, **options) -> tuple[torch.nn.Module, Callable[[], Results]]:
+    """A cell or layer of 5 inputs and 9 units, and a call of it that gives everything it returns."""
+    module = getattr(fusedrnn, name)(5, 9, dtype=dtype, **options)
+    lstm = name.startswith("LSTM")
+    if name.endswith("Cell"):
+        x, state = torch.randn(3, 5, dtype=dtype), (3, 9)
+    else:
+        x, rows = torch.randn(4, 3, 5, dtype=dtype), module.num_layers * (2 if module.bidirectional else 1)
+        state = (rows, x.size(0 if module.batch_first else 1), 9)
+    h, c = torch.randn(2, *state, dtype=dtype).unbind()
+    hx = (h.clone(), c.clone()) if lstm else h.clone()
+    return module, lambda: flat(module(x, hx))
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Notes every call that went to the kernels by address."""
+    calls: list[str] = []
+    extension = _direct._dispatch.extension
+    original = extension.forward_at
+
+    class Noting:
+        def __getattr__(self, name: str) -> object:
+            return getattr(extension, name)
+
+        def forward_at(self, cell: str, *rest: object) -> None:
+            calls.append(cell)
+            original(cell, *rest)
+
+    monkeypatch.setattr(_direct._dispatch, "extension", Noting())
+    return calls
+
+
+FORMS = {
+    "plain": {},
+    "no bias": {"bias": False},
+    "bidirectional": {"bidirectional": True},
+    "stacked": {"num_layers": 3, "bidirectional": True},
+    "batch first": {"batch_first": True},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.usefixtures("isa")
+def test_layers_give_the_operators_numbers(name, form, dtype, taken):
+    _, call = make(name, dtype, **FORMS[form])
+    through_operators = call()
+    assert not taken
+    with torch.no_grad():
+        directly = call()
+    # bfloat16 stacks keep float32 between layers, which only the operators do.
+    assert bool(taken) == (form != "stacked" or dtype is not torch.bfloat16)
+    for mine, other in zip(directly, through_operators, strict=True):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.usefixtures("isa")
+def test_cells_give_the_operators_numbers(name, bias, dtype, taken):
+    _, call = make(name + "Cell", dtype, bias=bias)
+    through_operators = call()
+    assert not taken
+    with torch.inference_mode():
+        directly = call()
+    assert taken
+    for mine, other in zip(directly, through_operators, strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_without_a_state(taken):
+    layer, x = fusedrnn.LSTM(5, 9, 2), torch.randn(4, 3, 5)
+    expected = flat(layer(x))
+    with torch.no_grad():
+        for mine, other in zip(flat(layer(x)), expected, strict=True):
+            assert torch.equal(mine, other)
+    assert taken
+
+
+class Functions(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class Dispatches(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+WATCHERS = {
+    "gradient": torch.enable_grad,
+    "autocast": lambda: torch.autocast("cpu"),
+    "function mode": Functions,
+    "dispatch mode": Dispatches,
+    "profiler": lambda: torch.autograd.profiler.profile(),
+}
+
+
+@pytest.mark.parametrize("watcher", WATCHERS)
+@pytest.mark.parametrize("name", ["GRU", "LSTMCell"])
+def test_whoever_watches_sees_operators(name, watcher, taken):
+    _, call = make(name)
+    with torch.no_grad(), WATCHERS[watcher]():
+        call()
+    assert not taken
+
+
+@pytest.mark.filterwarnings("ignore:fusedrnn runs on a fallback")
+def test_vmap_sees_through(taken):
+    layer, x = fusedrnn.GRU(5, 9), torch.randn(2, 4, 3, 5)
+    expected = torch.stack([layer(part)[0] for part in x])
+    with torch.no_grad():
+        mapped = torch.vmap(lambda part: layer(part)[0])(x)
+    assert not taken
+    torch.testing.assert_close(mapped, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_trace_sees_operators(taken):
+    layer, x = fusedrnn.GRU(5, 9), torch.randn(4, 3, 5)
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda x: layer(x)[0], x)
+        assert not taken
+        assert torch.equal(traced(2 * x), layer(2 * x)[0])
+
+
+def by_optimiser(module: torch.nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD(module.parameters(), lr=0.5).step()
+
+
+def by_data(module: torch.nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.data.add_(0.25)  # which no version counter sees
+
+
+def by_numpy(module: torch.nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.detach().numpy()[...] *= 2
+
+
+def by_new_data(module: torch.nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.data = parameter.data * -1
+
+
+def by_new_parameters(module: torch.nn.Module) -> None:
+    for name, parameter in list(module.named_parameters()):
+        setattr(module, name, torch.nn.Parameter(parameter.detach() + 1))
+
+
+def by_state_dict(module: torch.nn.Module) -> None:
+    module.load_state_dict({name: value + 0.5 for name, value in module.state_dict().items()})
+
+
+def by_parametrization(module: torch.nn.Module) -> None:
+    class Halved(torch.nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight / 2
+
+    name = next(name for name, _ in module.named_parameters() if "weight_hh" in name)
+    parametrize.register_parametrization(module, name, Halved())
+
+
+CHANGES = (by_optimiser, by_data, by_numpy, by_new_data, by_new_parameters, by_state_dict, by_parametrization)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("name", ["GRU", "LSTM", "LSTMCell", "RNNCell"])
+def test_changed_weights_count_from_the_next_call_on(name, change):
+    module, call = make(name)
+    with torch.no_grad():
+        before = call()
+        change(module)
+        after = call()
+    expected = flat(call())  # through the operators, which know no past
+    assert not torch.equal(before[0], after[0])
+    for mine, other in zip(after, expected, strict=True):
+        assert torch.equal(mine, other)
+
+
+def shrunk(module: torch.nn.Module, name: str) -> None:
+    parameter = module._parameters[name]
+    parameter.data = parameter.data[:-1]
+
+
+@pytest.mark.parametrize("name", ["weight_ih", "weight_hh", "bias_ih", "bias_hh"])
+def test_weights_of_a_wrong_shape_are_refused(name):
+    """An address says nothing of how much memory is there."""
+    cell, call = make("GRUCell")
+    layer, call_layer = make("GRU")
+    shrunk(cell, name)
+    shrunk(layer, name + "_l0")
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="of shape"):
+            call()
+        with pytest.raises(RuntimeError, match="of shape"):
+            call_layer()
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRUCell"])
+def test_strided_and_foreign_tensors_take_the_operators(name, taken):
+    module, _ = make(name)
+    shape = (3, 5) if name.endswith("Cell") else (4, 3, 5)
+    x = torch.randn(*shape, 2)[..., 0]
+    expected = flat(module(x))
+    with torch.no_grad():
+        for mine, other in zip(flat(module(x)), expected, strict=True):
+            assert torch.equal(mine, other)
+        swapped = copy.deepcopy(module)
+        for parameter in swapped.parameters():
+            if parameter.dim() == 2:
+                parameter.data = parameter.data.t().contiguous().t()  # the same numbers, columns first
+        del taken[:]
+        for mine, other in zip(flat(swapped(x)), expected, strict=True):
+            assert torch.equal(mine, other)
+    assert not taken

@@ -1,0 +1,89 @@
+"""Memory: what a training step needs at its peak, what inference needs beside its output, and what stays behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fusedrnn
+
+extension = pytest.importorskip("fusedrnn._C", exc_type=ImportError)
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists() or not (ROOT / "benchmarks").is_dir(),
+    reason="needs Linux's account of a process and the checkout's benchmarks",
+)
+
+MIB = 1 << 20
+
+
+def run(script: str) -> list[int]:
+    """The numbers that a script prints last, from a process of its own."""
+    prelude = "import torch, fusedrnn\nfrom benchmarks.memory import *\nfrom benchmarks.memory import _kilobytes\n"
+    done = subprocess.run(
+        [sys.executable, "-c", prelude + script],
+        cwd=ROOT,
+        env=None,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return [int(number) for number in done.stdout.splitlines()[-1].split()]
+
+
+CASES = ("'LSTM', 32, 60, 64, 256", "'GRU', 64, 100, 128, 128", "'RNN', 16, 100, 256, 512", "'LSTM', 2, 2000, 32, 96")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_training_step_needs_no_more_than_torch(case):
+    ours, theirs = run(f"""
+case = Case("memory", {case})
+print(*(in_process(case, name, 2)[0] for name in (OURS, TORCH)))
+""")
+    assert ours <= theirs, f"peak {ours / MIB:.1f} MiB, torch.nn {theirs / MIB:.1f} MiB"
+
+
+@pytest.mark.parametrize("case", CASES[:2])
+def test_nothing_grows_from_step_to_step(case):
+    early, late = run(f"""
+case = Case("memory", {case})
+print(step_growth(case, OURS, 4)[1], step_growth(case, OURS, 24)[1])
+""")
+    assert late <= early + 4 * MIB, f"{early / MIB:.1f} MiB kept after 4 steps, {late / MIB:.1f} after 24"
+
+
+def test_inference_needs_its_output_and_little_else():
+    """Nothing else grows with the length of the sequence: 256 MiB of output, and the peak is not 8 MiB above it."""
+    output, peak = run("""
+layer = fusedrnn.LSTM(8, 64)
+x = torch.randn(32768, 32, 8)
+with torch.no_grad():
+    layer(x[:100])
+    before = _kilobytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    y, _ = layer(x)
+    print(y.numel() * 4, (_kilobytes("VmHWM") - before) << 10)
+""")
+    assert peak <= output + 8 * MIB, f"output {output / MIB:.0f} MiB, peak {peak / MIB:.1f} MiB"
+
+
+def test_kept_working_memory_is_bounded():
+    """Many sizes, none of which fits another's blocks, and one whose blocks are larger than all that may be kept."""
+    sizes = [*range(200, 700, 20), 2100]
+    (kept,) = run(f"""
+for size in {sizes}:
+    layer = fusedrnn.LSTM(size, size)
+    layer(torch.randn(12, 2, size))[0].sum().backward()
+print(fusedrnn._C.pooled())
+""")
+    assert 0 < kept <= 64 * MIB
+
+
+def test_nothing_is_in_the_pool_at_first():
+    assert run("print(fusedrnn._C.pooled())") == [0]
+    assert fusedrnn._dispatch.extension is extension

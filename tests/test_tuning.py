@@ -1,0 +1,80 @@
+"""The plan for a size (csrc/cpu/tuning.h), as the extension and explain report it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fusedrnn
+
+extension = pytest.importorskip("fusedrnn._C", exc_type=ImportError)
+
+
+def plan(cell: str = "lstm", backward: bool = False, directions: int = 1, **sizes: int) -> dict:
+    return extension.plan(cell, False, backward, sizes["T"], sizes["B"], sizes["I"], sizes["H"], directions)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 64])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.usefixtures("isa")
+def test_no_plan_asks_for_more_threads_than_there_are(count, backward, directions, threads):
+    threads(count)
+    for B in (1, 2, 7, 12, 31, 32, 100, 5000):
+        for H in (1, 16, 33, 48, 64, 256, 257, 1024):
+            for T in (1, 2, 50):
+                made = plan("gru", backward, directions, T=T, B=B, I=10, H=H)
+                assert 1 <= made["teams"] * made["members"] <= count
+                assert made["row_blocks"] <= max(1, B)
+                assert made["members"] == 1 or made["row_blocks"] == 1
+
+
+def test_one_thread_for_little_work(threads):
+    threads(4)
+    made = plan(T=10, B=1, I=8, H=8)
+    assert made["teams"] * made["members"] == 1
+
+
+def test_a_single_step_packs_nothing(threads):
+    threads(2)
+    for B in (1, 16, 100):
+        made = plan(T=1, B=B, I=256, H=256)
+        assert made["step"]
+        assert not made["packed"]
+    assert plan(T=1, B=1000, I=256, H=256)["packed"]
+    assert plan(T=50, B=1, I=256, H=256)["packed"]
+
+
+def test_rows_are_shared_where_there_are_enough(threads):
+    threads(2)
+    assert plan(T=20, B=256, I=64, H=128)["row_blocks"] == 2
+    assert plan(T=20, B=4096, I=64, H=128)["row_blocks"] == 16
+    assert plan(T=20, B=8, I=64, H=128)["row_blocks"] == 1
+    assert plan(T=20, B=4096, I=64, H=1024)["row_blocks"] == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "x", "words"),
+    [
+        (fusedrnn.LSTM(256, 256), torch.zeros(1, 1, 256), ("in place", "2 threads share the units")),
+        (fusedrnn.LSTM(256, 256), torch.zeros(50, 1, 256), ("packed", "2 threads share the units")),
+        (fusedrnn.LSTM(64, 64, batch_first=True), torch.zeros(200, 50, 64), ("packed", "2 threads share the rows")),
+        (fusedrnn.GRU(64, 256, bidirectional=True), torch.zeros(50, 1, 64), ("packed", "2 threads share the directions")),
+        (fusedrnn.RNN(8, 8), torch.zeros(50, 8), ("packed", "1 thread")),
+        (fusedrnn.GRUCell(8, 8), torch.zeros(8), ("in place", "1 thread")),
+    ],
+    ids=["step", "few rows", "many rows", "directions", "little work", "cell"],
+)
+def test_explain_names_the_path(module, x, words, threads):
+    threads(2)
+    reason = fusedrnn.explain(module, x).reason
+    assert extension.instruction_set() in reason
+    for word in words:
+        assert word in reason
