@@ -16,8 +16,8 @@ import torch
 import fusedrnn
 from benchmarks.report import ROOT, Row, draw, summarise
 from benchmarks.rivals import OnnxRuntime
-from benchmarks.shapes import GATES, MODES, QUICK, SETS, Case, Mode, distinct
 from benchmarks.roofline import limit, peak_flops
+from benchmarks.shapes import GATES, MODES, QUICK, SETS, Case, Mode, distinct
 from benchmarks.timing import FLOAT32, ONNXRUNTIME, OURS, OURS_DENSE, TORCH, TORCH_DENSE, ResultsDifferError, measure
 
 
@@ -158,7 +158,9 @@ def main() -> int:
                     wrong += 1
                     print(f"{case.id:53} not timed: {error}", flush=True)
                     continue
-                row = Row(case, mode, measured.seconds, measured.implementation, measured.reason, here, limit(case, mode))
+                row = Row(
+                    case, mode, measured.seconds, measured.implementation, measured.reason, here, limit(case, mode)
+                )
                 rows.append(row)
                 _print_row(row)
                 if out:

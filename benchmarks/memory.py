@@ -36,7 +36,7 @@ def _train(module: torch.nn.Module, workload: Workload) -> None:
 
 
 def step_growth(case: Case, implementation: str, steps: int = 3) -> tuple[int, int]:
-    """Bytes by which the peak of a step exceeds the memory before the first, and by which memory has grown after the last."""
+    """How far, in bytes, some steps rise above the memory before them at their peak, and how much they leave behind."""
     workload = torch_workload(case)
     module = fused_module(case, workload) if implementation == OURS else workload.module
     small_case = Case("warm-up", case.cell, 2, 30, case.input, 128)

@@ -1,4 +1,4 @@
-"""Results as JSON lines, as tables for README and docs/results.md, and as plots: ``python -m benchmarks.report --help``."""
+"""Results as JSON lines, tables for README and docs/results.md, and plots: ``python -m benchmarks.report --help``."""
 
 import argparse
 import json
@@ -84,7 +84,9 @@ def summarise(rows: Sequence[Row], sets: Mapping[str, Iterable[Case]]) -> list[S
     summaries = []
     for set_name, cases in sets.items():
         ids = {case.id for case in cases}
-        for cell, mode, rival in ((c, m, r) for c in GATES for m in MODES for r in (TORCH, ONNXRUNTIME, OURS_DENSE, FLOAT32)):
+        for cell, mode, rival in (
+            (c, m, r) for c in GATES for m in MODES for r in (TORCH, ONNXRUNTIME, OURS_DENSE, FLOAT32)
+        ):
             ratios = {
                 row.case.id: ratio
                 for row in rows
@@ -141,7 +143,10 @@ def _times(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}×"
 
 
-SUMMARY = ["| Rows | Cell | Mode | Against | Number | Slower | Geometric mean | Worst |", "|---|---|---|---|--:|--:|--:|---|"]
+SUMMARY = [
+    "| Rows | Cell | Mode | Against | Number | Slower | Geometric mean | Worst |",
+    "|---|---|---|---|--:|--:|--:|---|",
+]
 
 
 def _summary_lines(rows: Sequence[Row], sets: Mapping[str, Iterable[Case]]) -> list[str]:
@@ -254,7 +259,9 @@ def draw_growth(rows: Sequence[Row], path: Path) -> None:
             chosen = [row for row in rows if row.mode == mode and row.case.name == name]
             chosen.sort(key=lambda row: int(getattr(row.case, field)))
             for rival, colour in ((OURS, "#0072b2"), (TORCH, "#d55e00"), (ONNXRUNTIME, "#666666")):
-                points = [(getattr(row.case, field), row.seconds[rival] * 1e3) for row in chosen if rival in row.seconds]
+                points = [
+                    (getattr(row.case, field), row.seconds[rival] * 1e3) for row in chosen if rival in row.seconds
+                ]
                 if points:
                     axis.loglog(*zip(*points, strict=True), marker="o", ms=3, color=colour, label=rival)
             limits = [(getattr(row.case, field), row.limit * 1e3) for row in chosen if row.limit]

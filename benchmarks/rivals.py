@@ -24,8 +24,9 @@ ONNX_GATES = {"RNN": (0,), "LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2)}
 class Workload:
     """A torch.nn module and its input.
 
-    A cell has x (batch, input) and hx (batch, hidden), and no gradients. Of a layer, ``padded`` is (seq, batch, input) and ``x`` is the same batch as the case gives it, packed or not;
-    ``hx`` is (layers * directions, batch, hidden), a pair for an LSTM. All of them require gradients.
+    Of a layer, ``padded`` is (seq, batch, input) and ``x`` is the same batch as the case gives it, packed or not;
+    ``hx`` is (layers * directions, batch, hidden), a pair for an LSTM. All of them require gradients. A cell has x (batch,
+    input) and hx (batch, hidden), which do not.
     """
 
     module: torch.nn.RNNBase | torch.nn.RNNCellBase
@@ -142,6 +143,7 @@ def onnx_session(case: Case, workload: Workload, threads: int) -> Any:
     """An onnxruntime session for the workload, whose outputs were found to equal torch's."""
     import onnxruntime  # type: ignore[import-untyped]
 
+    assert isinstance(workload.module, torch.nn.RNNBase)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(

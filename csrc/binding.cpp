@@ -380,8 +380,8 @@ void narrow(const float* from, void* to, int64_t count) {
 // A forward pass without autograd, on memory that the caller has checked: contiguous tensors of one dtype and of the shapes
 // that ForwardParams states. Small layers spend more time on their way through torch's dispatcher than in their kernel.
 void forward_at(const std::string& cell_name, const std::string& dtype, int64_t T, int64_t B, int64_t I, int64_t H,
-                int directions, uintptr_t x, uintptr_t hx, uintptr_t cx, const std::vector<uintptr_t>& weights, uintptr_t y,
-                uintptr_t h_n, uintptr_t c_n) {
+                int directions, uintptr_t x, uintptr_t hx, uintptr_t cx, const std::vector<uintptr_t>& weights,
+                uintptr_t y, uintptr_t h_n, uintptr_t c_n) {
   const py::gil_scoped_release unlocked;
   const CellInfo cell = cell_info(cell_name);
   ForwardParams p{};
@@ -539,8 +539,9 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "use_threads", [](bool at_once) { pool_runs_at_once = at_once; }, py::arg("at_once"),
       "Whether torch's thread pool runs the parts of a parallel loop at the same time (OpenMP does).");
-  m.def("plan", &plan, py::arg("cell"), py::arg("is_double"), py::arg("backward"), py::arg("T"), py::arg("B"), py::arg("I"),
-        py::arg("H"), py::arg("directions"), "How a pass over a padded batch would be carried out (csrc/cpu/tuning.h).");
+  m.def("plan", &plan, py::arg("cell"), py::arg("is_double"), py::arg("backward"), py::arg("T"), py::arg("B"),
+        py::arg("I"), py::arg("H"), py::arg("directions"),
+        "How a pass over a padded batch would be carried out (csrc/cpu/tuning.h).");
   m.def("peak_flops", &peak_flops, "float32 operations per second from registers, all threads, measured.");
   m.def("read_bandwidth", &read_bandwidth, py::arg("bytes"),
         "Bytes per second at which all threads together read so many bytes again and again, measured.");

@@ -97,8 +97,12 @@ class Recurrence(torch.autograd.Function):
             _ops.recurrence_backward(ctx.cell, dy, dh_n, dc_n, x, y, hx, cx, saved, weights, *sequence, asked)
         )
         inputs = (x, hx, cx, *weights)
-        return None, None, None, None, *(
-            next(gradients).to(like.dtype) if want else None for like, want in zip(inputs, wanted, strict=True)
+        return (
+            None,
+            None,
+            None,
+            None,
+            *(next(gradients).to(like.dtype) if want else None for like, want in zip(inputs, wanted, strict=True)),
         )
 
 

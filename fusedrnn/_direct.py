@@ -20,7 +20,7 @@ from fusedrnn import _dispatch
 _KINDS = (Tensor, torch.nn.Parameter)
 _C = torch._C
 _functorch_level = torch._C._functorch.peek_interpreter_stack
-_profiling = torch.autograd._profiler_enabled
+_profiling = torch._C._autograd._profiler_enabled
 _forward_ad = torch.autograd.forward_ad
 _GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
 _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
@@ -53,7 +53,7 @@ def _addresses(
     rows = gates * hidden
     addresses = []
     for i, name in enumerate(names):
-        weight = parameters.get(name)  # absent where a parametrization has taken its place
+        weight: Any = parameters.get(name)  # absent where a parametrization has taken its place
         if (
             type(weight) not in _KINDS
             or weight.dtype is not dtype
@@ -115,7 +115,12 @@ def layer(module: torch.nn.RNNBase, name: str, x: Tensor, hx: Any) -> Any:
     directions = 2 if module.bidirectional else 1
     if layers > 1 and dtype is torch.bfloat16:
         return None  # the operators keep float32 between layers
-    if inputs != module.input_size or not steps or module.proj_size or (module.training and module.dropout and layers > 1):
+    if (
+        inputs != module.input_size
+        or not steps
+        or module.proj_size
+        or (module.training and module.dropout and layers > 1)
+    ):
         return None
     state = (layers * directions, batch, hidden)
     if hx is None:

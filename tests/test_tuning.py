@@ -66,7 +66,11 @@ def test_rows_are_shared_where_there_are_enough(threads):
         (fusedrnn.LSTM(256, 256), torch.zeros(1, 1, 256), ("in place", "2 threads share the units")),
         (fusedrnn.LSTM(256, 256), torch.zeros(50, 1, 256), ("packed", "2 threads share the units")),
         (fusedrnn.LSTM(64, 64, batch_first=True), torch.zeros(200, 50, 64), ("packed", "2 threads share the rows")),
-        (fusedrnn.GRU(64, 256, bidirectional=True), torch.zeros(50, 1, 64), ("packed", "2 threads share the directions")),
+        (
+            fusedrnn.GRU(64, 256, bidirectional=True),
+            torch.zeros(50, 1, 64),
+            ("packed", "2 threads share the directions"),
+        ),
         (fusedrnn.RNN(8, 8), torch.zeros(50, 8), ("packed", "1 thread")),
         (fusedrnn.GRUCell(8, 8), torch.zeros(8), ("in place", "1 thread")),
     ],

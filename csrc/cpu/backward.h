@@ -34,9 +34,8 @@ struct Backward : Recurrence<Cell, S, N> {
       : Base(params, threads, Pass::backward), p(params), gradients(*this, params, threads) {
     for (int64_t d = 0; d < p.directions; ++d) w_hh.set(d, p.weights[d].w_hh);
     w_hh.pack(threads, p.directions);
-    this->run(threads, [&](const Job& job, Member& member, int64_t team, int64_t slice) {
-      steps(job, member, team, slice);
-    });
+    this->run(threads,
+              [&](const Job& job, Member& member, int64_t team, int64_t slice) { steps(job, member, team, slice); });
     gradients.finish(threads);
   }
 
@@ -45,8 +44,9 @@ struct Backward : Recurrence<Cell, S, N> {
     S* dc = dc_carry.get() + team * block_rows * padded_H;
     exchange<true>(job, member, dh, static_cast<const S*>(p.dh_n));
     if constexpr (Cell::has_cell) exchange<true>(job, member, dc, static_cast<const S*>(p.dc_n));
-        for (int64_t s_end = sequence.T; s_end > 0;) {
-      const int64_t s_begin = std::max<int64_t>(0, s_end - plan.chunk), one = job.step(s_begin), other = job.step(s_end - 1);
+    for (int64_t s_end = sequence.T; s_end > 0;) {
+      const int64_t s_begin = std::max<int64_t>(0, s_end - plan.chunk), one = job.step(s_begin),
+                    other = job.step(s_end - 1);
       const Chunk<S> chunk{job, std::min(one, other), std::max(one, other) + 1,
                            dsums.get() + team * chunk_rows * stride, stride};
       for (int64_t s = s_end - 1; s >= s_begin; --s) {
@@ -109,8 +109,7 @@ struct Backward : Recurrence<Cell, S, N> {
       const S *h_before = nullptr, *c_before = nullptr;
       if (valid && Cell::needs_previous)
         h_before = this->state_before(job, t, b, outputs, y_width, static_cast<const S*>(p.hx));
-      if (valid && Cell::has_cell)
-        c_before = this->state_before(job, t, b, all_cells, H, static_cast<const S*>(p.cx));
+      if (valid && Cell::has_cell) c_before = this->state_before(job, t, b, all_cells, H, static_cast<const S*>(p.cx));
       const S* gates_in = static_cast<const S*>(p.gates) + this->sequence_at(job, row, saved * H);
       const S* dy = p.dy ? static_cast<const S*>(p.dy) + row * y_width + y_at : nullptr;
       for (int64_t panel = member.begin; panel < member.end; ++panel) {

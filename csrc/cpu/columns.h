@@ -22,7 +22,12 @@ struct Columns {
   Scratch<S> panels;  // of W, where they are narrow
 
   Columns(int64_t columns, int64_t gates, int64_t H, std::array<int, 4> gate_of, bool packed, bool narrow)
-      : columns(columns), gates(gates), H(H), gate_of(gate_of), first_packed(packed ? 0 : columns / N), narrow(narrow) {}
+      : columns(columns),
+        gates(gates),
+        H(H),
+        gate_of(gate_of),
+        first_packed(packed ? 0 : columns / N),
+        narrow(narrow) {}
 
   void set(int64_t direction, const void* matrix) { weights[direction] = static_cast<const W*>(matrix); }
 

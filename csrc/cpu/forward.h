@@ -20,7 +20,8 @@ struct Forward : Recurrence<Cell, S, N> {
   // Pre-activations are kept for the steps of a chunk and all panels, or else for as many rows of a few panels as leave
   // half of the first-level cache to the products.
   static constexpr int64_t rows_at_once = (16 << 10) / (panels_at_once * sums * N * sizeof(S));
-  const int64_t capacity = plan.chunk > 1 ? block_rows * plan.chunk : std::min(block_rows, rows_at_once);  // rows a panel
+  const int64_t capacity =
+      plan.chunk > 1 ? block_rows * plan.chunk : std::min(block_rows, rows_at_once);  // rows a panel
   const int64_t panels_kept = plan.chunk > 1 ? panels : panels_at_once;
   Scratch<S> w_ih = scratch<S>(plan.packed_input ? p.directions * panels * gates * I * N : 0);
   const bool narrow = B <= narrow_rows;  // packed w_hh stays of its type
@@ -103,7 +104,8 @@ struct Forward : Recurrence<Cell, S, N> {
       } else {
         for (int64_t panel = member.begin; panel < member.end; panel += panels_at_once)
           for (int64_t r = 0; r < count; r += capacity) {
-            const int64_t n = std::min<int64_t>(panels_at_once, member.end - panel), rows = std::min(capacity, count - r);
+            const int64_t n = std::min<int64_t>(panels_at_once, member.end - panel),
+                          rows = std::min(capacity, count - r);
             project(job, panel, n, row + r, rows, a);
             step(job, t, panel, n, job.row_begin + r, rows, a, h_in, h_out, c);
           }
@@ -113,13 +115,14 @@ struct Forward : Recurrence<Cell, S, N> {
   }
 
   // Step t for n panels and `count` rows from b on, from their pre-activations without h.
-  void step(const Job& job, int64_t t, int64_t panel, int64_t n, int64_t b, int64_t count, S* sum, const S* h_in, S* h_out,
-            S* c) {
+  void step(const Job& job, int64_t t, int64_t panel, int64_t n, int64_t b, int64_t count, S* sum, const S* h_in,
+            S* h_out, S* c) {
     const S* A = h_in + (b - job.row_begin) * padded_H;
     const void* weights = p.weights[job.direction].w_hh;
     narrow ? product<Cell::hidden_gate>(job, panel, n, reinterpret_cast<const W*>(w_hh.get()), weights, A, padded_H, H,
                                         count, sum)
-           : product<Cell::hidden_gate>(job, panel, n, static_cast<const S*>(w_hh.get()), weights, A, padded_H, H, count, sum);
+           : product<Cell::hidden_gate>(job, panel, n, static_cast<const S*>(w_hh.get()), weights, A, padded_H, H,
+                                        count, sum);
     activate(n, count, sum);
     cell(job, t, panel, n, b, b + count, sum, h_in, h_out, c);
   }
@@ -131,8 +134,8 @@ struct Forward : Recurrence<Cell, S, N> {
       for (int64_t r = 0; r < count; ++r)
         for (int k = 0; k < sums; ++k) V::load(b + k * N).store(sum + ((i * capacity + r) * sums + k) * N);
     }
-    product<same_gate>(job, panel, n, static_cast<const S*>(w_ih.get()), p.weights[job.direction].w_ih, static_cast<const S*>(p.x) + row * I,
-                       I, I, count, sum + Cell::input_sum * N);
+    product<same_gate>(job, panel, n, static_cast<const S*>(w_ih.get()), p.weights[job.direction].w_ih,
+                       static_cast<const S*>(p.x) + row * I, I, I, count, sum + Cell::input_sum * N);
   }
 
   static constexpr int same_gate(int g) { return g; }
@@ -174,8 +177,8 @@ struct Forward : Recurrence<Cell, S, N> {
   }
 
   // The second half, for rows [begin, end).
-  void cell(const Job& job, int64_t t, int64_t panel, int64_t n, int64_t begin, int64_t end, const S* sum, const S* h_in,
-            S* h_out, S* c_state) {
+  void cell(const Job& job, int64_t t, int64_t panel, int64_t n, int64_t begin, int64_t end, const S* sum,
+            const S* h_in, S* h_out, S* c_state) {
     const int64_t y_width = p.directions * H;
     const V zero(S(0));
     for (int64_t b = begin; b < end; ++b, sum += sums * N) {

@@ -36,12 +36,10 @@ __attribute__((noinline)) void tile(const Product<S, Stored>& p, int64_t row, in
   if constexpr (transposed)  // such a C is a whole weight gradient, far from the core
     for (int b = 0; b < MB; ++b) __builtin_prefetch(C + b * p.ldc, 1);
   V sum[split][MB][NV];
-  const auto broadcast = [&](int64_t k, int b) __attribute__((always_inline)) {
-    return V(transposed ? A[k * lda + b] : A[b * lda + k]);
-  };
-  const auto weights = [&](int64_t k, int v) __attribute__((always_inline)) {
-    return load<V>(W + v * w_stride + k * k_stride);
-  };
+  const auto broadcast = [&](int64_t k, int b)
+                             __attribute__((always_inline)) { return V(transposed ? A[k * lda + b] : A[b * lda + k]); };
+  const auto weights = [&](int64_t k, int v)
+                           __attribute__((always_inline)) { return load<V>(W + v * w_stride + k * k_stride); };
   // The smaller side of the tile stays in registers, beside one value of the other: with 12 accumulators that is 16.
   const auto step = [&](int64_t k, int s) __attribute__((always_inline)) {
     if constexpr (NV <= MB) {
@@ -163,7 +161,8 @@ void pack_rows(const From* matrix, int64_t first, int count, int64_t K, To* pack
     const int width = static_cast<int>(std::min<int64_t>(N, K - k));
     V square[N];
 #pragma GCC unroll 16
-    for (int j = 0; j < N; ++j) square[j] = j < count ? load<V>(matrix + (first + j) * K + k, width) : V(typename V::Scalar(0));
+    for (int j = 0; j < N; ++j)
+      square[j] = j < count ? load<V>(matrix + (first + j) * K + k, width) : V(typename V::Scalar(0));
     transpose<N / 2>(square);
     for (int i = 0; i < width; ++i) store(square[i], packed + (k + i) * N);
   }
@@ -203,8 +202,8 @@ struct Dots {
 // C[row*ldc + j] += a row of A · row j of W, for MB rows and J units; of several Dots, the sum. What it adds for units beyond
 // `count` is of no use.
 template <class V, class S, class Stored, int MB, int J, size_t terms>
-FUSEDRNN_INLINE void dot_tile(const std::array<Dots<S, Stored>, terms>& dots, int64_t row, int64_t unit, int64_t count, S* C,
-                              int64_t ldc) {
+FUSEDRNN_INLINE void dot_tile(const std::array<Dots<S, Stored>, terms>& dots, int64_t row, int64_t unit, int64_t count,
+                              S* C, int64_t ldc) {
   constexpr int N = V::size;
   V sum[MB][J];
 #pragma GCC unroll 8
@@ -254,8 +253,8 @@ FUSEDRNN_INLINE void dot_tile(const std::array<Dots<S, Stored>, terms>& dots, in
 
 // All rows of A, and `count` <= N units. A lone row takes more units at a time, for enough sums to overlap.
 template <class V, class S, class Stored, size_t terms>
-__attribute__((noinline)) void multiply_unpacked(const std::array<Dots<S, Stored>, terms>& dots, int64_t count, int64_t rows, S* C,
-                                                 int64_t ldc) {
+__attribute__((noinline)) void multiply_unpacked(const std::array<Dots<S, Stored>, terms>& dots, int64_t count,
+                                                 int64_t rows, S* C, int64_t ldc) {
   constexpr int N = V::size, J = std::min(N, 4), many = std::min(N, 8), most = std::min(3, tile_rows(J, sizeof(V)));
   if (rows == 1) {
     for (int64_t unit = 0; unit < count; unit += many) dot_tile<V, S, Stored, 1, many>(dots, 0, unit, count, C, ldc);

@@ -26,7 +26,8 @@ struct Chunk {
 
   bool whole() const { return job.row_begin == 0 && job.row_end == job.sequence.B; }
   int64_t row(int64_t t) const {
-    return whole() ? job.sequence.start(t) - job.sequence.start(t_begin) : (t - t_begin) * (job.row_end - job.row_begin);
+    return whole() ? job.sequence.start(t) - job.sequence.start(t_begin)
+                   : (t - t_begin) * (job.row_end - job.row_begin);
   }
   S* at(int64_t t, int64_t b) const { return dsums + (row(t) + b - job.row_begin) * stride; }
   int64_t rows() const { return row(t_end); }
@@ -55,9 +56,7 @@ struct Gradients {
   Scratch<S> room = scratch<S>(base.plan.groups * base.plan.slices * slice_room);
 
   Gradients(const Base& recurrence, const BackwardParams& params, const Threads& threads)
-      : base(recurrence),
-        p(params),
-        w_ih(p.dx ? I : 0, gates, H, {0, 1, 2, 3}, base.plan.packed, false) {
+      : base(recurrence), p(params), w_ih(p.dx ? I : 0, gates, H, {0, 1, 2, 3}, base.plan.packed, false) {
     for (int64_t d = 0; d < D; ++d) w_ih.set(d, p.weights[d].w_ih);
     w_ih.pack(threads, D);
     if (!adds_in_place(I)) ih_sums = scratch<S>(teams * D * gates * H * input_vectors * N);
@@ -89,7 +88,8 @@ struct Gradients {
   // dX of the chunk's rows: a member's share of the columns, or of the rows where there are few columns.
   void input(const Chunk<S>& chunk, const Member& member, S* last_vector) {
     const bool by_columns = input_vectors >= 2 * member.slices;
-    const auto [v_begin, v_end] = by_columns ? member.share(input_vectors) : std::pair<int64_t, int64_t>(0, input_vectors);
+    const auto [v_begin, v_end] =
+        by_columns ? member.share(input_vectors) : std::pair<int64_t, int64_t>(0, input_vectors);
     S* dx = chunk.job.direction == 0 ? static_cast<S*>(p.dx) : dx_reverse.get();
     const int64_t full = std::min(v_end, I / N);
     for (int64_t t = chunk.t_begin; t < chunk.t_end; t = chunk.whole() ? chunk.t_end : t + 1) {

@@ -79,7 +79,8 @@ constexpr int64_t gates_of(CellKind cell) {
 
 template <int bytes>
 PlanInfo plan_of(const Problem& p, bool backward, int64_t threads) {
-  const int64_t gates = gates_of(p.cell), N = bytes / (p.scalar == ScalarKind::float64 ? sizeof(double) : sizeof(float));
+  const int64_t gates = gates_of(p.cell),
+                N = bytes / (p.scalar == ScalarKind::float64 ? sizeof(double) : sizeof(float));
   if (!backward && is_step(p)) {
     const int64_t panels = (p.H + N - 1) / N * p.directions;
     return {1, step_needs_team(p, gates) ? std::min(threads, panels) : 1, 1, true, false, true};
@@ -91,8 +92,14 @@ PlanInfo plan_of(const Problem& p, bool backward, int64_t threads) {
 
 template <int bytes>
 constexpr Kernels make_kernels(const char* name) {
-  return {name, &run_pass<ForwardOrStep, bytes, ForwardParams>, &run_pass<Backward, bytes, BackwardParams>, &evaluate<float, bytes>,
-          &evaluate<double, bytes>, &plan_of<bytes>, &multiply_add<bytes>, &read_all<bytes>};
+  return {name,
+          &run_pass<ForwardOrStep, bytes, ForwardParams>,
+          &run_pass<Backward, bytes, BackwardParams>,
+          &evaluate<float, bytes>,
+          &evaluate<double, bytes>,
+          &plan_of<bytes>,
+          &multiply_add<bytes>,
+          &read_all<bytes>};
 }
 
 }  // namespace

@@ -9,8 +9,7 @@ namespace fusedrnn::cpu {
 namespace {
 
 inline bool is_step(const Problem& p) {
-  return p.sequence.T == 1 && !p.sequence.lengths && !p.sequence.resets &&
-         !packs(Pass::forward, 1, p.sequence.B, p.H);
+  return p.sequence.T == 1 && !p.sequence.lengths && !p.sequence.resets && !packs(Pass::forward, 1, p.sequence.B, p.H);
 }
 
 inline bool step_needs_team(const Problem& p, int64_t gates) {
@@ -26,9 +25,10 @@ struct Step {
   const int64_t B = p.sequence.B, I = p.I, H = p.H, panels = (H + N - 1) / N;
 
   Step(const ForwardParams& params, const Threads& threads) : p(params) {
-    (step_needs_team(p, gates) ? threads : Threads{1, nullptr}).parallel(p.directions * panels, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) panel(i / panels, i % panels);
-    });
+    (step_needs_team(p, gates) ? threads : Threads{1, nullptr})
+        .parallel(p.directions * panels, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) panel(i / panels, i % panels);
+        });
   }
 
   void panel(int64_t direction, int64_t index) {
@@ -50,8 +50,8 @@ struct Step {
     const S* hx = static_cast<const S*>(p.hx) + direction * B * H;
     for (int k = 0; k < sums; ++k) {
       const bool of_x = k >= Cell::input_sum, of_h = k < gates;
-      const Dots<S, W> x{static_cast<const W*>(w.w_ih) + ((k - Cell::input_sum) * H + unit) * I, static_cast<const S*>(p.x),
-                      I, I},
+      const Dots<S, W> x{static_cast<const W*>(w.w_ih) + ((k - Cell::input_sum) * H + unit) * I,
+                         static_cast<const S*>(p.x), I, I},
           h{static_cast<const W*>(w.w_hh) + (Cell::hidden_gate(k) * H + unit) * H, hx, H, H};
       if (of_x && of_h) {
         multiply_unpacked<V, S, W, 2>({{x, h}}, count, B, a + k * N, sums * N);

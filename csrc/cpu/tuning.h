@@ -82,8 +82,8 @@ struct Plan {
   bool packed;         // whether W_hh is packed (backward: both)
 };
 
-constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t H, int directions, int64_t gates,
-                         int64_t vector, int64_t threads) {
+constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t H, int directions, int64_t gates, int64_t vector,
+                         int64_t threads) {
   const int64_t panels = (H + vector - 1) / vector, step_flops = 2 * gates * H * H * B;
   // A thread is only woken (a few µs) for work that lasts longer.
   if (T * step_flops * directions < 200'000) threads = 1;
