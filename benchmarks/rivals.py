@@ -25,8 +25,8 @@ class Workload:
     """A torch.nn module and its input.
 
     Of a layer, ``padded`` is (seq, batch, input) and ``x`` is the same batch as the case gives it, packed or not;
-    ``hx`` is (layers * directions, batch, hidden), a pair for an LSTM. All of them require gradients. A cell has x (batch,
-    input) and hx (batch, hidden), which do not.
+    ``hx`` is (layers * directions, batch, hidden), a pair for an LSTM. All of them require gradients. A cell has
+    x (batch, input) and hx (batch, hidden), which do not.
     """
 
     module: torch.nn.RNNBase | torch.nn.RNNCellBase
