@@ -92,8 +92,9 @@ constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t H, int directi
     plan.groups = 2;
     plan.slices = threads / 2;
   }
-  // Below this many operations a step, meeting costs more than a second thread brings (B = 1: an LSTM of 32).
-  plan.share_units = step_flops >= 8'000;
+  // Below this many operations a step, meeting costs more than a second thread brings (B = 1: an LSTM of 50; with cores
+  // close to each other 32 would do, with cores far apart it would double the time).
+  plan.share_units = step_flops >= 20'000;
   // A member without a panel of its own would only keep the others waiting.
   if (plan.share_units) plan.slices = std::min(plan.slices, std::max<int64_t>(panels, 1));
   if (!plan.share_units && pass == Pass::forward) plan.slices = 1;
