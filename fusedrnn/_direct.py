@@ -5,7 +5,7 @@ step. Where no gradient, autocast, tracing, transform or mode has an interest in
 contiguous one of the right shape, the kernels are given addresses. Anything else gets None here: the caller takes the
 operators, and is the one who complains.
 
-The checks are written out, not factored: a Python call costs as much as one of them.
+Most checks are written out, not factored: a Python call costs as much as one of them.
 """
 
 from __future__ import annotations
@@ -66,30 +66,38 @@ def _addresses(
     return addresses
 
 
-def cell(module: torch.nn.RNNCellBase, name: str, x: Tensor, hx: Any) -> Any:
-    """A cell's step of x ``[B, I]`` from its state ``[B, H]``, a pair for an LSTM; what forward returns, or None."""
-    if hx is None or not _possible(x):
-        return None
-    lstm = name == "lstm"
+def _states(hx: Any, lstm: bool, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """The states in what a module was given; a cell without a cell state has its h in both places."""
     if not lstm:
-        h = c = hx
+        pair = (hx, hx)
     elif type(hx) in (tuple, list) and len(hx) == 2:
-        h, c = hx
+        pair = (hx[0], hx[1])
     else:
         return None
-    inputs, hidden, dtype, shape = module.input_size, module.hidden_size, x.dtype, x.shape
-    if len(shape) != 2 or shape[1] != inputs or not x.is_contiguous():
-        return None
-    state = (shape[0], hidden)
-    for tensor in (h, c) if lstm else (h,):
+    for tensor in pair if lstm else pair[:1]:
         if (
             type(tensor) not in _KINDS
-            or tensor.shape != state
+            or tensor.shape != shape
             or tensor.dtype is not dtype
             or not tensor.is_cpu
             or not tensor.is_contiguous()
         ):
             return None
+    return pair
+
+
+def cell(module: torch.nn.RNNCellBase, name: str, x: Tensor, hx: Any) -> Any:
+    """A cell's step of x ``[B, I]`` from its state ``[B, H]``, a pair for an LSTM; what forward returns, or None."""
+    if hx is None or not _possible(x):
+        return None
+    lstm = name == "lstm"
+    inputs, hidden, dtype, shape = module.input_size, module.hidden_size, x.dtype, x.shape
+    if len(shape) != 2 or shape[1] != inputs or not x.is_contiguous():
+        return None
+    states = _states(hx, lstm, (shape[0], hidden), dtype)
+    if states is None:
+        return None
+    h, c = states
     names = _CELL_NAMES if module.bias else _CELL_NAMES[:2]
     weights = _addresses(module._parameters, names, _GATES[name], inputs, hidden, dtype)
     if weights is None:
@@ -125,21 +133,11 @@ def layer(module: torch.nn.RNNBase, name: str, x: Tensor, hx: Any) -> Any:
     state = (layers * directions, batch, hidden)
     if hx is None:
         h = c = torch.zeros(state, dtype=dtype, device="cpu")
-    elif not lstm:
-        h = c = hx
-    elif type(hx) in (tuple, list) and len(hx) == 2:
-        h, c = hx
     else:
-        return None
-    for tensor in (h, c) if lstm else (h,):
-        if (
-            type(tensor) not in _KINDS
-            or tensor.shape != state
-            or tensor.dtype is not dtype
-            or not tensor.is_cpu
-            or not tensor.is_contiguous()
-        ):
+        states = _states(hx, lstm, state, dtype)
+        if states is None:
             return None
+        h, c = states
     parameters, names = module._parameters, module._flat_weights_names
     each = 4 if module.bias else 2
     weights = []

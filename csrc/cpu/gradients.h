@@ -156,13 +156,18 @@ struct Gradients {
     }
   }
 
-  // A chunk's sum at a time, as exact as the products'.
+  // A block's sum at a time, as exact as the products'.
   void bias(const Chunk<S>& chunk, S* total, int64_t begin, int64_t end, bool fresh) {
     for (int64_t unit = begin; unit < end; unit += N) {
       const int n = static_cast<int>(std::min<int64_t>(N, end - unit));
-      V sum(S(0));
-      for (int64_t row = 0; row < chunk.rows(); ++row) sum = sum + V::load(chunk.dsums + row * chunk.stride + unit, n);
-      (fresh ? sum : V::load(total + unit, n) + sum).store(total + unit, n);
+      V all = fresh ? V(S(0)) : V::load(total + unit, n);
+      for (int64_t row = 0; row < chunk.rows();) {
+        V sum(S(0));
+        for (const int64_t stop = std::min(row + summation_block, chunk.rows()); row < stop; ++row)
+          sum = sum + V::load(chunk.dsums + row * chunk.stride + unit, n);
+        all = all + sum;
+      }
+      all.store(total + unit, n);
     }
   }
 

@@ -29,6 +29,7 @@ constexpr size_t pooled_from = 64 << 10;  // malloc keeps smaller blocks itself
 constexpr size_t pool_limit = 64 << 20;
 constexpr std::chrono::seconds idle_limit{5};
 
+// The mutex is only ever tried: a fork may leave it locked for good in the child, which then does without the pool.
 struct Pool {
   std::mutex mutex;
   std::vector<Block> blocks;
@@ -48,15 +49,17 @@ size_t rounded(size_t bytes) { return (bytes + line - 1) / line * line; }
 void* borrow(size_t bytes) {
   bytes = rounded(bytes);
   if (bytes >= pooled_from) {
-    const std::lock_guard lock(pool().mutex);
-    auto& blocks = pool().blocks;
-    // The one that came back last is the likeliest to be in cache.
-    const auto found = std::find_if(blocks.rbegin(), blocks.rend(), [&](const Block& b) { return b.bytes == bytes; });
-    if (found != blocks.rend()) {
-      void* const memory = found->memory;
-      blocks.erase(std::next(found).base());
-      pool().bytes -= bytes;
-      return memory;
+    const std::unique_lock lock(pool().mutex, std::try_to_lock);
+    if (lock) {
+      auto& blocks = pool().blocks;
+      // The one that came back last is the likeliest to be in cache.
+      const auto found = std::find_if(blocks.rbegin(), blocks.rend(), [&](const Block& b) { return b.bytes == bytes; });
+      if (found != blocks.rend()) {
+        void* const memory = found->memory;
+        blocks.erase(std::next(found).base());
+        pool().bytes -= bytes;
+        return memory;
+      }
     }
   }
   void* const memory = std::aligned_alloc(line, bytes);
@@ -69,7 +72,8 @@ void give_back(void* memory, size_t bytes) {
   bytes = rounded(bytes);
   if (bytes < pooled_from || bytes > pool_limit) return std::free(memory);
   const Clock::time_point now = Clock::now();
-  const std::lock_guard lock(pool().mutex);
+  const std::unique_lock lock(pool().mutex, std::try_to_lock);
+  if (!lock) return std::free(memory);
   auto& blocks = pool().blocks;
   blocks.push_back({memory, bytes, now});
   pool().bytes += bytes;
@@ -82,8 +86,8 @@ void give_back(void* memory, size_t bytes) {
 }
 
 size_t pooled() {
-  const std::lock_guard lock(pool().mutex);
-  return pool().bytes;
+  const std::unique_lock lock(pool().mutex, std::try_to_lock);
+  return lock ? pool().bytes : 0;
 }
 
 void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {

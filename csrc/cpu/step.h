@@ -50,7 +50,7 @@ struct Step {
     const S* hx = static_cast<const S*>(p.hx) + direction * B * H;
     for (int k = 0; k < sums; ++k) {
       const bool of_x = k >= Cell::input_sum, of_h = k < gates;
-      const Dots<S, W> x{static_cast<const W*>(w.w_ih) + ((k - Cell::input_sum) * H + unit) * I,
+      const Dots<S, W> x{static_cast<const W*>(w.w_ih) + (std::max(k - Cell::input_sum, 0) * H + unit) * I,
                          static_cast<const S*>(p.x), I, I},
           h{static_cast<const W*>(w.w_hh) + (Cell::hidden_gate(k) * H + unit) * H, hx, H, H};
       if (of_x && of_h) {

@@ -41,9 +41,7 @@ struct alignas(64) Arrivals {
 inline __attribute__((always_inline)) void meet(Arrivals* slices, int64_t from, int64_t to, int64_t total,
                                                 int64_t generation) {
   for (int64_t s = from; s < to; ++s) slices[s].count.store(generation, std::memory_order_release);
-  for (int64_t s = 0; s < total; ++s) {
-    if (s == from) s = to;
-    if (s == total) break;
+  for (int64_t s = 0; s < total; ++s)
     // Threads meet within a microsecond when each has a core. When they do not, a spinner must give its core away: with 4
     // teams on 2 cores, yielding took 13 µs a step and spinning 861.
     for (int64_t spins = 0; slices[s].count.load(std::memory_order_acquire) < generation; ++spins) {
@@ -55,7 +53,6 @@ inline __attribute__((always_inline)) void meet(Arrivals* slices, int64_t from, 
         sched_yield();
       }
     }
-  }
 }
 
 }  // namespace

@@ -53,7 +53,7 @@ constexpr bool packs_input(int64_t T, int64_t B, int64_t H) {
 }
 
 // Rows whose gradients are taken in one go: the more, the less often the weights' gradients are fetched and stored (1/256
-// of the multiplications), the fewer, the nearer their pre-activations' gradients still are. Also the longest sum in one go.
+// of the multiplications), the fewer, the nearer their pre-activations' gradients still are.
 constexpr int64_t gradient_rows = 256;
 // Pairs of output vectors of a weight's gradient for which rows of x or h are copied side by side: with AVX2 256 KiB, half a
 // second-level cache.
