@@ -35,8 +35,10 @@ def info() -> int:
             lines["instruction sets"] += f"; not available: {', '.join(missing)} (this processor lacks it)"
         if "ATen parallel backend: OpenMP" not in torch.__config__.parallel_info():
             lines["threads"] += "; layers use one: torch's thread pool is not OpenMP"
-        architectures = build["cuda_architectures"]
-        lines["CUDA kernels"] = ", ".join(architectures) or "not available: this build has none"
+    if _dispatch.cuda_extension is None:
+        lines["CUDA kernels"] = f"not available: {_dispatch.why_no_cuda}"
+    else:
+        lines["CUDA kernels"] = f"built for {_dispatch.cuda_extension.architectures()}"
     if torch.cuda.is_available():
         lines["GPUs"] = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     else:

@@ -22,7 +22,7 @@ def recurrence(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """:func:`fusedrnn._reference.recurrence` on the compiled kernels, without projection.
 
-    float32 or float64; with a float32 x the weights may be bfloat16.
+    float32 or float64, on a GPU bfloat16 and float16 too; on a CPU the weights of a float32 x may be bfloat16.
     """
     if in_transform():
         return _reference.recurrence(cell, x, hx, cx, weights, batch_sizes, lengths, resets)
@@ -31,8 +31,13 @@ def recurrence(
             cell, batch_sizes, lengths, resets, x, hx, cx, *weights
         )
     else:
-        y, h_n, *c_n = _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, False)
+        y, h_n, *c_n = _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, False, _tf32(x))
     return y, h_n, c_n[0] if c_n else None
+
+
+def _tf32(x: Tensor) -> bool:
+    """Whether torch's switches let recurrent layers round float32 factors to TF32 where x is."""
+    return x.is_cuda and x.dtype == torch.float32 and torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 def in_transform() -> bool:
@@ -71,8 +76,8 @@ class Recurrence(torch.autograd.Function):
         *weights: Tensor,
     ) -> Any:
         states = 1 if cx is None else 2
-        y, *results = _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, True)
-        ctx.cell = cell
+        ctx.cell, ctx.tf32 = cell, _tf32(x)
+        y, *results = _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, True, ctx.tf32)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(batch_sizes, lengths, resets, x, hx, cx, *weights, y, *results[states:])
         ctx.weights = len(weights)
@@ -94,7 +99,7 @@ class Recurrence(torch.autograd.Function):
         # cx is no argument of the operator for cells without a cell state.
         asked = list(wanted) if cx is not None else [*wanted[:2], *wanted[3:]]
         gradients = iter(
-            _ops.recurrence_backward(ctx.cell, dy, dh_n, dc_n, x, y, hx, cx, saved, weights, *sequence, asked)
+            _ops.recurrence_backward(ctx.cell, dy, dh_n, dc_n, x, y, hx, cx, saved, weights, *sequence, asked, ctx.tf32)
         )
         inputs = (x, hx, cx, *weights)
         return (

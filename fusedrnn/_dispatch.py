@@ -1,6 +1,7 @@
 """Which implementation runs, and why.
 
 ``cpu``        the compiled kernels of ``csrc/cpu``
+``cuda``       the compiled kernels of ``csrc/cuda``
 ``torch``      torch.nn's own implementation of the same layer, where the kernels do not cover a request yet
 ``reference``  plain PyTorch (``_reference.py``), where the extension is not built
 
@@ -10,7 +11,9 @@ A fallback is never silent: it warns once per reason, and :func:`explain` tells 
 from __future__ import annotations
 
 import os
+import re
 import warnings
+from functools import cache
 from types import ModuleType
 from typing import NamedTuple
 
@@ -24,7 +27,7 @@ class FallbackWarning(UserWarning):
 
 
 class Explanation(NamedTuple):
-    """The implementation that runs a request (``cpu``, ``torch`` or ``reference``), and why not a faster one."""
+    """What runs a request (``cpu``, ``cuda``, ``torch`` or ``reference``), and why not something faster."""
 
     implementation: str
     reason: str
@@ -47,37 +50,94 @@ def _load() -> tuple[ModuleType | None, str]:
     return _C, ""
 
 
+def _load_cuda() -> tuple[ModuleType | None, str]:
+    if extension is None:
+        return None, why_no_extension
+    if torch.version.cuda is None:
+        return None, f"torch {torch.__version__} is a build without CUDA"
+    try:
+        from fusedrnn import _cuda
+    except ModuleNotFoundError:
+        return None, "this build of fusedrnn has no CUDA kernels"
+    except ImportError as error:
+        return None, f"the CUDA kernels cannot be loaded ({error})"
+    return _cuda, ""
+
+
 extension, why_no_extension = _load()
+cuda_extension, why_no_cuda = _load_cuda()
 
 
 KERNEL_DTYPES = (torch.float32, torch.float64)
 CONVERTED_DTYPES = (torch.bfloat16, torch.float16)
+CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _warned: set[str] = set()
 
 
-def _explain(device: str, dtype: torch.dtype, projected: bool) -> Explanation:
+def built_for(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether code compiled for ``architectures`` (as TORCH_CUDA_ARCH_LIST names them) runs on such a GPU."""
+    for name in re.split(r"[;\s]+", architectures):
+        number = re.fullmatch(r"(\d+)\.(\d+)(a?)(\+PTX)?", name)
+        if number is None:
+            continue
+        major, minor, exact, ptx = int(number[1]), int(number[2]), number[3], number[4]
+        binary = (major, minor) == capability if exact else major == capability[0] and minor <= capability[1]
+        if binary or (ptx and not exact and (major, minor) <= capability):
+            return True
+    return False
+
+
+@cache
+def _why_no_kernels(device: int) -> str:
+    """Why the CUDA kernels cannot run on this GPU, or nothing."""
+    assert cuda_extension is not None
+    capability = torch.cuda.get_device_capability(device)
+    if built_for(cuda_extension.architectures(), capability):
+        return ""
+    name = f"{torch.cuda.get_device_name(device)} (compute capability {capability[0]}.{capability[1]})"
+    return f"the CUDA kernels were built for {cuda_extension.architectures()}, not for {name}"
+
+
+def _explain(device: torch.device, dtype: torch.dtype, projected: bool) -> Explanation:
     name = str(dtype).removeprefix("torch.")
     if extension is None:
         return Explanation("reference", why_no_extension)
-    if device != "cpu":
-        return Explanation("torch", f"this build has no kernels for {device} devices")
+    if device.type not in ("cpu", "cuda"):
+        return Explanation("torch", f"there are no kernels for {device.type} devices")
+    if device.type == "cuda":
+        missing = why_no_cuda if cuda_extension is None else _why_no_kernels(_index(device))
+        if missing:
+            return Explanation("torch", missing)
     if projected:
-        return Explanation("torch", "the CPU kernels do not cover proj_size yet")
-    if dtype in KERNEL_DTYPES:
+        return Explanation("torch", f"the {device.type.upper()} kernels do not cover proj_size yet")
+    if device.type == "cuda":
+        if dtype in CUDA_DTYPES:
+            return Explanation("cuda", f"fused {name} kernels; step schedule: a product and a kernel per time step")
+    elif dtype in KERNEL_DTYPES:
         return Explanation("cpu", f"fused {name} kernels")
-    if dtype in CONVERTED_DTYPES:
+    elif dtype in CONVERTED_DTYPES:
         weights = "bfloat16 weights" if dtype == torch.bfloat16 else "weights converted at every call"
         return Explanation("cpu", f"fused float32 kernels, {weights}; {name} outside")
     return Explanation("torch", f"there are no kernels for {name}")
 
 
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 def choose(x: Tensor, projected: bool = False) -> str:
     """The implementation for input ``x``; warns, once per reason, when it is a fallback."""
-    if x.dtype in KERNEL_DTYPES and not projected and extension is not None and x.device.type == "cpu":
-        return "cpu"
-    implementation, reason = _explain(x.device.type, x.dtype, projected)
-    if implementation != "cpu":
+    if not projected:
+        if x.is_cpu:
+            if extension is not None and x.dtype in KERNEL_DTYPES:
+                return "cpu"
+        elif (
+            x.is_cuda and cuda_extension is not None and x.dtype in CUDA_DTYPES and not _why_no_kernels(x.get_device())
+        ):
+            return "cuda"
+    implementation, reason = _explain(x.device, x.dtype, projected)
+    if implementation not in ("cpu", "cuda"):
         warn_once(reason, stacklevel=6)  # choose, forward, Module.__call__ (two of its own), the user's line
     return implementation
 
@@ -103,7 +163,7 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence) -> Explanat
 
     if isinstance(module, modules.FUSED):
         data = input.data if isinstance(input, PackedSequence) else input
-        found = _explain(data.device.type, data.dtype, bool(getattr(module, "proj_size", 0)))
+        found = _explain(data.device, data.dtype, bool(getattr(module, "proj_size", 0)))
         return Explanation("cpu", f"{found.reason}; {_path(module, input)}") if found.implementation == "cpu" else found
     if isinstance(module, torch.nn.RNNBase | torch.nn.RNNCellBase):
         return Explanation(

@@ -23,6 +23,7 @@ def _forward_shapes(
     lengths: Tensor | None,  # noqa: ARG001
     resets: Tensor | None,  # noqa: ARG001
     save: bool,
+    tf32: bool = False,  # noqa: ARG001
 ) -> list[Tensor]:
     directions, _, hidden = hx.shape
     rows = math.prod(x.shape[:-1])
@@ -51,6 +52,7 @@ def _backward_shapes(
     lengths: Tensor | None,  # noqa: ARG001
     resets: Tensor | None,  # noqa: ARG001
     wanted: list[bool],
+    tf32: bool = False,  # noqa: ARG001
 ) -> list[Tensor]:
     inputs = [x, hx, *([] if cx is None else [cx]), *weights]
     return [x.new_empty(t.shape) for t, want in zip(inputs, wanted, strict=True) if want]

@@ -46,7 +46,7 @@ def stack(
         hx: ``[L*D, B, R]`` initial hidden states; the number of directions D follows from it.
         cx: ``[L*D, B, H]`` initial cell states of an LSTM.
         weights: torch.nn's flat list: per layer, per direction, w_ih, w_hh and what there is of b_ih, b_hh and w_hr.
-        implementation: ``cpu`` or ``reference`` (see ``_dispatch``).
+        implementation: ``cpu``, ``cuda`` or ``reference`` (see ``_dispatch``).
         num_layers: L.
         dropout: probability with which an output between layers is zeroed; 0 outside training.
 
@@ -54,11 +54,12 @@ def stack(
         y ``[T, B, D*R]`` or ``[N, D*R]``, h_n like hx and c_n like cx, of x's dtype.
     """
     dtype = x.dtype
-    if dtype in CONVERTED_DTYPES:  # float32 inside: products, cell state and everything kept between steps
+    converted = implementation != "cuda" and dtype in CONVERTED_DTYPES
+    if converted:  # float32 inside: products, cell state and everything kept between steps
         x, hx, cx = x.float(), hx.float(), None if cx is None else cx.float()
         if dtype != torch.bfloat16 or implementation != "cpu" or _autograd.in_transform():
             weights = [w.float() for w in weights]  # the kernels take bfloat16 weights as they are
-    recurrence = _autograd.recurrence if implementation == "cpu" else _reference.recurrence
+    recurrence = _reference.recurrence if implementation == "reference" else _autograd.recurrence
     if num_layers == 1:
         x, h, c = recurrence(cell, x, hx, cx, weights, batch_sizes)
     else:
@@ -78,7 +79,7 @@ def stack(
             layers.append((h, c))
         h = torch.cat([h for h, _ in layers])
         c = None if cx is None else torch.cat([c for _, c in layers if c is not None])
-    if dtype in CONVERTED_DTYPES:
+    if converted:
         return x.to(dtype), h.to(dtype), None if c is None else c.to(dtype)
     return x, h, c
 

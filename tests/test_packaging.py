@@ -117,7 +117,9 @@ def test_kernels_know_no_framework():
     framework = re.compile(r'#\s*include\s*[<"](torch|ATen|c10|pybind11|Python)\b')
     kernels = [file for folder in ("cells", "cpu", "cuda") for file in (CSRC / folder).glob("*") if file.is_file()]
     assert kernels
-    assert framework.search((CSRC / "binding.cpp").read_text()), "the pattern finds nothing where there is something"
+    assert framework.search((CSRC / "binding" / "arguments.h").read_text()), (
+        "the pattern finds nothing where there is something"
+    )
     assert not [str(file) for file in kernels if framework.search(file.read_text())]
 
 
@@ -134,14 +136,17 @@ def test_public_names_exist_and_are_documented():
 
 
 def test_types_are_shipped():
-    for name in ("py.typed", "_C.pyi", "passage.txt"):
+    for name in ("py.typed", "_C.pyi", "_cuda.pyi", "passage.txt"):
         assert files(fusedrnn).joinpath(name).is_file(), name
 
 
-@needs_extension
-def test_stub_names_what_the_extension_has():
-    declared = set(re.findall(r"^def (\w+)", files(fusedrnn).joinpath("_C.pyi").read_text(), re.MULTILINE))
-    public = {name for name in dir(_dispatch.extension) if not name.startswith("_")}
+@pytest.mark.parametrize("name", ["_C", "_cuda"])
+def test_stub_names_what_the_extension_has(name):
+    extension = {"_C": _dispatch.extension, "_cuda": _dispatch.cuda_extension}[name]
+    if extension is None:
+        pytest.skip("fusedrnn runs without this extension")
+    declared = set(re.findall(r"^def (\w+)", files(fusedrnn).joinpath(f"{name}.pyi").read_text(), re.MULTILINE))
+    public = {name for name in dir(extension) if not name.startswith("_")}
     assert public == declared
 
 
@@ -169,8 +174,10 @@ def test_info():
     assert said["extension"] == f"built with torch {build['torch']}, {build['compiler']}"
     best = _dispatch.extension.instruction_sets()[0]
     assert said["instruction sets"].startswith(f"{', '.join(build['instruction_sets'])} built, {best} chosen")
-    architectures = ", ".join(build["cuda_architectures"])
-    assert said["CUDA kernels"] == (architectures or "not available: this build has none")
+    if _dispatch.cuda_extension is None:
+        assert said["CUDA kernels"] == f"not available: {_dispatch.why_no_cuda}"
+    else:
+        assert said["CUDA kernels"] == f"built for {_dispatch.cuda_extension.architectures()}"
     if not torch.cuda.is_available():
         assert said["GPUs"].startswith("none: torch ")
 
@@ -190,6 +197,21 @@ def test_unknown_instruction_set_is_refused_in_one_sentence():
     assert done.stderr.splitlines()[-1].endswith(sentence), done.stderr
 
 
+@pytest.mark.parametrize(
+    ("architectures", "runs", "does_not_run"),
+    [
+        ("8.0", [(8, 0), (8, 9)], [(7, 5), (9, 0)]),
+        ("9.0a", [(9, 0)], [(8, 9), (10, 0)]),
+        ("8.0;9.0a;10.0a;12.0+PTX", [(8, 6), (9, 0), (10, 0), (12, 1), (13, 0)], [(7, 5), (10, 3), (11, 0)]),
+        ("8.6 9.0+PTX", [(8, 6), (8, 9), (9, 0), (10, 3)], [(8, 0)]),
+        ("", [], [(9, 0)]),
+    ],
+)
+def test_which_gpus_a_build_is_for(architectures, runs, does_not_run):
+    assert all(_dispatch.built_for(architectures, capability) for capability in runs)
+    assert not any(_dispatch.built_for(architectures, capability) for capability in does_not_run)
+
+
 # --- setup.py ---------------------------------------------------------------------------------------
 # Nothing is built: setuptools' `setup` only says what it was given.
 SCRIPT = """
@@ -203,7 +225,7 @@ runpy.run_path("setup.py")
 def project(tmp_path):
     """A copy of setup.py with a source for the CPU and one for CUDA, so that what is missing is torch's CUDA."""
     shutil.copy(ROOT / "setup.py", tmp_path)
-    for name in ("binding.cpp", "cpu/cpu.cpp", "cuda/cuda.cu"):
+    for name in ("binding/module.cpp", "cpu/cpu.cpp", "cuda/lstm.cu"):
         (tmp_path / "csrc" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "csrc" / name).touch()
     return tmp_path
@@ -230,11 +252,8 @@ def test_setup_without_a_build(project):
 
 @needs_setup
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
-@pytest.mark.parametrize("sources", [True, False], ids=["with kernels", "without kernels"])
-def test_setup_fails_where_cuda_is_asked_for_and_not_there(project, sources):
-    if not sources:
-        shutil.rmtree(project / "csrc" / "cuda")
-    reason = f"torch {torch.__version__} is a build without CUDA" if sources else "this version has no CUDA kernels"
+def test_setup_fails_where_cuda_is_asked_for_and_not_there(project):
+    reason = f"torch {torch.__version__} is a build without CUDA"
     asked, unasked = set_up(project, FUSEDRNN_CUDA="1"), set_up(project)
     assert asked.returncode != 0
     assert asked.stdout == ""

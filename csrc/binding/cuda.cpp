@@ -1,0 +1,77 @@
+// The operators' implementations on NVIDIA GPUs: an extension of its own, so that the one for CPUs needs no CUDA.
+// Importing it registers them; _C, which states their schemas, must be loaded before.
+#include "cuda/cuda.h"
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include "arguments.h"
+#include "cuda/cublas.h"
+
+namespace {
+
+namespace py = pybind11;
+using namespace fusedrnn;
+using namespace fusedrnn::binding;
+
+ScalarKind scalar_kind(ScalarType x, ScalarType weights) {
+  FUSEDRNN_EXPECT(weights == x, "expected weights of dtype ", dtype_name(x), ", got ", dtype_name(weights));
+  switch (x) {
+    case ScalarType::Float:
+      return ScalarKind::float32;
+    case ScalarType::Double:
+      return ScalarKind::float64;
+    case ScalarType::Half:
+      return ScalarKind::float16;
+    case ScalarType::BFloat16:
+      return ScalarKind::bfloat16;
+    default:
+      fail("expected float32, float64, float16 or bfloat16 tensors, got ", dtype_name(x));
+  }
+}
+
+Tensor make(const Tensor& like, const std::vector<int64_t>& sizes) { return torch::stable::new_empty(like, sizes); }
+
+constexpr Backend backend{&scalar_kind, &make, false};
+
+// On torch's current stream and cuBLAS handle of x's device; the workspace is torch's to use again as soon as what is
+// enqueued here has run.
+template <class Params>
+void run(void (*pass)(const Params&, const cuda::Context&), const Params& p, const Tensor& x, bool backward,
+         bool tf32) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  void *stream = nullptr, *handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
+  const Tensor workspace = torch::stable::new_empty(x, {cuda::workspace_bytes(p, backward)}, ScalarType::Byte);
+  cuda::CublasBlas blas(handle, tf32);
+  pass(p, {stream, &blas, workspace.mutable_data_ptr()});
+}
+
+Tensors forward_on_gpu(std::string cell, Tensor x, Tensor hx, MaybeTensor cx, Tensors weights, MaybeTensor batch_sizes,
+                       MaybeTensor lengths, MaybeTensor resets, bool save, bool tf32) {
+  return forward(backend, cell, x, hx, cx, weights, batch_sizes, lengths, resets, save,
+                 [&](const ForwardParams& p) { run(&cuda::forward, p, x, false, tf32); });
+}
+
+Tensors backward_on_gpu(std::string cell, MaybeTensor dy, MaybeTensor dh_n, MaybeTensor dc_n, Tensor x, Tensor y,
+                        Tensor hx, MaybeTensor cx, Tensors saved, Tensors weights, MaybeTensor batch_sizes,
+                        MaybeTensor lengths, MaybeTensor resets, std::vector<bool> wanted, bool tf32) {
+  return backward(backend, cell, dy, dh_n, dc_n, x, y, hx, cx, saved, weights, batch_sizes, lengths, resets, wanted,
+                  [&](const BackwardParams& p) { run(&cuda::backward, p, x, true, tf32); });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CUDA, m) {
+  m.impl("recurrence_forward", TORCH_BOX(&forward_on_gpu));
+  m.impl("recurrence_backward", TORCH_BOX(&backward_on_gpu));
+}
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "fusedrnn's GPU kernels: importing it gives torch.ops.fusedrnn its implementations for CUDA tensors.";
+  m.def(
+      "architectures", [] { return std::string(FUSEDRNN_CUDA_ARCHITECTURES); }, "What the kernels were compiled for.");
+}

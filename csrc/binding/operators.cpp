@@ -1,0 +1,107 @@
+// The operators and their implementations on CPUs.
+#include <torch/csrc/stable/library.h>
+
+#include "arguments.h"
+#include "cpu/cpu.h"
+#include "threads.h"
+
+namespace fusedrnn::binding {
+
+std::atomic<bool> pool_runs_at_once{false};
+
+cpu::Threads threads() {
+  const int64_t count = pool_runs_at_once ? torch::stable::get_num_threads() : 1;
+  return {count, [](int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
+            torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+          }};
+}
+
+}  // namespace fusedrnn::binding
+
+namespace {
+
+using namespace fusedrnn;
+using namespace fusedrnn::binding;
+
+// torch::stable::new_empty, but by its own entry point: the general one looks the operator up by name, which
+// takes a µs a tensor.
+Tensor make(const Tensor& like, const std::vector<int64_t>& sizes) {
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(), static_cast<int64_t>(sizes.size()),
+                                                          nullptr, nullptr, nullptr, 0, nullptr, &made));
+  const Tensor tensor(made);
+  cpu::prefer_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
+  return tensor;
+}
+
+ScalarKind scalar_kind(ScalarType x, ScalarType weights) {
+  if (x == ScalarType::Float && weights == ScalarType::BFloat16) return ScalarKind::float32_of_bfloat16;
+  FUSEDRNN_EXPECT(x == ScalarType::Float || x == ScalarType::Double, "expected float32 or float64 tensors, got ",
+                  dtype_name(x));
+  FUSEDRNN_EXPECT(weights == x, "expected weights of dtype ", dtype_name(x), ", got ", dtype_name(weights));
+  return x == ScalarType::Float ? ScalarKind::float32 : ScalarKind::float64;
+}
+
+constexpr Backend backend{&scalar_kind, &make, true};
+
+Tensors forward_on_cpu(std::string cell, Tensor x, Tensor hx, MaybeTensor cx, Tensors weights, MaybeTensor batch_sizes,
+                       MaybeTensor lengths, MaybeTensor resets, bool save, bool) {
+  return forward(backend, cell, x, hx, cx, weights, batch_sizes, lengths, resets, save,
+                 [](const ForwardParams& p) { cpu::kernels().forward(p, threads()); });
+}
+
+Tensors backward_on_cpu(std::string cell, MaybeTensor dy, MaybeTensor dh_n, MaybeTensor dc_n, Tensor x, Tensor y,
+                        Tensor hx, MaybeTensor cx, Tensors saved, Tensors weights, MaybeTensor batch_sizes,
+                        MaybeTensor lengths, MaybeTensor resets, std::vector<bool> wanted, bool) {
+  return backward(backend, cell, dy, dh_n, dc_n, x, y, hx, cx, saved, weights, batch_sizes, lengths, resets, wanted,
+                  [](const BackwardParams& p) { cpu::kernels().backward(p, threads()); });
+}
+
+Tensors step(std::string cell_name, Tensor x, Tensor hx, MaybeTensor cx, Tensors weights) {
+  const CellInfo cell = cell_info(cell_name);
+  FUSEDRNN_EXPECT(x.dim() == 2 && hx.dim() == 2 && hx.size(0) == x.size(0), "expected x [B, I] and hx [B, H], got ",
+                  to_string(shape(x)), " and ", to_string(shape(hx)));
+  FUSEDRNN_EXPECT(cx.has_value() == cell.has_cell, "expected cx for lstm and for no other cell");
+  check(x, "x", x, x.scalar_type(), shape(x));
+  check(hx, "hx", x, x.scalar_type(), shape(hx));
+  if (cx) check(*cx, "cx", x, x.scalar_type(), shape(hx));
+  ForwardParams p{};
+  p.cell = cell.kind;
+  p.sequence.T = 1;
+  p.sequence.B = x.size(0);
+  p.H = hx.size(1);
+  p.directions = 1;
+  set_weights(backend, p, cell, x, weights);
+  Tensors results{make(x, shape(hx))};
+  if (cell.has_cell) results.push_back(make(x, shape(hx)));
+  p.x = x.const_data_ptr();
+  p.hx = hx.const_data_ptr();
+  p.cx = data(cx);
+  p.y = p.h_n = results[0].mutable_data_ptr();  // the only output is the last state, in the same places
+  if (cell.has_cell) p.c_n = results[1].mutable_data_ptr();
+  cpu::kernels().forward(p, threads());
+  return results;
+}
+
+}  // namespace
+
+// recurrence_forward gives y, h_n, c_n (lstm), and with save what backward asks for as `saved`: gates (lstm, gru), cells
+// (lstm). recurrence_backward: the gradients of x, hx, cx (lstm) and every weight, of those that are wanted. tf32: whether
+// a GPU may round float32 factors to TF32. step is recurrence_forward for one step of [B, I], for inference: h and c
+// (lstm).
+STABLE_TORCH_LIBRARY(fusedrnn, m) {
+  m.def(
+      "recurrence_forward(str cell, Tensor x, Tensor hx, Tensor? cx, Tensor[] weights, Tensor? batch_sizes, "
+      "Tensor? lengths, Tensor? resets, bool save, bool tf32=False) -> Tensor[]");
+  m.def(
+      "recurrence_backward(str cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor y, Tensor hx, "
+      "Tensor? cx, Tensor[] saved, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, "
+      "bool[] wanted, bool tf32=False) -> Tensor[]");
+  m.def("step(str cell, Tensor x, Tensor hx, Tensor? cx, Tensor[] weights) -> Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
+  m.impl("recurrence_forward", TORCH_BOX(&forward_on_cpu));
+  m.impl("recurrence_backward", TORCH_BOX(&backward_on_cpu));
+  m.impl("step", TORCH_BOX(&step));
+}

@@ -1,0 +1,26 @@
+// The recurrence on NVIDIA GPUs, for whoever has the pointers (params.h). All arrays lie on the current device, but for
+// a packed batch's offsets, which lie on the host.
+#pragma once
+
+#include <cstdint>
+
+#include "blas.h"
+#include "params.h"
+#include "tuning.h"
+
+namespace fusedrnn::cuda {
+
+struct Context {
+  void* stream;     // a cudaStream_t: everything is enqueued here and nothing waits for it
+  Blas* blas;       // on the same stream
+  void* workspace;  // as many bytes as workspace_bytes says, aligned to 256
+  int64_t chunk_bytes = cuda::chunk_bytes;
+};
+
+int64_t workspace_bytes(const Problem& problem, bool backward, int64_t chunk_bytes = cuda::chunk_bytes);
+
+// Throw std::runtime_error where CUDA refuses.
+void forward(const ForwardParams& params, const Context& context);
+void backward(const BackwardParams& params, const Context& context);
+
+}  // namespace fusedrnn::cuda

@@ -1,0 +1,48 @@
+// What a kernel and its schedule may assume of where they run: on a GPU, or on the host that executes the same source
+// in tests (tests/hostcuda). No other file asks which of the two it is, but those that hold PTX.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#if defined(FUSEDRNN_HOSTCUDA)
+#include "shim.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
+
+#include "tuning.h"
+
+#define FUSEDRNN_DEVICE __device__ __forceinline__
+
+namespace fusedrnn::cuda {
+
+// A grid of blocks x*y*z, of threads x*y. Kernels take one struct by value.
+template <class P>
+void launch(void (*kernel)(P), const Geometry& g, cudaStream_t stream, const P& p) {
+  const dim3 grid(static_cast<unsigned>(g.grid_x), g.grid_y, g.grid_z), block(g.block_x, g.block_y);
+#if defined(FUSEDRNN_HOSTCUDA)
+  (void)stream;
+  shim::launch(grid, block, [&] { kernel(p); });
+#else
+  kernel<<<grid, block, 0, stream> > >(p);
+#endif
+}
+
+inline void expect_success(cudaError_t status) {
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string("fusedrnn: CUDA says: ") + cudaGetErrorString(status));
+}
+
+inline void copy(void* to, const void* from, int64_t bytes, cudaStream_t stream) {
+  if (bytes) expect_success(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream));
+}
+
+inline void zero(void* to, int64_t bytes, cudaStream_t stream) {
+  if (bytes) expect_success(cudaMemsetAsync(to, 0, bytes, stream));
+}
+
+}  // namespace fusedrnn::cuda

@@ -1,0 +1,234 @@
+// What every schedule has around its time loop, for one cell and scalar type: workspace, conversions, and the products
+// with all rows of a chunk, for the input's part of the pre-activations and for the gradients of input and weights.
+#pragma once
+
+#include <initializer_list>
+#include <type_traits>
+
+#include "cuda.h"
+#include "elementwise.cuh"
+
+namespace fusedrnn::cuda {
+
+// Hands out parts of one block of memory; without a block it only counts.
+class Room {
+ public:
+  explicit Room(void* base) : base_(static_cast<char*>(base)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    T* const at = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
+    return at;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+template <class S>
+constexpr Element element() {
+  return std::is_same_v<S, float16>    ? Element::float16
+         : std::is_same_v<S, bfloat16> ? Element::bfloat16
+         : std::is_same_v<S, float>    ? Element::float32
+                                       : Element::float64;
+}
+
+template <class T>
+const T* as(const void* data) {
+  return static_cast<const T*>(data);
+}
+
+template <class Cell, class S>
+class Layer {
+ protected:
+  using A = Accumulator<S>;
+  static constexpr bool same = std::is_same_v<S, A>;
+  static constexpr int widest = vector_width(sizeof(A));
+
+  Layer(const Problem& p, const Context& context)
+      : p_(p),
+        stream_(static_cast<cudaStream_t>(context.stream)),
+        blas_(context.blas),
+        D_(p.directions),
+        B_(p.sequence.B),
+        H_(p.H),
+        N_(p.sequence.start(p.sequence.T)),
+        chunk_bytes_(context.chunk_bytes) {}
+
+  // A chunk's gradients of pre-activations, and what they become: sums over all chunks, in the accumulators' type.
+  struct Gradients {
+    int64_t rows;      // of the sequence in a chunk
+    S* da[2];          // [rows, sums*H]
+    S* h_previous[2];  // [rows, H] the state before each step
+    S* ones;           // [rows]
+    A* biases[2];      // [sums*H]
+    A* w_ih[2];        // [gates*H, I], nullptr where the result itself is of the accumulators' type
+    A* w_hh[2];        // [gates*H, H], likewise
+
+    Gradients(const Layer& layer, Room& room) {
+      const int64_t sums = Cell::sums * layer.H_, gates = Cell::gates * layer.H_;
+      rows = chunk_rows(layer.N_, layer.B_, sums * sizeof(S), layer.chunk_bytes_);
+      // The directions' arrays lie one behind the other: their distance is a batched product's stride.
+      for (int d = 0; d < layer.D_; ++d) da[d] = room.take<S>(rows * sums);
+      for (int d = 0; d < layer.D_; ++d) h_previous[d] = room.take<S>(rows * layer.H_);
+      ones = room.take<S>(rows);
+      for (int d = 0; d < layer.D_; ++d) {
+        biases[d] = room.take<A>(sums);
+        w_ih[d] = same ? nullptr : room.take<A>(gates * layer.p_.I);
+        w_hh[d] = same ? nullptr : room.take<A>(gates * layer.H_);
+      }
+    }
+  };
+
+  void begin_gradients(const BackwardParams& p, const Gradients& g) {
+    elementwise(fill_with_one<S>, fill_with_one<S>, false, g.rows, 1, Ones<S>{g.ones, g.rows});
+    if (p.dx && D_ == 2) zero(p.dx, N_ * p.I * sizeof(S), stream_);
+  }
+
+  // Adds a chunk's share to every gradient of input and weights that is asked for; the last chunk comes first.
+  void add_gradients(const BackwardParams& p, const Gradients& g, const Chunk& chunk) {
+    const int64_t sums = Cell::sums * H_, gates = Cell::gates * H_;
+    const bool accumulate = chunk.end < p.sequence.T;
+    for (int d = 0; d < D_; ++d) {
+      const int64_t rows = chunk.rows[d], first = chunk.first[d];
+      const WeightGradients& wanted = p.gradients[d];
+      const S* const da_x = g.da[d] + Cell::input_sum * H_;
+      if (p.dx)
+        multiply({rows,
+                  p.I,
+                  gates,
+                  1,
+                  {da_x, sums},
+                  {p.weights[d].w_ih, p.I},
+                  static_cast<S*>(p.dx) + first * p.I,
+                  p.I,
+                  0,
+                  element<S>(),
+                  element<S>(),
+                  D_ == 2});
+      if (wanted.w_ih)
+        multiply({gates,
+                  p.I,
+                  rows,
+                  1,
+                  {da_x, sums, 0, true},
+                  {as<S>(p.x) + first * p.I, p.I},
+                  same ? wanted.w_ih : g.w_ih[d],
+                  p.I,
+                  0,
+                  element<S>(),
+                  element<A>(),
+                  accumulate});
+      if (wanted.w_hh)
+        for_gate_blocks([&](int sum, int gate, int count) {
+          A* const gradient = same ? static_cast<A*>(wanted.w_hh) : g.w_hh[d];
+          multiply({count * H_,
+                    H_,
+                    rows,
+                    1,
+                    {g.da[d] + sum * H_, sums, 0, true},
+                    {g.h_previous[d], H_},
+                    gradient + gate * H_ * H_,
+                    H_,
+                    0,
+                    element<S>(),
+                    element<A>(),
+                    accumulate});
+        });
+      if (wanted.b_ih || wanted.b_hh)
+        multiply({1,
+                  sums,
+                  rows,
+                  1,
+                  {g.ones, rows},
+                  {g.da[d], sums},
+                  g.biases[d],
+                  sums,
+                  0,
+                  element<S>(),
+                  element<A>(),
+                  accumulate});
+    }
+  }
+
+  // From the accumulators' type to the weights', and from sums to the biases that are part of them.
+  void finish_gradients(const BackwardParams& p, const Gradients& g) {
+    for (int d = 0; d < D_; ++d) {
+      const WeightGradients& wanted = p.gradients[d];
+      if constexpr (!same) {
+        if (wanted.w_ih) convert(static_cast<S*>(wanted.w_ih), g.w_ih[d], Cell::gates * H_, p.I);
+        if (wanted.w_hh) convert(static_cast<S*>(wanted.w_hh), g.w_hh[d], Cell::gates * H_, H_);
+      }
+      if (wanted.b_ih) convert(static_cast<S*>(wanted.b_ih), g.biases[d] + Cell::input_sum * H_, Cell::gates, H_);
+      if (wanted.b_hh)
+        for_gate_blocks([&](int sum, int gate, int count) {
+          convert(static_cast<S*>(wanted.b_hh) + gate * H_, g.biases[d] + sum * H_, count, H_);
+        });
+    }
+  }
+
+  // Calls f(first sum, its gate in w_hh, how many follow it there too) for the sums that h takes part in.
+  template <class F>
+  static void for_gate_blocks(const F& f) {
+    for (int k = 0, count; k < Cell::gates; k += count) {
+      count = 1;
+      while (k + count < Cell::gates && Cell::hidden_gate(k + count) == Cell::hidden_gate(k) + count) ++count;
+      f(k, Cell::hidden_gate(k), count);
+    }
+  }
+
+  bool has_bias() const { return p_.weights[0].b_ih; }
+
+  void add_biases_to(A* biases) {
+    const auto& w = p_.weights;
+    const Biases<S> p{H_, {as<S>(w[0].b_ih), as<S>(w[1].b_ih)}, {as<S>(w[0].b_hh), as<S>(w[1].b_hh)}, biases};
+    const bool vectors = vectors_for({p.b_ih[0], p.b_ih[1], p.b_hh[0], p.b_hh[1]});
+    elementwise(add_biases<Cell, S, widest>, add_biases<Cell, S, 1>, vectors, Cell::sums, H_, p, D_);
+  }
+
+  // Whether the units of all rows of these arrays can be taken `widest` at a time.
+  bool vectors_for(std::initializer_list<const void*> arrays) const {
+    if (H_ % widest) return false;
+    for (const void* array : arrays)
+      if (reinterpret_cast<uintptr_t>(array) % (widest * sizeof(S))) return false;
+    return true;
+  }
+
+  // `wide` takes `widest` columns a thread, `narrow` one.
+  template <class P>
+  void elementwise(void (*wide)(P), void (*narrow)(P), bool vectors, int64_t rows, int64_t columns, const P& p,
+                   int directions = 1) {
+    if (rows == 0) return;
+    launch(vectors ? wide : narrow, elementwise_geometry(rows, columns, vectors ? widest : 1, directions), stream_, p);
+  }
+
+  template <class To, class From>
+  void convert(To* to, const From* from, int64_t rows, int64_t columns) {
+    if constexpr (std::is_same_v<To, From>) {
+      copy(to, from, rows * columns * sizeof(To), stream_);
+    } else {
+      const bool vectors = columns % widest == 0 && reinterpret_cast<uintptr_t>(to) % (widest * sizeof(To)) == 0 &&
+                           reinterpret_cast<uintptr_t>(from) % (widest * sizeof(From)) == 0;
+      elementwise(convert_elements<To, From, widest>, convert_elements<To, From, 1>, vectors, rows, columns,
+                  Conversion<To, From>{to, from, rows, columns});
+    }
+  }
+
+  void multiply(const Product& product) {
+    if (product.rows == 0 || product.columns == 0) return;
+    if (product.inner) return blas_->multiply(product);
+    // Only an empty batch's weight gradients are sums of nothing; they have no gaps.
+    zero(product.c, product.rows * product.columns * sizeof(A), stream_);
+  }
+
+  const Problem& p_;
+  const cudaStream_t stream_;
+  Blas* const blas_;
+  const int D_;
+  const int64_t B_, H_, N_, chunk_bytes_;
+};
+
+}  // namespace fusedrnn::cuda

@@ -1,0 +1,7 @@
+#include "step.cuh"
+
+namespace fusedrnn::cuda {
+
+template struct StepOf<LSTM>;
+
+}  // namespace fusedrnn::cuda

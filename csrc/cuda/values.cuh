@@ -1,0 +1,89 @@
+// Scalars as memory has them and as arithmetic takes them, and a few neighbours at once.
+#pragma once
+
+#include "device.cuh"
+
+namespace fusedrnn::cuda {
+
+// Storage only: arithmetic is in float.
+struct float16 {
+  uint16_t bits;
+};
+struct bfloat16 {
+  uint16_t bits;
+};
+
+// What a scalar type is computed and accumulated in.
+template <class S>
+struct AccumulatorOf {
+  using type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using type = double;
+};
+template <class S>
+using Accumulator = typename AccumulatorOf<S>::type;
+
+#if defined(FUSEDRNN_HOSTCUDA)
+FUSEDRNN_DEVICE float widen(float16 x) { return shim::from_float16(x.bits); }
+FUSEDRNN_DEVICE float widen(bfloat16 x) { return shim::from_bfloat16(x.bits); }
+FUSEDRNN_DEVICE void narrow(float x, float16& to) { to.bits = shim::to_float16(x); }
+FUSEDRNN_DEVICE void narrow(float x, bfloat16& to) { to.bits = shim::to_bfloat16(x); }
+#else
+FUSEDRNN_DEVICE float widen(float16 x) { return __half2float(__ushort_as_half(x.bits)); }
+FUSEDRNN_DEVICE float widen(bfloat16 x) { return __bfloat162float(__ushort_as_bfloat16(x.bits)); }
+FUSEDRNN_DEVICE void narrow(float x, float16& to) { to.bits = __half_as_ushort(__float2half_rn(x)); }
+FUSEDRNN_DEVICE void narrow(float x, bfloat16& to) { to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+#endif
+FUSEDRNN_DEVICE float widen(float x) { return x; }
+FUSEDRNN_DEVICE double widen(double x) { return x; }
+FUSEDRNN_DEVICE void narrow(float x, float& to) { to = x; }
+FUSEDRNN_DEVICE void narrow(double x, double& to) { to = x; }
+
+// width neighbours in memory, loaded and stored in one access; the address is a multiple of their size.
+template <class S, int width>
+struct alignas(sizeof(S) * width) Pack {
+  S value[width];
+};
+
+// width neighbours in registers.
+template <class A, int width>
+struct Values {
+  A value[width];
+
+  FUSEDRNN_DEVICE A& operator[](int i) { return value[i]; }
+  FUSEDRNN_DEVICE const A& operator[](int i) const { return value[i]; }
+  FUSEDRNN_DEVICE Values& operator+=(const Values& other) {
+#pragma unroll
+    for (int i = 0; i < width; ++i) value[i] += other[i];
+    return *this;
+  }
+};
+
+template <int width, class S>
+FUSEDRNN_DEVICE Values<Accumulator<S>, width> load(const S* from) {
+#if defined(FUSEDRNN_HOSTCUDA)
+  const auto pack = shim::load<Pack<S, width>>(from);
+#else
+  const auto pack = *reinterpret_cast<const Pack<S, width>*>(from);
+#endif
+  Values<Accumulator<S>, width> values;
+#pragma unroll
+  for (int i = 0; i < width; ++i) values[i] = widen(pack.value[i]);
+  return values;
+}
+
+template <int width, class S>
+FUSEDRNN_DEVICE void store(S* to, const Values<Accumulator<S>, width>& values) {
+  Pack<S, width> pack;
+#pragma unroll
+  for (int i = 0; i < width; ++i) narrow(values[i], pack.value[i]);
+#if defined(FUSEDRNN_HOSTCUDA)
+  shim::store(to, pack);
+#else
+  *reinterpret_cast<Pack<S, width>*>(to) = pack;
+#endif
+}
+
+}  // namespace fusedrnn::cuda

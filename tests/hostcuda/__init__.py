@@ -1,0 +1,139 @@
+"""The GPU schedules of csrc/cuda executed on the host: the same sources, compiled by g++ against shim.h.
+
+`forward` and `backward` take and give what the operators of the same names do, on CPU tensors, and raise AssertionError
+where the kernels do what a GPU would not forgive.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+COMPILER = os.environ.get("CXX", "g++")  # GCC: Clang calls the access functions by other names
+KERNELS = ("rnn.cu", "lstm.cu", "gru.cu")
+
+# As csrc/params.h numbers them.
+CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3}
+SCALARS = {torch.float32: 0, torch.float64: 1, torch.float16: 3, torch.bfloat16: 4}
+GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
+SAVED = {"rnn_tanh": 0, "rnn_relu": 0, "lstm": 4, "gru": 4}
+
+
+def build(csrc: Path = ROOT / "csrc", folder: Path = ROOT / "build" / "hostcuda") -> Path:
+    """Compiles what has changed of `csrc` and the shim; returns the module's file."""
+    import pybind11
+
+    folder.mkdir(parents=True, exist_ok=True)
+    headers = sorted([*csrc.glob("*.h"), *csrc.glob("cells/*"), *csrc.glob("cuda/*.*h"), *HERE.glob("*.h")])
+    common = hashlib.sha256(b"".join(path.read_bytes() for path in headers))
+    flags = ["-std=c++20", "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+    flags += [f"-I{csrc}", f"-I{HERE}", "-DFUSEDRNN_HOSTCUDA"]
+    watched = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-x", "c++"]
+    glue = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    sources = [(csrc / "cuda" / name, watched) for name in KERNELS]
+    sources += [(csrc / "cuda" / "cuda.cpp", []), (HERE / "shim.cpp", []), (HERE / "module.cpp", glue)]
+
+    def compile(source: Path, extra: list[str]) -> Path:
+        digest = common.copy()
+        digest.update(source.read_bytes() + repr((COMPILER, flags, extra)).encode())
+        made = folder / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+        if not made.exists():
+            unfinished = made.with_suffix(f".{os.getpid()}")
+            subprocess.run([COMPILER, *flags, *extra, "-c", str(source), "-o", str(unfinished)], check=True)
+            unfinished.rename(made)
+        return made
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda arguments: compile(*arguments), sources))
+    digest = hashlib.sha256(repr(objects).encode()).hexdigest()[:16]
+    made = folder / digest / f"hostcuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not made.exists():
+        made.parent.mkdir(exist_ok=True)
+        unfinished = made.with_suffix(f".{os.getpid()}")
+        subprocess.run([COMPILER, "-shared", *map(str, objects), "-o", str(unfinished)], check=True)
+        unfinished.rename(made)
+    return made
+
+
+@cache
+def library() -> ModuleType:
+    """The module of FUSEDRNN_HOSTCUDA, or of this checkout."""
+    path = os.environ.get("FUSEDRNN_HOSTCUDA") or build()
+    spec = importlib.util.spec_from_file_location("hostcuda", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+seed = 0  # of the order in which a launch's threads run
+chunk_bytes = 32 << 20  # as tuning.h has it
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    tensor = tensor.detach().contiguous()
+    return (tensor.view(torch.int16) if tensor.element_size() == 2 else tensor).numpy()
+
+
+def _run(pass_name: str, cell: str, x: Tensor, hx: Tensor, batch_sizes, inputs: dict, results: dict, partly=()) -> None:
+    directions, batch, hidden = hx.shape
+    steps = x.size(0) if batch_sizes is None else len(batch_sizes)
+    offsets = None if batch_sizes is None else [0, *np.cumsum(batch_sizes.numpy()).tolist()]
+    sizes = library().Sizes(CELLS[cell], SCALARS[x.dtype], steps, batch, x.size(-1), hidden, directions, chunk_bytes)
+    given = {name: _array(tensor) for name, tensor in (inputs | {"x": x, "hx": hx}).items() if tensor is not None}
+    made = {name: _array(tensor) for name, tensor in results.items()}
+    error, not_whole = getattr(library(), pass_name)(seed, sizes, offsets, given, made)
+    assert not error, error
+    assert set(not_whole) <= set(partly), f"{not_whole} are not written as a whole"
+
+
+def _named_weights(weights: list[Tensor], hx: Tensor, prefix: str = "") -> dict[str, Tensor]:
+    each = len(weights) // len(hx)
+    names = [f"{prefix}{name}{d}" for d in range(len(hx)) for name in ("w_ih", "w_hh", "b_ih", "b_hh")[:each]]
+    return dict(zip(names, weights, strict=True))
+
+
+def forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, save, tf32) -> list[Tensor]:
+    assert not tf32, "there is no TF32 on the host"
+    rows = x.shape[:-1].numel()
+    directions, _, hidden = hx.shape
+    results = {"y": x.new_empty(*x.shape[:-1], directions * hidden), "h_n": torch.empty_like(hx)}
+    if cx is not None:
+        results["c_n"] = torch.empty_like(cx)
+    if save and SAVED[cell]:
+        results["gates"] = x.new_empty(directions, rows, SAVED[cell] * hidden)
+    if save and cx is not None:
+        results["cells"] = x.new_empty(directions, rows, hidden)
+    inputs = {"cx": cx, "lengths": lengths, "resets": resets} | _named_weights(weights, hx)
+    _run("forward", cell, x, hx, batch_sizes, inputs, results, () if lengths is None else ("gates", "cells"))
+    return list(results.values())
+
+
+def backward(
+    cell, dy, dh_n, dc_n, x, y, hx, cx, saved, weights, batch_sizes, lengths, resets, wanted, tf32
+) -> list[Tensor]:
+    assert not tf32, "there is no TF32 on the host"
+    inputs = {"y": y, "cx": cx, "dy": dy, "dh_n": dh_n, "dc_n": dc_n, "lengths": lengths, "resets": resets}
+    inputs |= dict(zip(("gates", "cells"), saved)) | _named_weights(weights, hx)  # noqa: B905
+    like = {"dx": x, "dhx": hx} | ({} if cx is None else {"dcx": cx}) | _named_weights(weights, hx, "d")
+    results = {
+        n: torch.empty_like(t, memory_format=torch.contiguous_format)
+        for (n, t), want in zip(like.items(), wanted, strict=True)
+        if want
+    }
+    _run("backward", cell, x, hx, batch_sizes, inputs, results)
+    return list(results.values())

@@ -1,0 +1,23 @@
+// The device memory of shim.cpp, for whoever fills and reads it between launches.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace shim {
+
+// Forgets everything and chooses the order of threads. What comes after belongs to one test.
+void reset(uint64_t seed);
+
+// Memory of that size between guard bytes, 256-aligned; `name` is for reports.
+void* allocate(size_t bytes, const std::string& name);
+
+// Copies from and to the host. What nobody has written arrives as all ones (a NaN); returns whether there was any.
+void upload(void* to, const void* from, size_t bytes);
+bool download(void* to, const void* from, size_t bytes);
+
+// The first thing that went wrong since reset, or nothing.
+const std::string& error();
+
+}  // namespace shim

@@ -1,0 +1,178 @@
+// The recurrence of csrc/cuda for Python, on arrays of the host: they are copied to device memory, the pass runs there,
+// and the results are copied back.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <optional>
+
+#include "cuda/cuda.h"
+#include "device_memory.h"
+#include "shim.h"
+
+namespace {
+
+namespace py = pybind11;
+using namespace fusedrnn;
+using Arrays = std::map<std::string, py::array>;
+
+template <class T>
+auto value(T x) {
+  return x;
+}
+struct Half {
+  uint16_t bits;
+};
+struct Brain {
+  uint16_t bits;
+};
+float value(Half x) { return shim::from_float16(x.bits); }
+float value(Brain x) { return shim::from_bfloat16(x.bits); }
+void set(Half& to, float x) { to.bits = shim::to_float16(x); }
+void set(Brain& to, float x) { to.bits = shim::to_bfloat16(x); }
+void set(float& to, float x) { to = x; }
+void set(double& to, double x) { to = x; }
+
+// Products by plain loops over watched memory.
+class Loops : public cuda::Blas {
+ public:
+  void multiply(const cuda::Product& p) override {
+    using cuda::Element;
+    if (p.in == Element::float64) return run<double, double>(p);
+    if (p.in == Element::float32) return run<float, float>(p);
+    if (p.in == Element::float16) return p.out == p.in ? run<Half, Half>(p) : run<Half, float>(p);
+    return p.out == p.in ? run<Brain, Brain>(p) : run<Brain, float>(p);
+  }
+
+ private:
+  template <class In, class Out>
+  void run(const cuda::Product& p) {
+    using A = decltype(value(Out()));
+    for (int i = 0; i < p.count; ++i) {
+      const auto a = matrix<In>(p.a, i, p.rows, p.inner), b = matrix<In>(p.b, i, p.inner, p.columns);
+      for (int64_t row = 0; row < p.rows; ++row) {
+        std::vector<Out> c(p.columns);
+        Out* const at = static_cast<Out*>(p.c) + i * p.stride_c + row * p.ldc;
+        const size_t bytes = p.columns * sizeof(Out);
+        if (p.accumulate) cudaMemcpyAsync(c.data(), at, bytes, cudaMemcpyDeviceToDevice, nullptr);
+        for (int64_t column = 0; column < p.columns; ++column) {
+          A sum = p.accumulate ? value(c[column]) : A(0);
+          for (int64_t k = 0; k < p.inner; ++k) sum += A(a[row * p.inner + k]) * A(b[k * p.columns + column]);
+          set(c[column], sum);
+        }
+        cudaMemcpyAsync(at, c.data(), bytes, cudaMemcpyDeviceToDevice, nullptr);
+      }
+    }
+  }
+
+  // As it is multiplied, row by row.
+  template <class In>
+  static auto matrix(const cuda::Factor& f, int i, int64_t rows, int64_t columns) {
+    std::vector<decltype(value(In()))> dense(rows * columns);
+    const int64_t lines = f.transposed ? columns : rows, length = f.transposed ? rows : columns;
+    std::vector<In> line(length);
+    for (int64_t y = 0; y < lines; ++y) {
+      const In* const from = static_cast<const In*>(f.data) + i * f.stride + y * f.ld;
+      cudaMemcpyAsync(line.data(), from, length * sizeof(In), cudaMemcpyDeviceToDevice, nullptr);
+      for (int64_t x = 0; x < length; ++x) dense[f.transposed ? x * columns + y : y * columns + x] = value(line[x]);
+    }
+    return dense;
+  }
+};
+
+// A problem's arrays in device memory, by the names that the params have.
+class Device {
+ public:
+  Device(uint64_t seed, const Arrays& inputs, Arrays& outputs) : outputs_(outputs) {
+    shim::reset(seed);
+    for (const auto& [name, array] : inputs) {
+      at_[name] = shim::allocate(array.nbytes(), name);
+      shim::upload(at_[name], array.data(), array.nbytes());
+    }
+    for (const auto& [name, array] : outputs) at_[name] = shim::allocate(array.nbytes(), name);
+  }
+
+  void* operator[](const std::string& name) const {
+    const auto found = at_.find(name);
+    return found == at_.end() ? nullptr : found->second;
+  }
+
+  // Copies the results to the host. Returns what went wrong, and the names of results that are not whole.
+  std::pair<std::string, std::vector<std::string>> finish() {
+    std::vector<std::string> not_whole;
+    for (auto& [name, array] : outputs_)
+      if (shim::download(array.mutable_data(), at_[name], array.nbytes())) not_whole.push_back(name);
+    return {shim::error(), not_whole};
+  }
+
+ private:
+  std::map<std::string, void*> at_;
+  Arrays& outputs_;
+};
+
+struct Sizes {
+  int cell, scalar;
+  int64_t T, B, I, H;
+  int directions;
+  int64_t chunk_bytes;
+};
+
+void set_problem(Problem& p, const Sizes& s, const std::optional<std::vector<int64_t>>& offsets, const Device& device) {
+  p.cell = static_cast<CellKind>(s.cell);
+  p.scalar = static_cast<ScalarKind>(s.scalar);
+  p.sequence = {s.T, s.B, offsets ? offsets->data() : nullptr, static_cast<int64_t*>(device["lengths"]),
+                static_cast<bool*>(device["resets"])};
+  p.I = s.I;
+  p.H = s.H;
+  p.directions = s.directions;
+  for (int d = 0; d < s.directions; ++d) {
+    const std::string suffix = std::to_string(d);
+    p.weights[d] = {device["w_ih" + suffix], device["w_hh" + suffix], device["b_ih" + suffix], device["b_hh" + suffix]};
+  }
+}
+
+template <class Params>
+auto run(void (*pass)(const Params&, const cuda::Context&), const Params& p, bool backward, int64_t chunk_bytes,
+         Device& device) {
+  Loops loops;
+  pass(p, {nullptr, &loops, shim::allocate(cuda::workspace_bytes(p, backward, chunk_bytes), "workspace"), chunk_bytes});
+  return device.finish();
+}
+
+auto forward(uint64_t seed, const Sizes& sizes, const std::optional<std::vector<int64_t>>& offsets,
+             const Arrays& inputs, Arrays outputs) {
+  Device device(seed, inputs, outputs);
+  ForwardParams p{};
+  set_problem(p, sizes, offsets, device);
+  p.x = device["x"], p.hx = device["hx"], p.cx = device["cx"];
+  p.y = device["y"], p.h_n = device["h_n"], p.c_n = device["c_n"], p.gates = device["gates"], p.cells = device["cells"];
+  return run(&cuda::forward, p, false, sizes.chunk_bytes, device);
+}
+
+auto backward(uint64_t seed, const Sizes& sizes, const std::optional<std::vector<int64_t>>& offsets,
+              const Arrays& inputs, Arrays outputs) {
+  Device device(seed, inputs, outputs);
+  BackwardParams p{};
+  set_problem(p, sizes, offsets, device);
+  p.x = device["x"], p.y = device["y"], p.hx = device["hx"], p.cx = device["cx"];
+  p.gates = device["gates"], p.cells = device["cells"];
+  p.dy = device["dy"], p.dh_n = device["dh_n"], p.dc_n = device["dc_n"];
+  p.dx = device["dx"], p.dhx = device["dhx"], p.dcx = device["dcx"];
+  for (int d = 0; d < p.directions; ++d) {
+    const std::string suffix = std::to_string(d);
+    p.gradients[d] = {device["dw_ih" + suffix], device["dw_hh" + suffix], device["db_ih" + suffix],
+                      device["db_hh" + suffix]};
+  }
+  return run(&cuda::backward, p, true, sizes.chunk_bytes, device);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(hostcuda, m) {
+  py::class_<Sizes>(m, "Sizes")
+      .def(py::init<int, int, int64_t, int64_t, int64_t, int64_t, int, int64_t>(), py::arg("cell"), py::arg("scalar"),
+           py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("directions"), py::arg("chunk_bytes"));
+  m.def("forward", &forward);
+  m.def("backward", &backward);
+}

@@ -1,0 +1,97 @@
+"""The GPU schedules, executed on the host (tests/hostcuda): every kernel against the oracle, every access watched."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import hostcuda
+import pytest
+import torch
+from cases import CELLS, Case, for_all_cells, sizes
+from numerics import assert_all_as_good
+from test_reference import Call, run_oracle, run_recurrence
+
+from fusedrnn import _autograd, _ops, _reference
+
+pytest.importorskip("pybind11")
+pytestmark = pytest.mark.skipif(not (hostcuda.ROOT / "csrc").is_dir(), reason="needs the sources")
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+@pytest.fixture(autouse=True)
+def on_the_host(monkeypatch):
+    monkeypatch.setattr(_ops, "recurrence_forward", hostcuda.forward)
+    monkeypatch.setattr(_ops, "recurrence_backward", hostcuda.backward)
+
+
+def check(call: Call) -> None:
+    ours = run_recurrence(_autograd.recurrence, call)
+    theirs = run_recurrence(_reference.recurrence, call)
+    assert_all_as_good(ours, theirs, run_oracle(call), call.case.torch_dtype)
+
+
+# Odd and even sizes, and multiples of what a thread takes at once (4 units, 2 of float64); more units than a block has
+# threads, more rows than it has.
+SIZES = sizes((5, 3, 4, 7), (4, 2, 3, 16), (1, 1, 1, 1), (3, 37, 2, 4), (2, 1, 5, 130), (2, 3, 8, 520), (6, 5, 1, 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", SIZES, ids=str)
+def test_sizes(case, dtype):
+    check(Call(replace(case, dtype=dtype)))
+
+
+SHAPES = ({"T": 7, "B": 5, "I": 3, "H": 9}, {"T": 4, "B": 3, "I": 2, "H": 8})
+
+
+def calls(case: Case) -> dict[str, Call]:
+    unsorted = tuple(5 * b % (case.T + 1) for b in range(case.B))  # begins with 0
+    falling = tuple(sorted((max(1, length) for length in unsorted), reverse=True))
+    return {
+        "padded": Call(case),
+        "packed": Call(replace(case, lengths=falling)),
+        "lengths": Call(case, lengths=unsorted),
+        "no row": Call(case, lengths=(0,) * case.B),
+        "resets": Call(case, resets=True),
+        "lengths and resets": Call(case, lengths=unsorted, resets=True),
+        "packed, resets": Call(replace(case, lengths=falling), resets=True),
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "both"])
+@pytest.mark.parametrize("name", calls(Case()))
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"H{shape['H']}")
+@pytest.mark.parametrize("kind", CELLS, ids=lambda kind: Case(**kind).equations)
+def test_rows(kind, shape, name, bidirectional, dtype):
+    check(calls(Case(**kind, **shape, bidirectional=bidirectional, dtype=dtype))[name])
+
+
+@pytest.mark.parametrize(
+    "case", for_all_cells({"bias": False, "bidirectional": True}, {"bias": False}, {"B": 0}), ids=str
+)
+def test_options(case):
+    check(Call(case))
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 2000])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("lengths", [None, (7, 7, 4, 2, 1)], ids=["padded", "packed"])
+@pytest.mark.parametrize(
+    "case",
+    for_all_cells({"T": 7, "B": 5, "I": 3, "H": 8}, {"T": 7, "B": 5, "I": 3, "H": 9, "bidirectional": True}),
+    ids=str,
+)
+def test_chunks(monkeypatch, case, lengths, dtype, chunk_bytes):
+    """Chunks of one step, and of a few."""
+    monkeypatch.setattr(hostcuda, "chunk_bytes", chunk_bytes)
+    check(Call(replace(case, lengths=lengths, dtype=dtype)))
+
+
+def test_order_of_threads_makes_no_difference(monkeypatch):
+    call = Call(Case(T=4, B=3, H=12, bidirectional=True), resets=True)
+    first = run_recurrence(_autograd.recurrence, call)
+    monkeypatch.setattr(hostcuda, "seed", 1)
+    again = run_recurrence(_autograd.recurrence, call)
+    assert all(torch.equal(first[name], again[name]) for name in first)
