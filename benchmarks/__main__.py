@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The checked-out commit, marked when files differ from it; None where there is none."""
     try:
         command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
@@ -50,7 +51,7 @@ def machine() -> dict[str, str | int | None]:
         "onnxruntime": importlib.metadata.version("onnxruntime") if has_onnxruntime else None,
         "instruction_set": fusedrnn._dispatch.extension.instruction_set() if fusedrnn._dispatch.extension else None,
         "fusedrnn": fusedrnn.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.datetime.now().isoformat(timespec="minutes"),
     }
 
@@ -75,7 +76,8 @@ def _print_row(row: Row) -> None:
     print(f"{line} {row.gflops:8.1f} {share} {', '.join(notes)}", flush=True)
 
 
-def _print_summaries(rows: list[Row], sets: dict[str, tuple[Case, ...]]) -> None:
+def print_summaries(rows: list[Row], sets: Mapping[str, Iterable[Case]]) -> None:
+    """What ran, and the speed-up of each set."""
     print()
     for (implementation, reason), count in Counter((r.implementation, r.reason) for r in rows).items():
         print(f"fusedrnn ran {implementation} ({reason}) in {count} rows")
@@ -165,7 +167,7 @@ def main() -> int:
                 _print_row(row)
                 if out:
                     print(row.to_line(), file=out, flush=True)
-    _print_summaries(rows, sets)
+    print_summaries(rows, sets)
     if args.plot and rows:
         draw(rows, args.plot)
     return 1 if wrong else 0

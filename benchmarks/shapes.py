@@ -199,6 +199,47 @@ GROWTH: tuple[Case, ...] = (
     *(Case("growth-H", "LSTM", 8, 32, h, h, source=_GROWTH) for h in (16, 32, 64, 128, 256, 512, 1024, 2048)),
 )
 
+# For GPUs, the most telling first: a run there is often short.
+_HEADLINE = "where cuDNN has its persistent kernels, and where torch.nn runs without them"
+_HEADLINE_SIZES = ((32, 128, 512, 512), (64, 128, 1024, 1024), (64, 64, 2048, 2048), (32, 256, 128, 128))
+GPU_HEADLINE: tuple[Case, ...] = (
+    *(case for size in _HEADLINE_SIZES for case in _both("headline", *size, _HEADLINE)),
+    Case("headline", "LSTM", 32, 128, 512, 512, layers=2, bidirectional=True, source=_HEADLINE),
+    Case("headline", "GRU", 32, 128, 512, 512, layers=2, bidirectional=True, source=_HEADLINE),
+    Case("headline", "LSTM", 32, 128, 512, 512, lengths="packed", source=_HEADLINE),
+    Case("headline", "GRU", 32, 128, 512, 512, lengths="packed", source=_HEADLINE),
+    Case("headline", "RNN", 32, 128, 1024, 1024, source=_HEADLINE),
+    *_both("headline", 1, 1, 512, 512, _HEADLINE),
+    *_both("headline", 1, 256, 256, 256, _HEADLINE),
+)
+_FLASHRNN = "the figure in FlashRNN's README: 768 units, sequences of 1024"
+GPU_FLASHRNN: tuple[Case, ...] = tuple(
+    Case("flashrnn", "LSTM", batch, 1024, 768, 768, source=_FLASHRNN) for batch in (16, 2, 64, 256)
+)
+_DEEPBENCH_TRAINING = "Baidu DeepBench, its training sizes"
+_DEEPBENCH_TRAINING_SIZES: tuple[tuple[Cell, tuple[int, ...], tuple[int, ...], tuple[int, ...]], ...] = (
+    ("LSTM", (512, 1024, 2048, 4096), (16, 32, 64, 128), (25,)),
+    ("LSTM", (1536,), (8, 16, 32), (50,)),
+    ("LSTM", (256,), (16, 32, 64), (150,)),
+    ("GRU", (2816, 2048, 1536, 2560), (32,), (187, 375, 750, 1500)),
+    ("GRU", (1024,), (32, 64), (1500,)),
+    ("GRU", (512,), (32,), (1,)),
+    ("RNN", (1760, 2048, 2560), (16, 32, 64, 128), (50,)),
+)
+GPU_DEEPBENCH: tuple[Case, ...] = tuple(
+    Case("deepbench", cell, b, t, h, h, source=_DEEPBENCH_TRAINING)
+    for cell, widths, batches, steps in _DEEPBENCH_TRAINING_SIZES
+    for t in steps
+    for h in widths
+    for b in batches
+)
+GPU_SETS: dict[str, tuple[Case, ...]] = {
+    "headline": GPU_HEADLINE,
+    "flashrnn": GPU_FLASHRNN,
+    "deepbench": GPU_DEEPBENCH,
+    "models": MODELS,
+}
+
 SETS: dict[str, tuple[Case, ...]] = {
     "small-batch": SMALL_BATCH,
     "models": MODELS,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import report, roofline, shapes
+from benchmarks import gpu, report, roofline, shapes
 from benchmarks.rivals import ONNX_GATES, onnx_feeds, onnx_session, torch_outputs, torch_workload
 from benchmarks.shapes import Case
 from benchmarks.timing import (
@@ -54,6 +54,11 @@ def one_thread() -> Iterator[None]:
 def row(case: Case, mode: shapes.Mode, **rivals: float) -> report.Row:
     """A result in which fusedrnn took one second."""
     return report.Row(case, mode, {OURS: 1.0, **rivals}, "cpu", "a reason", MACHINE)
+
+
+def test_gpu_case_ids_are_unique() -> None:
+    cases = shapes.distinct(case for cases in shapes.GPU_SETS.values() for case in cases)
+    assert len({case.id for case in cases}) == len(cases)
 
 
 def test_case_ids_are_unique() -> None:
@@ -122,6 +127,16 @@ def test_measure_times_a_cell(cell: shapes.Cell) -> None:
     case = Case("tiny", cell, 1, 1, 5, 6, step=True)
     assert case.id.endswith("-cell")
     assert set(measure(case, "inference", with_torch=True, onnxruntime=None, seconds=0).seconds) == {OURS, TORCH}
+
+
+@pytest.mark.parametrize("mode", shapes.MODES)
+@pytest.mark.parametrize("lengths", ["dense", "packed"])
+def test_gpu_benchmark_times_every_rival(lengths: shapes.Lengths, mode: shapes.Mode) -> None:
+    case = Case("here", "GRU", 2, 3, 4, 5, lengths=lengths)
+    seconds, explanation = gpu.measure(case, mode, 0.01, False, torch.device("cpu"))
+    dense = {gpu.OURS_DENSE, gpu.TORCH_DENSE} if lengths == "packed" else set()
+    assert seconds.keys() == {gpu.OURS, gpu.TORCH} | dense
+    assert explanation.implementation == "cpu"
 
 
 def test_onnxruntime_is_compared_with_what_was_timed_as_it_was() -> None:

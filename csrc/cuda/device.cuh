@@ -20,7 +20,12 @@
 
 namespace fusedrnn::cuda {
 
-// A grid of blocks x*y*z, of threads x*y. Kernels take one struct by value.
+inline void expect_success(cudaError_t status) {
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string("fusedrnn: CUDA says: ") + cudaGetErrorString(status));
+}
+
+// Kernels take one struct by value.
 template <class P>
 void launch(void (*kernel)(P), const Geometry& g, cudaStream_t stream, const P& p) {
   const dim3 grid(static_cast<unsigned>(g.grid_x), g.grid_y, g.grid_z), block(g.block_x, g.block_y);
@@ -28,13 +33,12 @@ void launch(void (*kernel)(P), const Geometry& g, cudaStream_t stream, const P& 
   (void)stream;
   shim::launch(grid, block, [&] { kernel(p); });
 #else
-  kernel<<<grid, block, 0, stream> > >(p);
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = stream;
+  expect_success(cudaLaunchKernelEx(&config, kernel, p));
 #endif
-}
-
-inline void expect_success(cudaError_t status) {
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string("fusedrnn: CUDA says: ") + cudaGetErrorString(status));
 }
 
 inline void copy(void* to, const void* from, int64_t bytes, cudaStream_t stream) {

@@ -53,7 +53,7 @@ struct ForwardStep {
 };
 
 template <class Cell, class S, int width>
-__global__ void __launch_bounds__(block_threads) forward_step(const ForwardStep<S> p) {
+__global__ void __launch_bounds__(block_threads) forward_step(const __grid_constant__ ForwardStep<S> p) {
   using A = Accumulator<S>;
   using V = Values<A, width>;
   const auto [b, j, d] = position<width>();
@@ -134,7 +134,7 @@ struct BackwardStep {
 // A row that has left the sequence (or has not entered it yet) only takes up what the later step sent back to it; `here`
 // without rows does that for all rows, at the end.
 template <class Cell, class S, int width>
-__global__ void __launch_bounds__(block_threads) backward_step(const BackwardStep<S> p) {
+__global__ void __launch_bounds__(block_threads) backward_step(const __grid_constant__ BackwardStep<S> p) {
   using A = Accumulator<S>;
   using V = Values<A, width>;
   const auto [b, j, d] = position<width>();
@@ -196,7 +196,7 @@ struct Biases {
 
 // Both biases of every pre-activation, added.
 template <class Cell, class S, int width>
-__global__ void __launch_bounds__(block_threads) add_biases(const Biases<S> p) {
+__global__ void __launch_bounds__(block_threads) add_biases(const __grid_constant__ Biases<S> p) {
   const auto [k, j, d] = position<width>();
   if (k >= Cell::sums || j >= p.H) return;
   Values<Accumulator<S>, width> sum{};
@@ -213,7 +213,7 @@ struct Conversion {
 };
 
 template <class To, class From, int width>
-__global__ void __launch_bounds__(block_threads) convert_elements(const Conversion<To, From> p) {
+__global__ void __launch_bounds__(block_threads) convert_elements(const __grid_constant__ Conversion<To, From> p) {
   const auto [row, j, d] = position<width>();
   if (row >= p.rows || j >= p.columns) return;
   store<width>(p.to + row * p.columns + j, load<width>(p.from + row * p.columns + j));
@@ -226,7 +226,7 @@ struct Ones {
 };
 
 template <class S>
-__global__ void __launch_bounds__(block_threads) fill_with_one(const Ones<S> p) {
+__global__ void __launch_bounds__(block_threads) fill_with_one(const __grid_constant__ Ones<S> p) {
   const Position at = position<1>();
   if (at.b < p.count && at.j == 0) store<1>(p.to + at.b, Values<Accumulator<S>, 1>{1});
 }

@@ -85,7 +85,6 @@ class Step : Layer<Cell, S> {
                     D_);
       }
     }
-    expect_success(cudaGetLastError());
   }
 
   void backward(const BackwardParams& p) {
@@ -151,7 +150,6 @@ class Step : Layer<Cell, S> {
     if constexpr (Cell::has_cell)
       if (p.dcx) convert(static_cast<S*>(p.dcx), room.dc, D_ * B_, H_);
     this->finish_gradients(p, room.gradients);
-    expect_success(cudaGetLastError());
   }
 
  private:

@@ -32,27 +32,37 @@ GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
 SAVED = {"rnn_tanh": 0, "rnn_relu": 0, "lstm": 4, "gru": 4}
 
 
+def _run_compiler(*arguments: object) -> None:
+    subprocess.run([COMPILER, *map(str, arguments)], check=True, capture_output=True, text=True)
+
+
 def build(csrc: Path = ROOT / "csrc", folder: Path = ROOT / "build" / "hostcuda") -> Path:
     """Compiles what has changed of `csrc` and the shim; returns the module's file."""
     import pybind11
 
     folder.mkdir(parents=True, exist_ok=True)
-    headers = sorted([*csrc.glob("*.h"), *csrc.glob("cells/*"), *csrc.glob("cuda/*.*h"), *HERE.glob("*.h")])
-    common = hashlib.sha256(b"".join(path.read_bytes() for path in headers))
-    flags = ["-std=c++20", "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+    flags = ["-std=c++20", "-O0", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
     flags += [f"-I{csrc}", f"-I{HERE}", "-DFUSEDRNN_HOSTCUDA"]
     watched = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-x", "c++"]
-    glue = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    glue = ["-O1", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     sources = [(csrc / "cuda" / name, watched) for name in KERNELS]
-    sources += [(csrc / "cuda" / "cuda.cpp", []), (HERE / "shim.cpp", []), (HERE / "module.cpp", glue)]
+    sources += [(csrc / "cuda" / "cuda.cpp", []), (HERE / "shim.cpp", ["-O2"]), (HERE / "module.cpp", glue)]
+    headers = [
+        *sorted(csrc.glob("*.h")),
+        *sorted(csrc.glob("cells/*.h")),
+        *sorted(csrc.glob("cuda/*.h")),
+        *sorted(HERE.glob("*.h")),
+    ]
+    device_headers = [*headers, *sorted(csrc.glob("cuda/*.cuh"))]
 
     def compile(source: Path, extra: list[str]) -> Path:
-        digest = common.copy()
-        digest.update(source.read_bytes() + repr((COMPILER, flags, extra)).encode())
+        read = [source, *(device_headers if source.suffix == ".cu" else headers)]
+        digest = hashlib.sha256(b"".join(path.read_bytes() for path in read))
+        digest.update(repr((COMPILER, flags, extra)).replace(str(csrc), "").encode())
         made = folder / f"{source.stem}-{digest.hexdigest()[:16]}.o"
         if not made.exists():
             unfinished = made.with_suffix(f".{os.getpid()}")
-            subprocess.run([COMPILER, *flags, *extra, "-c", str(source), "-o", str(unfinished)], check=True)
+            _run_compiler(*flags, *extra, "-c", source, "-o", unfinished)
             unfinished.rename(made)
         return made
 
@@ -63,7 +73,7 @@ def build(csrc: Path = ROOT / "csrc", folder: Path = ROOT / "build" / "hostcuda"
     if not made.exists():
         made.parent.mkdir(exist_ok=True)
         unfinished = made.with_suffix(f".{os.getpid()}")
-        subprocess.run([COMPILER, "-shared", *map(str, objects), "-o", str(unfinished)], check=True)
+        _run_compiler("-shared", *objects, "-o", unfinished)
         unfinished.rename(made)
     return made
 

@@ -1,0 +1,176 @@
+"""How much the host tests see: changes the GPU sources in one place at a time and runs the tests on each change.
+
+    PYTHONPATH=.:tests python tests/hostcuda/mutate.py [--files elementwise.cuh …] [--every N] [--out FILE]
+
+Prints each mutant that no test notices, and how many were killed. Changes that do not compile are not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import test_hostcuda as tests
+import torch
+from cases import CELLS, Case
+
+import hostcuda
+from fusedrnn import _ops
+
+FILES = ("elementwise.cuh", "step.cuh", "layer.cuh", "places.h", "values.cuh", "tuning.h")
+# What is replaced by what. A whole token is matched, with the spaces around an operator.
+REPLACEMENTS = (
+    (r" \+ ", (" - ",)),
+    (r" - ", (" + ",)),
+    (r" \* ", (" + ",)),
+    (r" / ", (" * ",)),
+    (r" \+= ", (" = ",)),
+    (r" < ", (" <= ", " > ")),
+    (r" > ", (" >= ",)),
+    (r" <= ", (" < ",)),
+    (r" >= ", (" > ",)),
+    (r" == ", (" != ",)),
+    (r" && ", (" || ",)),
+    (r" \|\| ", (" && ",)),
+    (r"!(?=[\w(])", ("",)),
+    (r"\btrue\b", ("false",)),
+    (r"\bfalse\b", ("true",)),
+    (r"(?<![\w.<])0(?![\w.>])", ("1",)),
+    (r"(?<![\w.<])1(?![\w.>])", ("0", "2")),
+    (r"\bprevious\b", ("here",)),
+    (r"\blater\b", ("here",)),
+    (r"\bhere\b", ("later",)),
+    (r"\bCell::sums\b", ("Cell::gates",)),
+    (r"\bCell::gates\b", ("Cell::sums",)),
+    (r"\bCell::saved\b", ("Cell::gates",)),
+    (r"\bstd::max\b", ("std::min",)),
+    (r"\bstd::min\b", ("std::max",)),
+    (r"\.x\b", (".y",)),
+    (r"\.y\b", (".x",)),
+)
+STATEMENT = re.compile(
+    r"^\s+(?!return\b|const\b|auto\b|if\b|for\b|using\b|explicit\b|static\b|[A-Z]\w*[ *&]\s*\w+[;{(])[\w>.:-]+[^;{}]*;$"
+)
+
+
+class Mutant(NamedTuple):
+    file: str
+    line: int  # counted from 0
+    new: str
+
+
+def code_lines(text: str) -> list[tuple[int, str]]:
+    """Lines of functions: no comments, directives, template heads and declarations of members."""
+    lines = []
+    for number, line in enumerate(text.splitlines()):
+        code = line.split("//")[0].rstrip()
+        if code and not re.match(
+            r"\s*(#|template|using|namespace|struct|class|static_assert|extern|public|private)", code
+        ):
+            lines.append((number, code))
+    return lines
+
+
+def mutants(file: str) -> list[Mutant]:
+    text = (hostcuda.ROOT / "csrc" / "cuda" / file).read_text()
+    found = []
+    for number, code in code_lines(text):
+        for pattern, replacements in REPLACEMENTS:
+            for match in re.finditer(pattern, code):
+                for new in replacements:
+                    found.append(Mutant(file, number, code[: match.start()] + new + code[match.end() :]))
+        if STATEMENT.match(code):
+            found.append(Mutant(file, number, ";"))
+    return found
+
+
+def checks() -> list[Callable[[], None]]:
+    """The tests of test_hostcuda.py that see most, those first that fail most often; what they want is found here."""
+    shapes = [{"T": 5, "B": 4, "I": 3, "H": h, "bidirectional": both} for h in (9, 8) for both in (True, False)]
+    cases = [Case(**kind, **shape) for shape in shapes for kind in CELLS]
+    rows = [call for case in cases for call in tests.calls(case).values()]
+    rows += [tests.Call(replace(call.case, dtype="bfloat16")) for call in rows[::7]]
+    rows += [tests.Call(case) for case in tests.SIZES[::3]]
+    rows += [tests.Call(replace(case, bias=False)) for case in cases[:4]]
+    rows += [tests.Call(replace(case, B=0)) for case in cases[:4]]
+    for call in rows:
+        tests.wanted(call)
+
+    def check(call: tests.Call, chunk_bytes: int) -> None:
+        hostcuda.chunk_bytes = chunk_bytes
+        tests.check(call)
+
+    few = [call for call in rows[:112] if call.case.lengths or not (call.lengths or call.resets)]
+    return [lambda c=c, n=n: check(c, n) for n, calls in ((1 << 20, rows), (2000, few), (1, few)) for c in calls]
+
+
+def run(mutant: Mutant, todo: list[Callable[[], None]]) -> str:
+    """killed, survived or stillborn."""
+    with tempfile.TemporaryDirectory() as folder:
+        csrc, build = Path(folder, "csrc"), Path(folder, "build")
+        for part in ("cells", "cuda"):
+            shutil.copytree(hostcuda.ROOT / "csrc" / part, csrc / part)
+        shutil.copy(hostcuda.ROOT / "csrc" / "params.h", csrc)
+        path = csrc / "cuda" / mutant.file
+        lines = path.read_text().splitlines()
+        lines[mutant.line] = mutant.new
+        path.write_text("\n".join(lines) + "\n")
+        shutil.copytree(hostcuda.ROOT / "build" / "hostcuda", build)  # the objects that the change leaves as they are
+        try:
+            os.environ["FUSEDRNN_HOSTCUDA"] = str(hostcuda.build(csrc, build))
+        except subprocess.CalledProcessError:
+            return "stillborn"
+        child = os.fork()  # a change may crash or hang
+        if child == 0:
+            signal.alarm(60)
+            try:
+                for check in todo:
+                    check()
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        return "killed" if os.waitpid(child, 0)[1] else "survived"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--files", nargs="+", default=FILES)
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth mutant")
+    parser.add_argument("--out", type=Path, help="a JSON line for every mutant")
+    arguments = parser.parse_args()
+    shutil.rmtree(hostcuda.ROOT / "build" / "hostcuda", ignore_errors=True)
+    os.environ["FUSEDRNN_HOSTCUDA"] = str(hostcuda.build())
+    torch.set_num_threads(1)
+    _ops.recurrence_forward, _ops.recurrence_backward = hostcuda.forward, hostcuda.backward
+    todo = checks()
+    mutated = [mutant for file in arguments.files for mutant in mutants(file)][:: arguments.every]
+    print(f"{len(mutated)} mutants, {len(todo)} checks", flush=True)
+    counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    for mutant in mutated:
+        result = run(mutant, todo)
+        counts[mutant.file][result] += 1
+        if arguments.out:
+            with arguments.out.open("a") as out:
+                out.write(json.dumps({**mutant._asdict(), "result": result}) + "\n")
+        if result == "survived":
+            print(f"survived: {mutant.file}:{mutant.line + 1}: {mutant.new.strip()}", flush=True)
+    for file, count in counts.items():
+        print(f"{file}: {count['killed']} of {count['killed'] + count['survived']} killed")
+    killed = sum(count["killed"] for count in counts.values())
+    born = killed + sum(count["survived"] for count in counts.values())
+    print(f"all: {killed} of {born} killed ({100 * killed / max(1, born):.1f} %)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""What the compiler made of the GPU kernels, without a GPU: registers, spills, and the width of accesses."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).parent.parent / "csrc"
+
+
+def tool(name: str) -> str | None:
+    """On PATH, or in the triton package, which comes with torch's CUDA builds."""
+    triton = importlib.util.find_spec("triton")
+    folders = (
+        [Path(folder) / "backends" / "nvidia" / "bin" for folder in triton.submodule_search_locations or []]
+        if triton
+        else []
+    )
+    return shutil.which(name) or next((str(f / name) for f in folders if (f / name).exists()), None)
+
+
+pytestmark = pytest.mark.skipif(
+    not CSRC.is_dir() or not tool("nvcc") or not tool("cuobjdump") or not tool("c++filt"),
+    reason="needs the sources, nvcc and cuobjdump",
+)
+
+ARCHITECTURES = ("sm_80", "sm_90a")
+CELLS = {"rnn": ("RNN<false>", "RNN<true>"), "lstm": ("LSTM",), "gru": ("GRU",)}
+SCALARS = {"float": 4, "double": 2, "fusedrnn::cuda::float16": 4, "fusedrnn::cuda::bfloat16": 4}  # units at once
+each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+each_file = pytest.mark.parametrize("name", CELLS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("cubins")
+
+
+@cache
+def cubin(folder: Path, name: str, architecture: str) -> Path:
+    made = folder / f"{name}-{architecture}.cubin"
+    command = [tool("nvcc"), "-std=c++20", "-O3", f"-arch={architecture}", f"-I{CSRC}", "-cubin"]
+    subprocess.run([*command, str(CSRC / "cuda" / f"{name}.cu"), "-o", str(made)], check=True)
+    return made
+
+
+def dump(cubin: Path, what: str) -> str:
+    text = subprocess.run([tool("cuobjdump"), what, str(cubin)], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([tool("c++filt")], input=text, capture_output=True, text=True, check=True).stdout
+
+
+@cache
+def resources(cubin: Path) -> dict[str, dict[str, int]]:
+    """Registers and bytes of stack, local and shared memory by kernel."""
+    found = re.findall(r"Function (?:void )?(.+):\n\s*(REG:.+)", dump(cubin, "--dump-resource-usage"))
+    return {name: {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", line)} for name, line in found}
+
+
+@cache
+def instructions(cubin: Path) -> dict[str, list[str]]:
+    """Opcodes by kernel."""
+    parts = re.split(r"Function : (?:void )?(.+)\n", dump(cubin, "--dump-sass"))[1:]
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    return {name: re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z][\w.]+)", text) for name, text in pairs}
+
+
+def kernels(name: str) -> list[tuple[str, int]]:
+    """The kernels of a source file, and how many units a thread takes at once."""
+    found = []
+    for cell in CELLS[name]:
+        for scalar, widest in SCALARS.items():
+            for width in (widest, 1):
+                for kernel in ("forward_step", "backward_step", "add_biases"):
+                    found.append((f"fusedrnn::cuda::{kernel}<fusedrnn::{cell}, {scalar}, {width}>(", width))
+    return found
+
+
+def find(kernel: str, by_name: dict):
+    (found,) = [value for name, value in by_name.items() if name.startswith(kernel)]
+    return found
+
+
+@each_architecture
+@each_file
+def test_registers_and_memory(folder, name, architecture):
+    budget = int(re.search(r"register_budget = (\d+)", (CSRC / "cuda" / "tuning.h").read_text())[1])
+    used = resources(cubin(folder, name, architecture))
+    assert len(used) >= len(kernels(name))
+    for kernel, of in used.items():
+        assert of["REG"] <= budget, kernel
+        assert (of["STACK"], of["LOCAL"], of["SHARED"]) == (0, 0, 0), f"{kernel}: {of}"
+    for kernel, _ in kernels(name):
+        assert find(kernel, used)
+
+
+@each_architecture
+@each_file
+def test_nothing_is_spilled_and_accesses_are_wide(folder, name, architecture):
+    code = instructions(cubin(folder, name, architecture))
+    for kernel, opcodes in code.items():
+        assert len(opcodes) > 10, kernel
+        assert not [opcode for opcode in opcodes if opcode.startswith(("LDL", "STL"))], kernel
+    for kernel, width in kernels(name):
+        if "_step<" in kernel:
+            wide = [opcode for opcode in find(kernel, code) if re.match(r"LDG\..*\b128\b", opcode)]
+            assert bool(wide) == (width > 1), kernel
