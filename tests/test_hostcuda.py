@@ -99,3 +99,31 @@ def test_order_of_threads_makes_no_difference(monkeypatch):
     monkeypatch.setattr(hostcuda, "seed", 1)
     again = run_recurrence(_autograd.recurrence, call)
     assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+# What is broken, where and how, and the words in which that shows. A test that cannot fail is none.
+MASK = "if (b >= here.rows || j >= p.H) return;"
+HIDDEN = "hidden = s.room_.template take<A>(s.D_ * s.B_ * gates);"
+BEGIN = "this->begin_gradients(p, room.gradients);"
+PLANTED = {
+    "rows unmasked": ("elementwise.cuh", MASK, "if (j >= p.H) return;", "out of bounds"),
+    "units unmasked": ("elementwise.cuh", MASK, "if (b >= here.rows) return;", "one thread reads what another writes"),
+    "no first state": ("step.cuh", "copy(p.h_n, p.hx, state_bytes, stream_);", "", "nobody has written: h_n"),
+    "wide at any address": ("layer.cuh", "if (H_ % widest) return false;", "", "misaligned"),
+    "host in device memory": ("step.cuh", BEGIN, f"{BEGIN} room.dh[0] = 0;", "host code"),
+    "arrays overlap": ("step.cuh", HIDDEN, HIDDEN.replace("s.D_ * ", ""), "^y .* above the bound"),
+    "result not written": ("layer.cuh", "if (wanted.b_ih) convert(", "if (false) convert(", "db_ih0"),
+    "gates confused": ("elementwise.cuh", "Cell::hidden_gate(k)) * H + j);", "k) * H + j);", "^y .* above the bound"),
+    "gradient crosses a reset": ("elementwise.cuh", "reset ? V{} : dh)", "dh)", "^dx .* above the bound"),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_defect_is_found(tmp_path, monkeypatch, name):
+    file, old, new, words = PLANTED[name]
+    lines = (hostcuda.ROOT / "csrc" / "cuda" / file).read_text().splitlines()
+    (number,) = [i for i, line in enumerate(lines) if old in line]
+    broken = hostcuda.library(hostcuda.changed(tmp_path, file, number, lines[number].replace(old, new)))
+    monkeypatch.setattr(hostcuda, "library", lambda: broken)
+    with pytest.raises(AssertionError, match=words):
+        check(Call(Case("gru", T=3, B=3, H=6, bidirectional=True, dtype="bfloat16"), resets=True))

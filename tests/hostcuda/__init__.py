@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -43,7 +44,7 @@ def build(csrc: Path = ROOT / "csrc", folder: Path = ROOT / "build" / "hostcuda"
     folder.mkdir(parents=True, exist_ok=True)
     flags = ["-std=c++20", "-O0", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
     flags += [f"-I{csrc}", f"-I{HERE}", "-DFUSEDRNN_HOSTCUDA"]
-    watched = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-x", "c++"]
+    watched = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-fsanitize=bounds", "-x", "c++"]
     glue = ["-O1", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     sources = [(csrc / "cuda" / name, watched) for name in KERNELS]
     sources += [(csrc / "cuda" / "cuda.cpp", []), (HERE / "shim.cpp", ["-O2"]), (HERE / "module.cpp", glue)]
@@ -78,11 +79,26 @@ def build(csrc: Path = ROOT / "csrc", folder: Path = ROOT / "build" / "hostcuda"
     return made
 
 
+def changed(folder: Path, file: str, line: int, new: str) -> Path:
+    """Builds a copy of the sources in `folder` with another line (counted from 0) in a file of csrc/cuda."""
+    csrc, made = folder / "csrc", folder / "build"
+    for part in ("cells", "cuda"):
+        shutil.copytree(ROOT / "csrc" / part, csrc / part)
+    shutil.copy(ROOT / "csrc" / "params.h", csrc)
+    path = csrc / "cuda" / file
+    lines = path.read_text().splitlines()
+    lines[line] = new
+    path.write_text("\n".join(lines) + "\n")
+    shutil.copytree(build().parents[1], made)  # the objects that the change leaves as they are
+    return build(csrc, made)
+
+
 @cache
-def library() -> ModuleType:
-    """The module of FUSEDRNN_HOSTCUDA, or of this checkout."""
-    path = os.environ.get("FUSEDRNN_HOSTCUDA") or build()
-    spec = importlib.util.spec_from_file_location("hostcuda", path)
+def library(path: Path | None = None) -> ModuleType:
+    """The module of that file, of FUSEDRNN_HOSTCUDA, or of this checkout."""
+    path = path or Path(os.environ.get("FUSEDRNN_HOSTCUDA") or build())
+    # The folder, a digest, tells two modules apart; the last part of a name is the one in the file.
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}.hostcuda", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -170,7 +170,7 @@ auto backward(uint64_t seed, const Sizes& sizes, const std::optional<std::vector
 }  // namespace
 
 PYBIND11_MODULE(hostcuda, m) {
-  py::class_<Sizes>(m, "Sizes")
+  py::class_<Sizes>(m, "Sizes", py::module_local())
       .def(py::init<int, int, int64_t, int64_t, int64_t, int64_t, int, int64_t>(), py::arg("cell"), py::arg("scalar"),
            py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("directions"), py::arg("chunk_bytes"));
   m.def("forward", &forward);

@@ -118,17 +118,8 @@ def checks() -> list[Callable[[], None]]:
 def run(mutant: Mutant, todo: list[Callable[[], None]]) -> str:
     """killed, survived or stillborn."""
     with tempfile.TemporaryDirectory() as folder:
-        csrc, build = Path(folder, "csrc"), Path(folder, "build")
-        for part in ("cells", "cuda"):
-            shutil.copytree(hostcuda.ROOT / "csrc" / part, csrc / part)
-        shutil.copy(hostcuda.ROOT / "csrc" / "params.h", csrc)
-        path = csrc / "cuda" / mutant.file
-        lines = path.read_text().splitlines()
-        lines[mutant.line] = mutant.new
-        path.write_text("\n".join(lines) + "\n")
-        shutil.copytree(hostcuda.ROOT / "build" / "hostcuda", build)  # the objects that the change leaves as they are
         try:
-            os.environ["FUSEDRNN_HOSTCUDA"] = str(hostcuda.build(csrc, build))
+            os.environ["FUSEDRNN_HOSTCUDA"] = str(hostcuda.changed(Path(folder), *mutant))
         except subprocess.CalledProcessError:
             return "stillborn"
         child = os.fork()  # a change may crash or hang

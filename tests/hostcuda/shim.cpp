@@ -14,6 +14,8 @@
 
 namespace shim {
 
+void report(const std::string& what, size_t offset);
+
 uint3 thread_index, block_index, block_size;
 
 namespace {
@@ -49,6 +51,10 @@ size_t top = guard;
 uint32_t launch_begin = 1, running = 0, last_thread = 0;
 bool between_launches = false;
 
+bool in_arena(const void* at) { return static_cast<size_t>(static_cast<const char*>(at) - arena) < arena_bytes; }
+
+}  // namespace
+
 void report(const std::string& what, size_t offset) {
   if (!first_error.empty()) return;
   std::string where = "no memory that was allocated";
@@ -62,10 +68,6 @@ void report(const std::string& what, size_t offset) {
   first_error = what + ": " + where;
   if (running) first_error += ", by thread " + text(thread_index) + " of block " + text(block_index);
 }
-
-bool in_arena(const void* at) { return static_cast<size_t>(static_cast<const char*>(at) - arena) < arena_bytes; }
-
-}  // namespace
 
 void reset(uint64_t seed) {
   for (const Region& region : regions) std::fill_n(shadow + region.begin, region.bytes, Shadow{});
@@ -201,6 +203,10 @@ WATCH(1) WATCH(2) WATCH(4) WATCH(8) WATCH(16) extern "C" void __tsan_read_range(
   shim::access(at, bytes, false);
 }
 extern "C" void __tsan_write_range(void* at, size_t bytes) { shim::access(at, bytes, true); }
+
+// What -fsanitize=bounds calls where an array in registers has no such element.
+extern "C" void __ubsan_handle_out_of_bounds(void*, uintptr_t) { shim::report("an index out of an array's bounds", 0); }
+
 extern "C" void __tsan_vptr_read(void*) {}
 extern "C" void __tsan_vptr_update(void*, void*) {}
 extern "C" void __tsan_init() {}
