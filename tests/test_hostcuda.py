@@ -111,7 +111,7 @@ PLANTED = {
     "no first state": ("step.cuh", "copy(p.h_n, p.hx, state_bytes, stream_);", "", "nobody has written: h_n"),
     "wide at any address": ("layer.cuh", "if (H_ % widest) return false;", "", "misaligned"),
     "host in device memory": ("step.cuh", BEGIN, f"{BEGIN} room.dh[0] = 0;", "host code"),
-    "arrays overlap": ("step.cuh", HIDDEN, HIDDEN.replace("s.D_ * ", ""), "^y .* above the bound"),
+    "array too small": ("step.cuh", HIDDEN, HIDDEN.replace("s.D_ * ", ""), "write out of bounds: workspace"),
     "result not written": ("layer.cuh", "if (wanted.b_ih) convert(", "if (false) convert(", "db_ih0"),
     "gates confused": ("elementwise.cuh", "Cell::hidden_gate(k)) * H + j);", "k) * H + j);", "^y .* above the bound"),
     "gradient crosses a reset": ("elementwise.cuh", "reset ? V{} : dh)", "dh)", "^dx .* above the bound"),

@@ -41,6 +41,15 @@ void launch(void (*kernel)(P), const Geometry& g, cudaStream_t stream, const P& 
 #endif
 }
 
+// Arrays in a workspace; on the host they lie apart, so that one cannot be taken for another.
+#if defined(FUSEDRNN_HOSTCUDA)
+constexpr int64_t workspace_gap = 256;
+inline void begin_array(void* at, int64_t bytes) { shim::begin_array(at, bytes); }
+#else
+constexpr int64_t workspace_gap = 0;
+inline void begin_array(void*, int64_t) {}
+#endif
+
 inline void copy(void* to, const void* from, int64_t bytes, cudaStream_t stream) {
   if (bytes) expect_success(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream));
 }

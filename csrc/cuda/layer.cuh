@@ -17,8 +17,10 @@ class Room {
 
   template <class T>
   T* take(int64_t count) {
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
     T* const at = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
+    if (at) begin_array(at, bytes);
+    used_ += (bytes + 255) / 256 * 256 + workspace_gap;
     return at;
   }
   int64_t used() const { return used_; }

@@ -13,6 +13,9 @@ void reset(uint64_t seed);
 // Memory of that size between guard bytes, 256-aligned; `name` is for reports.
 void* allocate(size_t bytes, const std::string& name);
 
+// Room of that size for arrays that begin_array makes.
+void* allocate_workspace(size_t bytes);
+
 // Copies from and to the host. What nobody has written arrives as all ones (a NaN); returns whether there was any.
 void upload(void* to, const void* from, size_t bytes);
 bool download(void* to, const void* from, size_t bytes);

@@ -136,7 +136,7 @@ template <class Params>
 auto run(void (*pass)(const Params&, const cuda::Context&), const Params& p, bool backward, int64_t chunk_bytes,
          Device& device) {
   Loops loops;
-  pass(p, {nullptr, &loops, shim::allocate(cuda::workspace_bytes(p, backward, chunk_bytes), "workspace"), chunk_bytes});
+  pass(p, {nullptr, &loops, shim::allocate_workspace(cuda::workspace_bytes(p, backward, chunk_bytes)), chunk_bytes});
   return device.finish();
 }
 

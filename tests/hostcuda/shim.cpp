@@ -77,6 +77,20 @@ void reset(uint64_t seed) {
   random_order.seed(seed);
 }
 
+void* allocate_workspace(size_t bytes) {
+  void* const at = allocate(bytes, "workspace");
+  std::fill_n(shadow + (static_cast<char*>(at) - arena), bytes, Shadow{});
+  return at;
+}
+
+void begin_array(void* at, size_t bytes) {
+  const size_t offset = static_cast<char*>(at) - arena;
+  for (size_t i = offset; i < offset + bytes; ++i) {
+    if (shadow[i].allocated) return report("arrays of a workspace overlap", i);
+    shadow[i].allocated = true;
+  }
+}
+
 void* allocate(size_t bytes, const std::string& name) {
   if (top + bytes + 2 * guard > arena_bytes) throw std::bad_alloc();
   regions.push_back({name, top, bytes});

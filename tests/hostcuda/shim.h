@@ -38,6 +38,8 @@ void launch(dim3 grid, dim3 block, const std::function<void()>& kernel);
 
 // Notes an access of a kernel's thread, or of the copies and products between kernels, to device memory.
 void access(const void* at, size_t bytes, bool write);
+// Memory within a workspace, which without it is no memory at all.
+void begin_array(void* at, size_t bytes);
 void expect_aligned(const void* at, size_t bytes);
 
 // One access of all bytes.
