@@ -107,7 +107,7 @@ HIDDEN = "hidden = s.room_.template take<A>(s.D_ * s.B_ * gates);"
 BEGIN = "this->begin_gradients(p, room.gradients);"
 PLANTED = {
     "rows unmasked": ("elementwise.cuh", MASK, "if (j >= p.H) return;", "out of bounds"),
-    "units unmasked": ("elementwise.cuh", MASK, "if (b >= here.rows) return;", "one thread reads what another writes"),
+    "units unmasked": ("elementwise.cuh", MASK, "if (b >= here.rows) return;", "reads what another writes|read out of bounds"),
     "no first state": ("step.cuh", "copy(p.h_n, p.hx, state_bytes, stream_);", "", "nobody has written: h_n"),
     "wide at any address": ("layer.cuh", "if (H_ % widest) return false;", "", "misaligned"),
     "host in device memory": ("step.cuh", BEGIN, f"{BEGIN} room.dh[0] = 0;", "host code"),

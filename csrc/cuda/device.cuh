@@ -18,6 +18,13 @@
 
 #define FUSEDRNN_DEVICE __device__ __forceinline__
 
+// The shared memory of the launch.
+#if defined(FUSEDRNN_HOSTCUDA)
+#define FUSEDRNN_SHARED(name) unsigned char* const name = shim::shared_memory()
+#else
+#define FUSEDRNN_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#endif
+
 namespace fusedrnn::cuda {
 
 inline void expect_success(cudaError_t status) {
@@ -25,18 +32,22 @@ inline void expect_success(cudaError_t status) {
     throw std::runtime_error(std::string("fusedrnn: CUDA says: ") + cudaGetErrorString(status));
 }
 
-// Kernels take one struct by value.
+// Kernels take one struct by value; their shared memory is what the launch gives them.
 template <class P>
-void launch(void (*kernel)(P), const Geometry& g, cudaStream_t stream, const P& p) {
+void launch(void (*kernel)(P), const Geometry& g, cudaStream_t stream, const P& p, int shared_bytes = 0) {
   const dim3 grid(static_cast<unsigned>(g.grid_x), g.grid_y, g.grid_z), block(g.block_x, g.block_y);
 #if defined(FUSEDRNN_HOSTCUDA)
   (void)stream;
-  shim::launch(grid, block, [&] { kernel(p); });
+  shim::launch(grid, block, shared_bytes, [&] { kernel(p); });
 #else
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
+  constexpr int without_asking = 48 << 10;
+  if (shared_bytes > without_asking)
+    expect_success(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   expect_success(cudaLaunchKernelEx(&config, kernel, p));
 #endif
 }

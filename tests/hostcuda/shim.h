@@ -2,9 +2,9 @@
 //
 // Those sources are compiled by g++ with -fsanitize=thread, but libtsan is not linked: the calls that the compiler puts
 // before every access end in shim.cpp, which knows each byte of "device" memory. It reports accesses out of bounds,
-// misaligned, of memory that nobody has written, by host code, and those of two threads of one launch of which one
-// writes. A launch runs its threads one by one, each to its end, in an order drawn from the seed; kernels that wait for
-// each other do not exist yet.
+// misaligned, of memory that nobody has written, by host code, and those of two threads of which one writes and no barrier
+// lies between. A launch runs its blocks one by one, and the threads of a block as fibers from barrier to barrier, both in
+// an order drawn from the seed; blocks that wait for each other do not exist yet.
 #pragma once
 
 #include <cstddef>
@@ -34,7 +34,11 @@ namespace shim {
 // The running thread.
 extern uint3 thread_index, block_index, block_size;
 
-void launch(dim3 grid, dim3 block, const std::function<void()>& kernel);
+void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
+
+// Of the running thread's block.
+void synchronize();
+unsigned char* shared_memory();
 
 // Notes an access of a kernel's thread, or of the copies and products between kernels, to device memory.
 void access(const void* at, size_t bytes, bool write);
@@ -68,6 +72,7 @@ uint16_t to_bfloat16(float x);
 #define threadIdx (shim::thread_index)
 #define blockIdx (shim::block_index)
 #define blockDim (shim::block_size)
+#define __syncthreads() shim::synchronize()
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t);
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t);
