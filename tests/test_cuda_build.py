@@ -81,6 +81,18 @@ def kernels(name: str) -> list[tuple[str, int]]:
     return found
 
 
+def blocks(name: str) -> list[str]:
+    """The kernels of the block schedule."""
+    return [
+        f"fusedrnn::cuda::{kernel}<fusedrnn::{cell}, {scalar}, {rows}>("
+        for cell in CELLS[name]
+        for scalar in SCALARS
+        if scalar != "double"
+        for rows in (1, 2, 4)
+        for kernel in ("block_forward", "block_backward")
+    ]
+
+
 def find(kernel: str, by_name: dict):
     (found,) = [value for name, value in by_name.items() if name.startswith(kernel)]
     return found
@@ -89,14 +101,16 @@ def find(kernel: str, by_name: dict):
 @each_architecture
 @each_file
 def test_registers_and_memory(folder, name, architecture):
-    budget = int(re.search(r"register_budget = (\d+)", (CSRC / "cuda" / "tuning.h").read_text())[1])
+    tuning = (CSRC / "cuda" / "tuning.h").read_text()
+    budget, block_budget = (
+        int(re.search(rf"\b{n} = (\d+)", tuning)[1]) for n in ("register_budget", "block_register_budget")
+    )
     used = resources(cubin(folder, name, architecture))
-    assert len(used) >= len(kernels(name))
-    for kernel, of in used.items():
-        assert of["REG"] <= budget, kernel
-        assert (of["STACK"], of["LOCAL"], of["SHARED"]) == (0, 0, 0), f"{kernel}: {of}"
-    for kernel, _ in kernels(name):
+    for kernel in [*(kernel for kernel, _ in kernels(name)), *blocks(name)]:
         assert find(kernel, used)
+    for kernel, of in used.items():
+        assert of["REG"] <= (block_budget if "cuda::block_" in kernel else budget), kernel
+        assert (of["STACK"], of["LOCAL"], of["SHARED"]) == (0, 0, 0), f"{kernel}: {of}"
 
 
 @each_architecture
@@ -110,3 +124,7 @@ def test_nothing_is_spilled_and_accesses_are_wide(folder, name, architecture):
         if "_step<" in kernel:
             wide = [opcode for opcode in find(kernel, code) if re.match(r"LDG\..*\b128\b", opcode)]
             assert bool(wide) == (width > 1), kernel
+    for kernel in blocks(name):
+        opcodes = find(kernel, code)
+        assert [opcode for opcode in opcodes if re.match(r"LDS.*\b128\b", opcode)], kernel
+        assert not [opcode for opcode in opcodes if re.match(r"LD\.|ST\.", opcode)], f"{kernel}: of no known memory"

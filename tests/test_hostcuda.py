@@ -93,8 +93,30 @@ def test_chunks(monkeypatch, case, lengths, dtype, chunk_bytes):
     check(Call(replace(case, lengths=lengths, dtype=dtype)))
 
 
-def test_order_of_threads_makes_no_difference(monkeypatch):
-    call = Call(Case(T=4, B=3, H=12, bidirectional=True), resets=True)
+# Odd and even sizes; rows that fill blocks and that do not; steps enough to make blocks worth it.
+BLOCK_SHAPES = ({"T": 9, "B": 5, "I": 3, "H": 9}, {"T": 8, "B": 4, "I": 2, "H": 8}, {"T": 8, "B": 9, "I": 2, "H": 6})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "both"])
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("name", ["padded", "lengths and resets"])
+@pytest.mark.parametrize("shape", BLOCK_SHAPES, ids=lambda shape: f"H{shape['H']}")
+@pytest.mark.parametrize("kind", CELLS, ids=lambda kind: Case(**kind).equations)
+def test_blocks(monkeypatch, kind, shape, name, rows, bidirectional, dtype):
+    case = Case(**kind, **shape, bidirectional=bidirectional, dtype=dtype)
+    monkeypatch.setattr(hostcuda, "multiprocessors", -(-case.B // rows) * case.directions)
+    monkeypatch.setattr(hostcuda, "chunk_bytes", 2000 if rows == 2 else 32 << 20)
+    check(calls(case)[name])
+    assert (
+        hostcuda.schedule(case.equations, case.torch_dtype, case.T, case.B, case.I, case.H, case.directions) == "block"
+    )
+
+
+@pytest.mark.parametrize("multiprocessors", [0, 100], ids=["step", "block"])
+def test_order_of_threads_makes_no_difference(monkeypatch, multiprocessors):
+    monkeypatch.setattr(hostcuda, "multiprocessors", multiprocessors)
+    call = Call(Case(T=8, B=3, H=12, bidirectional=True), resets=True)
     first = run_recurrence(_autograd.recurrence, call)
     monkeypatch.setattr(hostcuda, "seed", 1)
     again = run_recurrence(_autograd.recurrence, call)
@@ -102,19 +124,29 @@ def test_order_of_threads_makes_no_difference(monkeypatch):
 
 
 # What is broken, where and how, and the words in which that shows. A test that cannot fail is none.
-MASK = "if (b >= here.rows || j >= p.H) return;"
-HIDDEN = "hidden = s.room_.template take<A>(s.D_ * s.B_ * gates);"
+MASK = "if (at.b >= here.rows || at.j >= p.H) return;"
+HIDDEN = "if (!s.plan_.rows) hidden = s.room_.template take<A>(s.D_ * s.B_ * gates);"
 BEGIN = "this->begin_gradients(p, room.gradients);"
 PLANTED = {
-    "rows unmasked": ("elementwise.cuh", MASK, "if (j >= p.H) return;", "out of bounds"),
-    "units unmasked": ("elementwise.cuh", MASK, "if (b >= here.rows) return;", "reads what another writes|read out of bounds"),
-    "no first state": ("step.cuh", "copy(p.h_n, p.hx, state_bytes, stream_);", "", "nobody has written: h_n"),
+    "rows unmasked": ("elementwise.cuh", MASK, "if (at.j >= p.H) return;", "out of bounds"),
+    "units unmasked": (
+        "elementwise.cuh",
+        MASK,
+        "if (at.b >= here.rows) return;",
+        "reads what another writes|read out of bounds",
+    ),
+    "no first state": ("recurrence.cuh", "copy(p.h_n, p.hx, state_bytes, stream_);", "", "nobody has written: h_n"),
     "wide at any address": ("layer.cuh", "if (H_ % widest) return false;", "", "misaligned"),
-    "host in device memory": ("step.cuh", BEGIN, f"{BEGIN} room.dh[0] = 0;", "host code"),
-    "array too small": ("step.cuh", HIDDEN, HIDDEN.replace("s.D_ * ", ""), "write out of bounds: workspace"),
+    "host in device memory": ("recurrence.cuh", BEGIN, f"{BEGIN} room.dh[0] = 0;", "host code"),
+    "array too small": ("recurrence.cuh", HIDDEN, HIDDEN.replace("s.D_ * ", ""), "write out of bounds: workspace"),
     "result not written": ("layer.cuh", "if (wanted.b_ih) convert(", "if (false) convert(", "db_ih0"),
-    "gates confused": ("elementwise.cuh", "Cell::hidden_gate(k)) * H + j);", "k) * H + j);", "^y .* above the bound"),
-    "gradient crosses a reset": ("elementwise.cuh", "reset ? V{} : dh)", "dh)", "^dx .* above the bound"),
+    "gates confused": (
+        "elementwise.cuh",
+        "Cell::hidden_gate(k) * hidden_stride",
+        "k * hidden_stride",
+        "^y .* above the bound",
+    ),
+    "gradient crosses a reset": ("elementwise.cuh", "if (v.reset) dh = dc = {};", "", "^dx .* above the bound"),
 }
 
 

@@ -4,39 +4,43 @@
 #include "cells/gru.h"
 #include "cells/lstm.h"
 #include "cells/rnn.h"
-#include "step.h"
+#include "recurrence.h"
 
 namespace fusedrnn::cuda {
 
 namespace {
 
-// f(a StepOf) with the cell that the params name.
+// f(a RecurrenceOf) with the cell that the params name.
 template <class F>
 auto with_cell(CellKind cell, const F& f) {
   switch (cell) {
     case CellKind::rnn_tanh:
-      return f(StepOf<RNN<false>>());
+      return f(RecurrenceOf<RNN<false>>());
     case CellKind::rnn_relu:
-      return f(StepOf<RNN<true>>());
+      return f(RecurrenceOf<RNN<true>>());
     case CellKind::lstm:
-      return f(StepOf<LSTM>());
+      return f(RecurrenceOf<LSTM>());
     default:
-      return f(StepOf<GRU>());
+      return f(RecurrenceOf<GRU>());
   }
 }
 
 }  // namespace
 
-int64_t workspace_bytes(const Problem& p, bool backward, int64_t chunk_bytes) {
-  return with_cell(p.cell, [&](auto step) { return step.workspace_bytes(p, backward, chunk_bytes); });
+const char* schedule(const Problem& p, const Limits& limits) {
+  return with_cell(p.cell, [&](auto cell) { return cell.plan(p, limits).rows; }) ? "block" : "step";
+}
+
+int64_t workspace_bytes(const Problem& p, bool backward, const Context& context) {
+  return with_cell(p.cell, [&](auto cell) { return cell.workspace_bytes(p, backward, context); });
 }
 
 void forward(const ForwardParams& p, const Context& context) {
-  with_cell(p.cell, [&](auto step) { step.forward(p, context); });
+  with_cell(p.cell, [&](auto cell) { cell.forward(p, context); });
 }
 
 void backward(const BackwardParams& p, const Context& context) {
-  with_cell(p.cell, [&](auto step) { step.backward(p, context); });
+  with_cell(p.cell, [&](auto cell) { cell.backward(p, context); });
 }
 
 }  // namespace fusedrnn::cuda

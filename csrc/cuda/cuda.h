@@ -14,10 +14,15 @@ struct Context {
   void* stream;     // a cudaStream_t: everything is enqueued here and nothing waits for it
   Blas* blas;       // on the same stream
   void* workspace;  // as many bytes as workspace_bytes says, aligned to 256
+  Limits limits;
   int64_t chunk_bytes = cuda::chunk_bytes;
 };
 
-int64_t workspace_bytes(const Problem& problem, bool backward, int64_t chunk_bytes = cuda::chunk_bytes);
+// How the steps of a problem would be run: "block" or "step".
+const char* schedule(const Problem& problem, const Limits& limits);
+
+// For a pass with this context, whose workspace may be missing yet.
+int64_t workspace_bytes(const Problem& problem, bool backward, const Context& context);
 
 // Throw std::runtime_error where CUDA refuses.
 void forward(const ForwardParams& params, const Context& context);

@@ -33,14 +33,16 @@ FUSEDRNN_DEVICE Position position() {
           (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * width, static_cast<int>(blockIdx.z)};
 }
 
+// What the steps of a chunk have in common, and, for a kernel of one step, where that is.
 template <class S>
 struct ForwardStep {
   using A = Accumulator<S>;
-  int64_t B, H;
+  int64_t B, H, N;
   int directions;
   Rows rows;
   Place here[2];
-  const A* input[2];  // [rows of the step, gates*H] x·W_ih
+  int64_t first[2];   // row of the sequence that input[d] begins with
+  const A* input[2];  // [rows of the chunk, gates*H] x·W_ih
   const A* hidden;    // [D, B, gates*H] h·W_hh
   const A* biases;    // [D, sums*H], or nullptr
   S* y;               // [N, D*H]
@@ -49,23 +51,28 @@ struct ForwardStep {
   S* c_n;             // [D, B, H] the cell state as it is given back, or nullptr where c is that
   S* gates;           // [D, N, saved*H], or nullptr
   S* cells;           // [D, N, H], or nullptr
-  int64_t N;
 };
 
+// What x makes of the pre-activations of some units.
 template <class Cell, class S, int width>
-__global__ void __launch_bounds__(block_threads) forward_step(const __grid_constant__ ForwardStep<S> p) {
+FUSEDRNN_DEVICE void load_input(const ForwardStep<S>& p, const Place& here, const Position& at,
+                                Values<Accumulator<S>, width> (&input)[Cell::gates]) {
+  const auto* from = p.input[at.d] + (here.start - p.first[at.d] + at.b) * Cell::gates * p.H + at.j;
+#pragma unroll
+  for (int k = 0; k < Cell::gates; ++k) input[k] = load<width>(from + k * p.H);
+}
+
+// One step of some units of a row that takes part in it. `hidden` has h·W_hh of gate g at g * hidden_stride; h and c are
+// the units' state, wherever it lies.
+template <class Cell, class S, int width, class T>
+FUSEDRNN_DEVICE void forward_units(const ForwardStep<S>& p, const Place& here, const Position& at,
+                                   const Values<Accumulator<S>, width> (&input)[Cell::gates],
+                                   const Accumulator<S>* hidden, int64_t hidden_stride, T* h_state,
+                                   Accumulator<S>* c_state) {
   using A = Accumulator<S>;
   using V = Values<A, width>;
-  const auto [b, j, d] = position<width>();
-  const Place& here = p.here[d];
-  if (b >= here.rows || j >= p.H) return;
+  const auto [b, j, d] = at;
   const int64_t row = here.start + b, H = p.H;
-  S* const y = p.y + (row * p.directions + d) * H + j;
-  if (!p.rows.has(here, b)) {
-    store<width>(y, V{});
-    return;
-  }
-  const int64_t state = (d * p.B + b) * H + j;
   const bool reset = p.rows.reset(here, b);
 
   // What x makes goes to the last `gates` sums, what h makes to the first. A state of zero makes nothing.
@@ -73,14 +80,13 @@ __global__ void __launch_bounds__(block_threads) forward_step(const __grid_const
 #pragma unroll
   for (int k = 0; k < Cell::sums; ++k) {
     if (p.biases) sums[k] = load<width>(p.biases + (d * Cell::sums + k) * H + j);
-    if (k >= Cell::input_sum) sums[k] += load<width>(p.input[d] + (b * Cell::gates + k - Cell::input_sum) * H + j);
-    if (k < Cell::gates && !reset)
-      sums[k] += load<width>(p.hidden + ((d * p.B + b) * Cell::gates + Cell::hidden_gate(k)) * H + j);
+    if (k >= Cell::input_sum) sums[k] += input[k - Cell::input_sum];
+    if (k < Cell::gates && !reset) sums[k] += load<width>(hidden + Cell::hidden_gate(k) * hidden_stride);
   }
   V h{}, c{};
   if (!reset) {
-    h = load<width>(p.h + state);
-    if constexpr (Cell::has_cell) c = load<width>(p.c + state);
+    h = load<width>(h_state);
+    if constexpr (Cell::has_cell) c = load<width>(c_state);
   }
 
   V saved[Cell::saved + 1];  // + 1: no array has no element
@@ -94,11 +100,11 @@ __global__ void __launch_bounds__(block_threads) forward_step(const __grid_const
 #pragma unroll
     for (int k = 0; k < Cell::saved; ++k) saved[k][i] = gate[k];
   }
-  store<width>(y, h);
-  store<width>(p.h + state, h);
+  store<width>(p.y + (row * p.directions + d) * H + j, h);
+  store<width>(h_state, h);
   if constexpr (Cell::has_cell) {
-    store<width>(p.c + state, c);
-    if (p.c_n) store<width>(p.c_n + state, c);
+    store<width>(c_state, c);
+    if (p.c_n) store<width>(p.c_n + (d * p.B + b) * H + j, c);
     if (p.cells) store<width>(p.cells + (d * p.N + row) * H + j, c);
   }
   if constexpr (Cell::saved > 0) {
@@ -110,80 +116,137 @@ __global__ void __launch_bounds__(block_threads) forward_step(const __grid_const
   }
 }
 
+// The output of a row that is absent from a step.
+template <class S, int width>
+FUSEDRNN_DEVICE void forward_nothing(const ForwardStep<S>& p, const Place& here, const Position& at) {
+  store<width>(p.y + ((here.start + at.b) * p.directions + at.d) * p.H + at.j, Values<Accumulator<S>, width>{});
+}
+
+template <class Cell, class S, int width>
+__global__ void __launch_bounds__(block_threads) forward_step(const __grid_constant__ ForwardStep<S> p) {
+  const Position at = position<width>();
+  const Place& here = p.here[at.d];
+  if (at.b >= here.rows || at.j >= p.H) return;
+  if (!p.rows.has(here, at.b)) return forward_nothing<S, width>(p, here, at);
+  Values<Accumulator<S>, width> input[Cell::gates];
+  load_input<Cell, S, width>(p, here, at, input);
+  const int64_t row = at.d * p.B + at.b, state = row * p.H + at.j;
+  forward_units<Cell, S, width>(p, here, at, input, p.hidden + row * Cell::gates * p.H + at.j, p.H, p.h + state,
+                                p.c + state);
+}
+
+// As for forward.
 template <class S>
 struct BackwardStep {
   using A = Accumulator<S>;
-  int64_t B, H;
+  int64_t B, H, N;
   int directions;
   Rows rows;
   Place previous[2], here[2], later[2];  // in the order of the direction; later is the step processed before
+  int64_t first[2];                      // row of the sequence that da[d] and h_previous[d] begin with
   const S* y;                            // [N, D*H]
   const S* hx;                           // [D, B, H]
   const S* cx;                           // [D, B, H]
   const S* gates;                        // [D, N, saved*H]
   const S* cells;                        // [D, N, H]
   const S* dy;                           // [N, D*H], or nullptr
-  const A* product;                      // [D, B, H] what comes back through W_hh from the later step
+  A* product;                            // [D, B, H] what comes back through W_hh from the later step
   A* dh;                                 // [D, B, H] the rest of the gradient of the state, in and out
   A* dc;                                 // [D, B, H] the gradient of the cell state, in and out
-  S* da[2];                              // [rows of the step, sums*H] gradients of the pre-activations
-  S* h_previous[2];                      // [rows of the step, H] the state before the step, or nullptr
-  int64_t N;
+  S* da[2];                              // [rows of the chunk, sums*H] gradients of the pre-activations
+  S* h_previous[2];                      // [rows of the chunk, H] the state before the step, or nullptr
 };
+
+// What forward left for some units of one step, and what comes from above.
+template <class Cell, class A, int width>
+struct ForBackward {
+  Values<A, width> dy, h, c, c_next, output, gates[Cell::saved + 1];
+  bool reset;
+};
+
+template <class Cell, class S, int width>
+FUSEDRNN_DEVICE ForBackward<Cell, Accumulator<S>, width> load_for_backward(const BackwardStep<S>& p,
+                                                                           const Place& previous, const Place& here,
+                                                                           const Position& at) {
+  const auto [b, j, d] = at;
+  const int64_t H = p.H, state = (d * p.B + b) * H + j, row = here.start + b, row_before = previous.start + b;
+  ForBackward<Cell, Accumulator<S>, width> v{};
+  v.reset = p.rows.reset(here, b);
+  const bool given = !p.rows.has(previous, b);
+  if (p.dy) v.dy = load<width>(p.dy + (row * p.directions + d) * H + j);
+  if (!v.reset && (Cell::needs_previous || p.h_previous[d]))
+    v.h = load<width>(given ? p.hx + state : p.y + (row_before * p.directions + d) * H + j);
+  if constexpr (Cell::has_cell) {
+    if (!v.reset) v.c = load<width>(given ? p.cx + state : p.cells + (d * p.N + row_before) * H + j);
+    v.c_next = load<width>(p.cells + (d * p.N + row) * H + j);
+  }
+  if constexpr (Cell::needs_output) v.output = load<width>(p.y + (row * p.directions + d) * H + j);
+#pragma unroll
+  for (int k = 0; k < Cell::saved; ++k) v.gates[k] = load<width>(p.gates + ((d * p.N + row) * Cell::saved + k) * H + j);
+  return v;
+}
+
+template <class S, int width, int sums>
+FUSEDRNN_DEVICE void store_gradients(const BackwardStep<S>& p, const Place& here, const Position& at,
+                                     const Values<Accumulator<S>, width> (&da)[sums],
+                                     const Values<Accumulator<S>, width>& h_previous) {
+  const int64_t row = here.start - p.first[at.d] + at.b;
+#pragma unroll
+  for (int k = 0; k < sums; ++k) store<width>(p.da[at.d] + (row * sums + k) * p.H + at.j, da[k]);
+  if (p.h_previous[at.d]) store<width>(p.h_previous[at.d] + row * p.H + at.j, h_previous);
+}
+
+// One step of some units of a row that takes part in it: from dh and dc of the state after it, all told but dy, to da and
+// to those of the state before it, but for what goes through W_hh. No gradient crosses a reset.
+template <class Cell, class S, int width>
+FUSEDRNN_DEVICE void backward_units(const BackwardStep<S>& p, const Place& here, const Position& at,
+                                    const ForBackward<Cell, Accumulator<S>, width>& v,
+                                    Values<Accumulator<S>, width>& dh, Values<Accumulator<S>, width>& dc,
+                                    Values<Accumulator<S>, width> (&da)[Cell::sums]) {
+  using A = Accumulator<S>;
+  dh += v.dy;
+#pragma unroll
+  for (int i = 0; i < width; ++i) {
+    A gate[Cell::saved + 1], gradient[Cell::sums];
+#pragma unroll
+    for (int k = 0; k < Cell::saved; ++k) gate[k] = v.gates[k][i];
+    dh[i] = Cell::backward(gate, v.c[i], v.c_next[i], v.h[i], v.output[i], dh[i], dc[i], gradient);
+#pragma unroll
+    for (int k = 0; k < Cell::sums; ++k) da[k][i] = gradient[k];
+  }
+  if (v.reset) dh = dc = {};
+  store_gradients<S, width>(p, here, at, da, v.h);
+}
+
+// The gradients of a row that is absent from a step.
+template <class Cell, class S, int width>
+FUSEDRNN_DEVICE void backward_nothing(const BackwardStep<S>& p, const Place& here, const Position& at) {
+  const Values<Accumulator<S>, width> da[Cell::sums] = {};
+  store_gradients<S, width>(p, here, at, da, {});
+}
 
 // A row that has left the sequence (or has not entered it yet) only takes up what the later step sent back to it; `here`
 // without rows does that for all rows, at the end.
 template <class Cell, class S, int width>
 __global__ void __launch_bounds__(block_threads) backward_step(const __grid_constant__ BackwardStep<S> p) {
-  using A = Accumulator<S>;
-  using V = Values<A, width>;
-  const auto [b, j, d] = position<width>();
-  const Place &here = p.here[d], &later = p.later[d], &previous = p.previous[d];
-  if ((b >= here.rows && b >= later.rows) || j >= p.H) return;
-  const int64_t H = p.H, row = here.start + b, state = (d * p.B + b) * H + j;
+  using V = Values<Accumulator<S>, width>;
+  const Position at = position<width>();
+  const Place &here = p.here[at.d], &later = p.later[at.d];
+  if ((at.b >= here.rows && at.b >= later.rows) || at.j >= p.H) return;
+  const int64_t state = (at.d * p.B + at.b) * p.H + at.j;
 
-  V dh = load<width>(p.dh + state);
-  if (p.rows.has(later, b) && !p.rows.reset(later, b)) dh += load<width>(p.product + state);
-  if (!p.rows.has(here, b)) {
-    store<width>(p.dh + state, dh);
-    if (b < here.rows) {
-#pragma unroll
-      for (int k = 0; k < Cell::sums; ++k) store<width>(p.da[d] + (b * Cell::sums + k) * H + j, V{});
-      if (p.h_previous[d]) store<width>(p.h_previous[d] + b * H + j, V{});
-    }
-    return;
+  V dh = load<width>(p.dh + state), dc{};
+  if (p.rows.has(later, at.b) && !p.rows.reset(later, at.b)) dh += load<width>(p.product + state);
+  if (p.rows.has(here, at.b)) {
+    const auto v = load_for_backward<Cell, S, width>(p, p.previous[at.d], here, at);
+    if constexpr (Cell::has_cell) dc = load<width>(p.dc + state);
+    V da[Cell::sums];
+    backward_units<Cell, S, width>(p, here, at, v, dh, dc, da);
+    if constexpr (Cell::has_cell) store<width>(p.dc + state, dc);
+  } else if (at.b < here.rows) {
+    backward_nothing<Cell, S, width>(p, here, at);
   }
-  if (p.dy) dh += load<width>(p.dy + (row * p.directions + d) * H + j);
-
-  const bool reset = p.rows.reset(here, b), given = !p.rows.has(previous, b);
-  const int64_t row_before = previous.start + b;
-  V h{}, c{}, c_next{}, output{}, dc{}, gates[Cell::saved + 1];
-  if (!reset && (Cell::needs_previous || p.h_previous[d]))
-    h = load<width>(given ? p.hx + state : p.y + (row_before * p.directions + d) * H + j);
-  if constexpr (Cell::has_cell) {
-    if (!reset) c = load<width>(given ? p.cx + state : p.cells + (d * p.N + row_before) * H + j);
-    c_next = load<width>(p.cells + (d * p.N + row) * H + j);
-    dc = load<width>(p.dc + state);
-  }
-  if constexpr (Cell::needs_output) output = load<width>(p.y + (row * p.directions + d) * H + j);
-#pragma unroll
-  for (int k = 0; k < Cell::saved; ++k) gates[k] = load<width>(p.gates + ((d * p.N + row) * Cell::saved + k) * H + j);
-
-  V da[Cell::sums];
-#pragma unroll
-  for (int i = 0; i < width; ++i) {
-    A gate[Cell::saved + 1], gradient[Cell::sums];
-#pragma unroll
-    for (int k = 0; k < Cell::saved; ++k) gate[k] = gates[k][i];
-    dh[i] = Cell::backward(gate, c[i], c_next[i], h[i], output[i], dh[i], dc[i], gradient);
-#pragma unroll
-    for (int k = 0; k < Cell::sums; ++k) da[k][i] = gradient[k];
-  }
-#pragma unroll
-  for (int k = 0; k < Cell::sums; ++k) store<width>(p.da[d] + (b * Cell::sums + k) * H + j, da[k]);
-  if (p.h_previous[d]) store<width>(p.h_previous[d] + b * H + j, h);
-  store<width>(p.dh + state, reset ? V{} : dh);  // no gradient crosses a reset
-  if constexpr (Cell::has_cell) store<width>(p.dc + state, reset ? V{} : dc);
+  store<width>(p.dh + state, dh);
 }
 
 template <class S>

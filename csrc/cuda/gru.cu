@@ -1,7 +1,7 @@
-#include "step.cuh"
+#include "recurrence.cuh"
 
 namespace fusedrnn::cuda {
 
-template struct StepOf<GRU>;
+template struct RecurrenceOf<GRU>;
 
 }  // namespace fusedrnn::cuda

@@ -98,61 +98,26 @@ class Layer {
       const int64_t rows = chunk.rows[d], first = chunk.first[d];
       const WeightGradients& wanted = p.gradients[d];
       const S* const da_x = g.da[d] + Cell::input_sum * H_;
-      if (p.dx)
-        multiply({rows,
-                  p.I,
-                  gates,
-                  1,
-                  {da_x, sums},
-                  {p.weights[d].w_ih, p.I},
-                  static_cast<S*>(p.dx) + first * p.I,
-                  p.I,
-                  0,
-                  element<S>(),
-                  element<S>(),
-                  D_ == 2});
-      if (wanted.w_ih)
-        multiply({gates,
-                  p.I,
-                  rows,
-                  1,
-                  {da_x, sums, 0, true},
-                  {as<S>(p.x) + first * p.I, p.I},
-                  same ? wanted.w_ih : g.w_ih[d],
-                  p.I,
-                  0,
-                  element<S>(),
-                  element<A>(),
-                  accumulate});
+      const Factor x{as<S>(p.x) + first * p.I, p.I}, w_ih{p.weights[d].w_ih, p.I}, h{g.h_previous[d], H_};
+      if (p.dx) {
+        S* const dx = static_cast<S*>(p.dx) + first * p.I;
+        multiply({rows, p.I, gates, 1, {da_x, sums}, w_ih, dx, p.I, 0, element<S>(), element<S>(), D_ == 2});
+      }
+      if (wanted.w_ih) {
+        A* const gradient = same ? static_cast<A*>(wanted.w_ih) : g.w_ih[d];
+        const Factor da{da_x, sums, 0, true};
+        multiply({gates, p.I, rows, 1, da, x, gradient, p.I, 0, element<S>(), element<A>(), accumulate});
+      }
       if (wanted.w_hh)
         for_gate_blocks([&](int sum, int gate, int count) {
-          A* const gradient = same ? static_cast<A*>(wanted.w_hh) : g.w_hh[d];
-          multiply({count * H_,
-                    H_,
-                    rows,
-                    1,
-                    {g.da[d] + sum * H_, sums, 0, true},
-                    {g.h_previous[d], H_},
-                    gradient + gate * H_ * H_,
-                    H_,
-                    0,
-                    element<S>(),
-                    element<A>(),
-                    accumulate});
+          A* const gradient = (same ? static_cast<A*>(wanted.w_hh) : g.w_hh[d]) + gate * H_ * H_;
+          const Factor da{g.da[d] + sum * H_, sums, 0, true};
+          multiply({count * H_, H_, rows, 1, da, h, gradient, H_, 0, element<S>(), element<A>(), accumulate});
         });
-      if (wanted.b_ih || wanted.b_hh)
-        multiply({1,
-                  sums,
-                  rows,
-                  1,
-                  {g.ones, rows},
-                  {g.da[d], sums},
-                  g.biases[d],
-                  sums,
-                  0,
-                  element<S>(),
-                  element<A>(),
-                  accumulate});
+      if (wanted.b_ih || wanted.b_hh) {
+        const Factor ones{g.ones, rows}, da{g.da[d], sums};
+        multiply({1, sums, rows, 1, ones, da, g.biases[d], sums, 0, element<S>(), element<A>(), accumulate});
+      }
     }
   }
 

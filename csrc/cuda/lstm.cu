@@ -1,7 +1,7 @@
-#include "step.cuh"
+#include "recurrence.cuh"
 
 namespace fusedrnn::cuda {
 
-template struct StepOf<LSTM>;
+template struct RecurrenceOf<LSTM>;
 
 }  // namespace fusedrnn::cuda

@@ -1,8 +1,8 @@
-#include "step.cuh"
+#include "recurrence.cuh"
 
 namespace fusedrnn::cuda {
 
-template struct StepOf<RNN<false>>;
-template struct StepOf<RNN<true>>;
+template struct RecurrenceOf<RNN<false>>;
+template struct RecurrenceOf<RNN<true>>;
 
 }  // namespace fusedrnn::cuda

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cells/activations.h"
+
 namespace fusedrnn::cuda {
 
 // Threads of an element-wise block. Small, so that a small layer (B 32, H 256: 2048 threads of 4 units) spreads over as
@@ -43,6 +45,58 @@ constexpr Geometry elementwise_geometry(int64_t rows, int64_t units, int width, 
   const int y = block_threads / x;
   return {(rows + y - 1) / y, static_cast<unsigned>((columns + x - 1) / x), static_cast<unsigned>(directions),
           static_cast<unsigned>(x), static_cast<unsigned>(y)};
+}
+
+// What a GPU offers: cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin.
+struct Limits {
+  int multiprocessors, shared_bytes;
+};
+
+// The block schedule (block.cuh). With so many threads, each can have 128 registers.
+constexpr int most_block_threads = 512;
+constexpr int block_register_budget = 128;
+
+// Neighbouring outputs that a thread computes: 4 bytes of weights, the width of a bank of shared memory.
+constexpr FUSEDRNN_INLINE int adjacent_units(int scalar_bytes) { return scalar_bytes < 4 ? 4 / scalar_bytes : 1; }
+
+constexpr FUSEDRNN_INLINE int padded_units(int64_t H) { return static_cast<int>((H + 3) / 4 * 4); }
+
+// An odd number of banks from row to row, so that a column is written without conflicts.
+constexpr FUSEDRNN_INLINE int leading_dimension(int64_t H, int scalar_bytes) {
+  return padded_units(H) + adjacent_units(scalar_bytes);
+}
+
+struct BlockPlan {
+  int rows;  // of the batch in a block, or 0 where the step schedule must do
+  int threads, shared_bytes;
+};
+
+// Units of all rows of a block that a thread takes in turn; more would need more registers than there are.
+constexpr FUSEDRNN_INLINE int units_of_a_thread(int rows) { return rows < 4 ? 1 : rows / 2; }
+
+// A thread for every `adjacent` units of every gate, and enough of them to share out the rows' units.
+constexpr BlockPlan block_shape(int rows, int64_t H, int gates, bool has_cell, int scalar_bytes,
+                                int accumulator_bytes) {
+  const int64_t padded = padded_units(H), vectors = 1 + has_cell + 2 * gates, at_once = units_of_a_thread(rows);
+  const int64_t threads = std::max(gates * padded / adjacent_units(scalar_bytes), (rows * H + at_once - 1) / at_once);
+  const int64_t bytes =
+      gates * padded * leading_dimension(H, scalar_bytes) * scalar_bytes + rows * vectors * padded * accumulator_bytes;
+  return {rows, static_cast<int>((threads + 31) / 32 * 32), static_cast<int>(bytes)};
+}
+
+// Few rows a block, for a step takes longer the more there are, and 8 would need more registers than there are; but not more blocks than multiprocessors, for each fills one. A batch that does not fit that way has enough
+// rows for the step schedule's products to be good. Below 8 steps, loading the weights takes longer than the launches that
+// are saved.
+constexpr BlockPlan block_plan(const Limits& limits, int64_t T, int64_t B, int64_t H, int directions, int gates,
+                               bool has_cell, int scalar_bytes, int accumulator_bytes) {
+  if (T < 8 || B == 0 || H > 2 * most_block_threads) return {0, 0, 0};
+  for (const int rows : {1, 2, 4}) {
+    const BlockPlan plan = block_shape(rows, H, gates, has_cell, scalar_bytes, accumulator_bytes);
+    if ((B + rows - 1) / rows * directions <= limits.multiprocessors && plan.threads <= most_block_threads &&
+        plan.shared_bytes <= limits.shared_bytes)
+      return plan;
+  }
+  return {0, 0, 0};
 }
 
 }  // namespace fusedrnn::cuda

@@ -108,6 +108,7 @@ def library(path: Path | None = None) -> ModuleType:
 
 seed = 0  # of the order in which a launch's threads run
 chunk_bytes = 32 << 20  # as tuning.h has it
+multiprocessors = 0  # of the GPU that is imitated; 0: nothing but the step schedule
 
 
 def _array(tensor: Tensor) -> np.ndarray:
@@ -115,11 +116,18 @@ def _array(tensor: Tensor) -> np.ndarray:
     return (tensor.view(torch.int16) if tensor.element_size() == 2 else tensor).numpy()
 
 
+def schedule(cell: str, dtype: torch.dtype, T: int, B: int, I: int, H: int, directions: int, packed=False) -> str:  # noqa: E741
+    """The one that such a call takes on a GPU of so many multiprocessors."""
+    sizes = library().Sizes(CELLS[cell], SCALARS[dtype], T, B, I, H, directions, chunk_bytes, multiprocessors)
+    return library().schedule(sizes, packed)
+
+
 def _run(pass_name: str, cell: str, x: Tensor, hx: Tensor, batch_sizes, inputs: dict, results: dict, partly=()) -> None:
     directions, batch, hidden = hx.shape
     steps = x.size(0) if batch_sizes is None else len(batch_sizes)
     offsets = None if batch_sizes is None else [0, *np.cumsum(batch_sizes.numpy()).tolist()]
-    sizes = library().Sizes(CELLS[cell], SCALARS[x.dtype], steps, batch, x.size(-1), hidden, directions, chunk_bytes)
+    shape = (steps, batch, x.size(-1), hidden, directions)
+    sizes = library().Sizes(CELLS[cell], SCALARS[x.dtype], *shape, chunk_bytes, multiprocessors)
     given = {name: _array(tensor) for name, tensor in (inputs | {"x": x, "hx": hx}).items() if tensor is not None}
     made = {name: _array(tensor) for name, tensor in results.items()}
     error, not_whole = getattr(library(), pass_name)(seed, sizes, offsets, given, made)

@@ -116,7 +116,11 @@ struct Sizes {
   int64_t T, B, I, H;
   int directions;
   int64_t chunk_bytes;
+  int multiprocessors;  // none: the step schedule
 };
+
+// Of an H100 with so many multiprocessors.
+cuda::Limits limits(const Sizes& s) { return {s.multiprocessors, 227 << 10}; }
 
 void set_problem(Problem& p, const Sizes& s, const std::optional<std::vector<int64_t>>& offsets, const Device& device) {
   p.cell = static_cast<CellKind>(s.cell);
@@ -133,11 +137,25 @@ void set_problem(Problem& p, const Sizes& s, const std::optional<std::vector<int
 }
 
 template <class Params>
-auto run(void (*pass)(const Params&, const cuda::Context&), const Params& p, bool backward, int64_t chunk_bytes,
+auto run(void (*pass)(const Params&, const cuda::Context&), const Params& p, bool backward, const Sizes& sizes,
          Device& device) {
   Loops loops;
-  pass(p, {nullptr, &loops, shim::allocate_workspace(cuda::workspace_bytes(p, backward, chunk_bytes)), chunk_bytes});
+  cuda::Context context{nullptr, &loops, nullptr, limits(sizes), sizes.chunk_bytes};
+  context.workspace = shim::allocate_workspace(cuda::workspace_bytes(p, backward, context));
+  pass(p, context);
   return device.finish();
+}
+
+std::string schedule(const Sizes& s, bool packed) {
+  const int64_t offset = 0;
+  Problem p{};
+  p.cell = static_cast<CellKind>(s.cell);
+  p.scalar = static_cast<ScalarKind>(s.scalar);
+  p.sequence = {s.T, s.B, packed ? &offset : nullptr, nullptr, nullptr};
+  p.I = s.I;
+  p.H = s.H;
+  p.directions = s.directions;
+  return cuda::schedule(p, limits(s));
 }
 
 auto forward(uint64_t seed, const Sizes& sizes, const std::optional<std::vector<int64_t>>& offsets,
@@ -147,7 +165,7 @@ auto forward(uint64_t seed, const Sizes& sizes, const std::optional<std::vector<
   set_problem(p, sizes, offsets, device);
   p.x = device["x"], p.hx = device["hx"], p.cx = device["cx"];
   p.y = device["y"], p.h_n = device["h_n"], p.c_n = device["c_n"], p.gates = device["gates"], p.cells = device["cells"];
-  return run(&cuda::forward, p, false, sizes.chunk_bytes, device);
+  return run(&cuda::forward, p, false, sizes, device);
 }
 
 auto backward(uint64_t seed, const Sizes& sizes, const std::optional<std::vector<int64_t>>& offsets,
@@ -164,15 +182,17 @@ auto backward(uint64_t seed, const Sizes& sizes, const std::optional<std::vector
     p.gradients[d] = {device["dw_ih" + suffix], device["dw_hh" + suffix], device["db_ih" + suffix],
                       device["db_hh" + suffix]};
   }
-  return run(&cuda::backward, p, true, sizes.chunk_bytes, device);
+  return run(&cuda::backward, p, true, sizes, device);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(hostcuda, m) {
   py::class_<Sizes>(m, "Sizes", py::module_local())
-      .def(py::init<int, int, int64_t, int64_t, int64_t, int64_t, int, int64_t>(), py::arg("cell"), py::arg("scalar"),
-           py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("directions"), py::arg("chunk_bytes"));
+      .def(py::init<int, int, int64_t, int64_t, int64_t, int64_t, int, int64_t, int>(), py::arg("cell"),
+           py::arg("scalar"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("directions"),
+           py::arg("chunk_bytes"), py::arg("multiprocessors"));
+  m.def("schedule", &schedule);
   m.def("forward", &forward);
   m.def("backward", &backward);
 }

@@ -1,4 +1,4 @@
-// The step schedule of one cell, without its insides (step.cuh).
+// The recurrence of one cell, without its insides (recurrence.cuh).
 #pragma once
 
 #include "cuda.h"
@@ -6,8 +6,9 @@
 namespace fusedrnn::cuda {
 
 template <class Cell>
-struct StepOf {
-  static int64_t workspace_bytes(const Problem& p, bool backward, int64_t chunk_bytes);
+struct RecurrenceOf {
+  static BlockPlan plan(const Problem& p, const Limits& limits);
+  static int64_t workspace_bytes(const Problem& p, bool backward, const Context& context);
   static void forward(const ForwardParams& p, const Context& context);
   static void backward(const BackwardParams& p, const Context& context);
 };

@@ -1,0 +1,231 @@
+// The recurrence inside one block: a block keeps W_hh of its direction in shared memory and runs the steps of a chunk for
+// a few rows of the batch. Blocks share nothing, so there is nothing that could wait for a block that does not run.
+#pragma once
+
+#include "elementwise.cuh"
+
+namespace fusedrnn::cuda {
+
+// Steps [begin, end) of a padded batch, in the order of the direction.
+template <class S>
+struct BlockForward {
+  ForwardStep<S> step;
+  int64_t begin, end, T;
+  const S* w_hh[2];  // [gates*H, H]
+};
+
+template <class S>
+struct BlockBackward {
+  BackwardStep<S> step;
+  int64_t begin, end, T;
+  const S* w_hh[2];
+};
+
+FUSEDRNN_DEVICE Place padded_place(int64_t T, int64_t B, int d, int64_t number) {
+  if (number < 0 || number >= T) return {-1, 0, 0};
+  const int64_t t = d ? T - 1 - number : number;
+  return {t, t * B, B};
+}
+
+// The matrix of a gate in shared memory, as [in][out] of rows `ld` apart, and vectors of `padded` values, all with zeros
+// where there are no units. BlockShape (tuning.h) says how large all of it is.
+template <class Cell, class S>
+struct Block {
+  using A = Accumulator<S>;
+  static constexpr int adjacent = adjacent_units(sizeof(S));
+  using V = Values<A, 1>;
+  using W = Values<A, adjacent>;
+
+  const int H, padded, ld, thread, threads;
+  S* const weights;  // [gates][padded][ld]
+
+  FUSEDRNN_DEVICE Block(int64_t H, unsigned char* memory)
+      : H(static_cast<int>(H)),
+        padded(padded_units(this->H)),
+        ld(leading_dimension(this->H, sizeof(S))),
+        thread(threadIdx.x),
+        threads(blockDim.x),
+        weights(reinterpret_cast<S*>(memory)) {}
+
+  // What follows the weights.
+  FUSEDRNN_DEVICE A* vectors() const { return reinterpret_cast<A*>(weights + Cell::gates * padded * ld); }
+
+  // Each gate's block of w [gates*H, H], transposed for forward: there what comes in is the second index.
+  FUSEDRNN_DEVICE void load_weights(const S* w, bool transpose) const {
+    const W nothing{};
+    for (int i = thread; i < Cell::gates * padded * ld / adjacent; i += threads)
+      store<adjacent>(weights + i * adjacent, nothing);
+    __syncthreads();
+    constexpr int warp = 32;
+    for (int row = thread / warp; row < Cell::gates * H; row += threads / warp) {
+      S* const gate = weights + row / H * padded * ld;
+      const int first = row % H;
+      for (int second = thread % warp; second < H; second += warp)
+        store<1>(gate + (transpose ? second * ld + first : first * ld + second),
+                 load<1>(w + static_cast<int64_t>(row) * H + second));
+    }
+  }
+
+  FUSEDRNN_DEVICE void clear(A* vector, int count) const {
+    for (int i = thread; i < count; i += threads) store<1>(vector + i, V{});
+  }
+
+  // out[r][gate] = in[r][gate or all] times the gate's matrix, for R rows; in and out are `padded` apart from row to row
+  // (and gate to gate), in's gates `gate_stride`.
+  template <int R>
+  FUSEDRNN_DEVICE void multiply(const A* in, int row_stride, int gate_stride, A* out) const {
+    const int columns = padded / adjacent, gate = thread / columns, x = thread % columns * adjacent;
+    if (gate >= Cell::gates) return;
+    W sums[R] = {};
+    const S* const w = weights + gate * padded * ld + x;
+    const A* const v = in + gate * gate_stride;
+    for (int l = 0; l < padded; l += unroll) {
+      Values<A, unroll> h[R];
+#pragma unroll
+      for (int r = 0; r < R; ++r) h[r] = load<unroll>(v + r * row_stride + l);
+#pragma unroll
+      for (int i = 0; i < unroll; ++i) {
+        const W column = load<adjacent>(w + (l + i) * ld);
+#pragma unroll
+        for (int r = 0; r < R; ++r)
+#pragma unroll
+          for (int e = 0; e < adjacent; ++e) sums[r][e] += h[r][i] * column[e];
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < R; ++r) store<adjacent>(out + (r * Cell::gates + gate) * padded + x, sums[r]);
+  }
+
+  static constexpr int unroll = 16 / sizeof(A);  // values of a vector that one access takes
+};
+
+template <class Cell, class S, int R>
+__global__ void __launch_bounds__(most_block_threads, 1) block_forward(const __grid_constant__ BlockForward<S> p) {
+  using A = Accumulator<S>;
+  using V = Values<A, 1>;
+  constexpr int items = units_of_a_thread(R);
+  FUSEDRNN_SHARED(memory);
+  const ForwardStep<S>& step = p.step;
+  const Block<Cell, S> block(step.H, memory);
+  const int d = blockIdx.y, H = block.H, padded = block.padded;
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * R;
+  A* const h = block.vectors();                       // [R][padded]
+  A* const c = h + R * padded;                        // [R][padded], cells with a cell state only
+  A* const hidden = c + Cell::has_cell * R * padded;  // [R][gates][padded]
+
+  block.load_weights(p.w_hh[d], true);
+  block.clear(h, R * padded);
+  __syncthreads();
+  const auto for_items = [&](auto f) {
+#pragma unroll
+    for (int i = 0; i < items; ++i) {
+      const int item = block.thread + i * block.threads, r = item / H, j = item % H;
+      if (item < R * H && first_row + r < step.B) f(i, r, Position{first_row + r, j, d});
+    }
+  };
+  for_items([&](int, int r, const Position& at) {
+    const int64_t state = (d * step.B + at.b) * H + at.j;
+    store<1>(h + r * padded + at.j, load<1>(step.h + state));
+    if constexpr (Cell::has_cell) store<1>(c + r * padded + at.j, load<1>(step.c + state));
+  });
+  __syncthreads();
+
+  for (int64_t number = p.begin; number < p.end; ++number) {
+    const Place here = padded_place(p.T, step.B, d, number);
+    V input[items][Cell::gates];
+    for_items([&](int i, int, const Position& at) { load_input<Cell, S, 1>(step, here, at, input[i]); });
+    block.template multiply<R>(h, padded, 0, hidden);
+    __syncthreads();
+    for_items([&](int i, int r, const Position& at) {
+      if (!step.rows.has(here, at.b)) return forward_nothing<S, 1>(step, here, at);
+      forward_units<Cell, S, 1>(step, here, at, input[i], hidden + r * Cell::gates * padded + at.j, padded,
+                                h + r * padded + at.j, c + r * padded + at.j);
+    });
+    __syncthreads();
+  }
+
+  for_items([&](int, int r, const Position& at) {
+    const int64_t state = (d * step.B + at.b) * H + at.j;
+    store<1>(step.h + state, load<1>(h + r * padded + at.j));
+    if constexpr (Cell::has_cell) store<1>(step.c + state, load<1>(c + r * padded + at.j));
+  });
+}
+
+template <class Cell, class S, int R>
+__global__ void __launch_bounds__(most_block_threads, 1) block_backward(const __grid_constant__ BlockBackward<S> p) {
+  using A = Accumulator<S>;
+  using V = Values<A, 1>;
+  constexpr int items = units_of_a_thread(R);
+  FUSEDRNN_SHARED(memory);
+  const BackwardStep<S>& step = p.step;
+  const Block<Cell, S> block(step.H, memory);
+  const int d = blockIdx.y, H = block.H, padded = block.padded;
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * R;
+  A* const dh = block.vectors();                   // [R][padded]
+  A* const dc = dh + R * padded;                   // [R][padded], cells with a cell state only
+  A* const da = dc + Cell::has_cell * R * padded;  // [R][gates][padded] by the gates of w_hh
+  A* const parts = da + R * Cell::gates * padded;  // [R][gates][padded] of what comes back through w_hh
+
+  block.load_weights(p.w_hh[d], false);
+  block.clear(da, 2 * R * Cell::gates * padded);
+  __syncthreads();
+  const auto for_items = [&](auto f) {
+#pragma unroll
+    for (int i = 0; i < items; ++i) {
+      const int item = block.thread + i * block.threads, r = item / H, j = item % H;
+      if (item < R * H && first_row + r < step.B) f(i, r, Position{first_row + r, j, d});
+    }
+  };
+  const auto returned = [&](int r, int j) {
+    V sum{};
+#pragma unroll
+    for (int g = 0; g < Cell::gates; ++g) sum += load<1>(parts + (r * Cell::gates + g) * padded + j);
+    return sum;
+  };
+  for_items([&](int, int r, const Position& at) {
+    const int64_t state = (d * step.B + at.b) * H + at.j;
+    store<1>(dh + r * padded + at.j, load<1>(step.dh + state));
+    if constexpr (Cell::has_cell) store<1>(dc + r * padded + at.j, load<1>(step.dc + state));
+    if (p.end < p.T) store<1>(parts + r * Cell::gates * padded + at.j, load<1>(step.product + state));
+  });
+  __syncthreads();
+
+  for (int64_t number = p.end - 1; number >= p.begin; --number) {
+    const Place previous = padded_place(p.T, step.B, d, number - 1), here = padded_place(p.T, step.B, d, number),
+                later = padded_place(p.T, step.B, d, number + 1);
+    ForBackward<Cell, A, 1> values[items];
+    for_items([&](int i, int, const Position& at) {
+      if (step.rows.has(here, at.b)) values[i] = load_for_backward<Cell, S, 1>(step, previous, here, at);
+    });
+    for_items([&](int i, int r, const Position& at) {
+      A* const own = dh + r * padded + at.j;
+      V carried = load<1>(own);
+      if (step.rows.has(later, at.b) && !step.rows.reset(later, at.b)) carried += returned(r, at.j);
+      V gradient[Cell::sums] = {};
+      if (step.rows.has(here, at.b)) {
+        V cell{};
+        if constexpr (Cell::has_cell) cell = load<1>(dc + r * padded + at.j);
+        backward_units<Cell, S, 1>(step, here, at, values[i], carried, cell, gradient);
+        if constexpr (Cell::has_cell) store<1>(dc + r * padded + at.j, cell);
+      } else {
+        backward_nothing<Cell, S, 1>(step, here, at);
+      }
+      store<1>(own, carried);
+#pragma unroll
+      for (int k = 0; k < Cell::gates; ++k)
+        store<1>(da + (r * Cell::gates + Cell::hidden_gate(k)) * padded + at.j, gradient[k]);
+    });
+    __syncthreads();
+    block.template multiply<R>(da, Cell::gates * padded, padded, parts);
+    __syncthreads();
+  }
+
+  for_items([&](int, int r, const Position& at) {
+    const int64_t state = (d * step.B + at.b) * H + at.j;
+    store<1>(step.dh + state, load<1>(dh + r * padded + at.j));
+    if constexpr (Cell::has_cell) store<1>(step.dc + state, load<1>(dc + r * padded + at.j));
+    store<1>(step.product + state, returned(r, at.j));
+  });
+}
+
+}  // namespace fusedrnn::cuda

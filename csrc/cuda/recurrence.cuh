@@ -1,0 +1,293 @@
+// The time loop. Per chunk of steps one product for the input of all of them, then the steps in order, then, backward, the
+// gradients of input and weights as products over the chunk. The steps of a chunk run by one of two schedules:
+//   step    per step one product and one kernel, for anything; the state in memory is all that stands between two steps
+//   block   all steps in one kernel (block.cuh), where W_hh fits a block's shared memory
+#pragma once
+
+#include "block.cuh"
+#include "layer.cuh"
+#include "recurrence.h"
+
+namespace fusedrnn::cuda {
+
+template <class Cell, class S>
+class Recurrence : Layer<Cell, S> {
+  using Base = Layer<Cell, S>;
+  using Base::multiply, Base::convert, Base::elementwise, Base::vectors_for, Base::has_bias, Base::for_gate_blocks;
+  using Base::same, Base::widest, Base::p_, Base::stream_, Base::D_, Base::B_, Base::H_, Base::N_, Base::chunk_bytes_;
+  using typename Base::A, typename Base::Gradients;
+  static constexpr bool blocks = sizeof(A) == 4;  // float64 is for checks of gradients
+
+ public:
+  Recurrence(const Problem& p, const Context& context) : Base(p, context), room_(context.workspace) {
+    if (blocks && !p.sequence.offsets)  // a packed batch's rows are known to the host only
+      plan_ = block_plan(context.limits, p.sequence.T, B_, H_, D_, Cell::gates, Cell::has_cell, sizeof(S), sizeof(A));
+  }
+
+  const BlockPlan& plan() const { return plan_; }
+
+  int64_t workspace_bytes(bool backward) {
+    backward ? void(BackwardRoom(*this)) : void(ForwardRoom(*this));
+    return room_.used();
+  }
+
+  void forward(const ForwardParams& p) {
+    const ForwardRoom room(*this);
+    if (room.w_hh) copy_weights(room.w_hh, false);
+    if (has_bias()) this->add_biases_to(room.biases);
+    const int64_t state_bytes = D_ * B_ * H_ * sizeof(S), gates = Cell::gates * H_;
+    copy(p.h_n, p.hx, state_bytes, stream_);
+    if constexpr (Cell::has_cell) {
+      copy(p.c_n, p.cx, state_bytes, stream_);
+      if constexpr (!same) convert(room.c, as<S>(p.cx), D_ * B_, H_);
+    }
+
+    ForwardStep<S> step{};
+    step.B = B_, step.H = H_, step.N = N_, step.directions = D_;
+    step.rows = {p.sequence.lengths, p.sequence.resets};
+    for (int d = 0; d < D_; ++d) step.input[d] = room.input[d];
+    step.hidden = room.hidden;
+    step.biases = has_bias() ? room.biases : nullptr;
+    step.y = static_cast<S*>(p.y);
+    step.h = static_cast<S*>(p.h_n);
+    step.c = same ? static_cast<A*>(p.c_n) : room.c;
+    step.c_n = same ? nullptr : static_cast<S*>(p.c_n);
+    step.gates = static_cast<S*>(p.gates);
+    step.cells = static_cast<S*>(p.cells);
+    const bool vectors = vectors_for({p.y, p.h_n, p.c_n, p.gates, p.cells});
+
+    for (Chunk chunk{}; chunk.end < p.sequence.T;) {
+      chunk = chunk_from(p.sequence, D_, chunk.end, room.rows);
+      for (int d = 0; d < D_; ++d) {
+        const Factor x{as<S>(p.x) + chunk.first[d] * p.I, p.I}, w_ih{p.weights[d].w_ih, p.I, 0, true};
+        multiply({chunk.rows[d], gates, p.I, 1, x, w_ih, room.input[d], gates, 0, element<S>(), element<A>(), false});
+        step.first[d] = chunk.first[d];
+      }
+      plan_.rows ? forward_blocks(step, chunk) : forward_steps(step, chunk, room, vectors);
+    }
+  }
+
+  void backward(const BackwardParams& p) {
+    const BackwardRoom room(*this);
+    if (room.w_hh) copy_weights(room.w_hh, true);
+    start_gradient(room.dh, p.dh_n);
+    if constexpr (Cell::has_cell) start_gradient(room.dc, p.dc_n);
+    this->begin_gradients(p, room.gradients);
+
+    BackwardStep<S> step{};
+    step.B = B_, step.H = H_, step.N = N_, step.directions = D_;
+    step.rows = {p.sequence.lengths, p.sequence.resets};
+    step.y = as<S>(p.y);
+    step.hx = as<S>(p.hx);
+    step.cx = as<S>(p.cx);
+    step.gates = as<S>(p.gates);
+    step.cells = as<S>(p.cells);
+    step.dy = as<S>(p.dy);
+    for (int d = 0; d < D_; ++d) {
+      step.da[d] = room.gradients.da[d];
+      step.h_previous[d] = p.gradients[d].w_hh ? room.gradients.h_previous[d] : nullptr;
+    }
+    step.product = room.product;
+    step.dh = room.dh;
+    step.dc = room.dc;
+    const bool vectors = vectors_for({p.y, p.hx, p.cx, p.gates, p.cells, p.dy});
+    for (int64_t end = p.sequence.T; end > 0;) {
+      const Chunk chunk = chunk_up_to(p.sequence, D_, end, room.gradients.rows);
+      for (int d = 0; d < D_; ++d) step.first[d] = chunk.first[d];
+      plan_.rows ? backward_blocks(step, chunk) : backward_steps(step, chunk, room, vectors);
+      this->add_gradients(p, room.gradients, chunk);
+      end = chunk.begin;
+    }
+    backward_kernel(step, -1, vectors);  // takes up what the first step sent back
+    if (p.dhx) convert(static_cast<S*>(p.dhx), room.dh, D_ * B_, H_);
+    if constexpr (Cell::has_cell)
+      if (p.dcx) convert(static_cast<S*>(p.dcx), room.dc, D_ * B_, H_);
+    this->finish_gradients(p, room.gradients);
+  }
+
+ private:
+  struct ForwardRoom {
+    int64_t rows;         // of the sequence in a chunk
+    A* input[2];          // [rows, gates*H]
+    A* hidden = nullptr;  // [D, B, gates*H], for steps
+    A* biases;            // [D, sums*H]
+    A* c = nullptr;       // [D, B, H] where c_n is not of the accumulators' type
+    S* w_hh = nullptr;    // [D, gates*H, H] where the weights must be copied together
+
+    explicit ForwardRoom(Recurrence& s) {
+      const int64_t gates = Cell::gates * s.H_;
+      rows = chunk_rows(s.N_, s.B_, gates * sizeof(A), s.chunk_bytes_);
+      for (int d = 0; d < s.D_; ++d) input[d] = s.room_.template take<A>(rows * gates);
+      if (!s.plan_.rows) hidden = s.room_.template take<A>(s.D_ * s.B_ * gates);
+      biases = s.room_.template take<A>(s.D_ * Cell::sums * s.H_);
+      if (Cell::has_cell && !same) c = s.room_.template take<A>(s.D_ * s.B_ * s.H_);
+      if (s.copies_weights(false)) w_hh = s.room_.template take<S>(s.D_ * gates * s.H_);
+    }
+  };
+
+  struct BackwardRoom {
+    Gradients gradients;
+    A *product, *dh;    // [D, B, H]
+    A* dc = nullptr;    // [D, B, H]
+    S* w_hh = nullptr;  // [D, gates*H, H] where the weights must be copied together
+
+    explicit BackwardRoom(Recurrence& s) : gradients(s, s.room_) {
+      const int64_t states = s.D_ * s.B_ * s.H_;
+      product = s.room_.template take<A>(states);
+      dh = s.room_.template take<A>(states);
+      if (Cell::has_cell) dc = s.room_.template take<A>(states);
+      if (s.copies_weights(true)) w_hh = s.room_.template take<S>(s.D_ * Cell::gates * s.H_ * s.H_);
+    }
+  };
+
+  bool copies_weights(bool in_order_of_sums) const {
+    return D_ == 2 || (in_order_of_sums && Cell::hidden_gate(0) != 0);
+  }
+
+  // W_hh of all directions one behind the other, the gates in the order of the sums on request.
+  void copy_weights(S* to, bool in_order_of_sums) {
+    const int64_t block = H_ * H_;
+    for (int d = 0; d < D_; ++d, to += Cell::gates * block) {
+      const S* const from = as<S>(p_.weights[d].w_hh);
+      if (in_order_of_sums)
+        for_gate_blocks([&](int sum, int gate, int count) {
+          copy(to + sum * block, from + gate * block, count * block * sizeof(S), stream_);
+        });
+      else
+        copy(to, from, Cell::gates * block * sizeof(S), stream_);
+    }
+  }
+
+  // Direction d's, from the copy where there is one.
+  Factor hidden_weights(const S* copied, int d, bool transposed) const {
+    const int64_t stride = Cell::gates * H_ * H_;
+    return {copied ? copied + d * stride : as<S>(p_.weights[d].w_hh), H_, stride, transposed};
+  }
+
+  void forward_steps(ForwardStep<S>& step, const Chunk& chunk, const ForwardRoom& room, bool vectors) {
+    const int64_t gates = Cell::gates * H_;
+    for (int64_t s = chunk.begin; s < chunk.end; ++s) {
+      for (int d = 0; d < D_; ++d) step.here[d] = place(p_.sequence, d, s);
+      for_directions(step.here, [&](int d, int count, int64_t rows) {
+        const Factor h{step.h + d * B_ * H_, H_, B_ * H_}, w_hh = hidden_weights(room.w_hh, d, true);
+        A* const hidden = room.hidden + d * B_ * gates;
+        multiply({rows, gates, H_, count, h, w_hh, hidden, gates, B_ * gates, element<S>(), element<A>(), false});
+      });
+      elementwise(forward_step<Cell, S, widest>, forward_step<Cell, S, 1>, vectors, most_rows(step.here), H_, step, D_);
+    }
+  }
+
+  void backward_steps(BackwardStep<S>& step, const Chunk& chunk, const BackwardRoom& room, bool vectors) {
+    const int64_t sums = Cell::sums * H_;
+    for (int64_t s = chunk.end - 1; s >= chunk.begin; --s) {
+      backward_kernel(step, s, vectors);
+      const S* da[2] = {};
+      for (int d = 0; d < D_; ++d) da[d] = step.da[d] + (step.here[d].start - step.first[d]) * sums;
+      for_directions(step.here, [&](int d, int count, int64_t rows) {
+        const Factor da_h{da[d], sums, D_ == 2 ? da[1] - da[0] : 0}, w_hh = hidden_weights(room.w_hh, d, false);
+        A* const product = room.product + d * B_ * H_;
+        multiply(
+            {rows, H_, Cell::gates * H_, count, da_h, w_hh, product, H_, B_ * H_, element<S>(), element<A>(), false});
+      });
+    }
+  }
+
+  void backward_kernel(BackwardStep<S>& step, int64_t number, bool vectors) {
+    for (int d = 0; d < D_; ++d) {
+      step.previous[d] = place(p_.sequence, d, number - 1);
+      step.here[d] = place(p_.sequence, d, number);
+      step.later[d] = place(p_.sequence, d, number + 1);
+    }
+    elementwise(backward_step<Cell, S, widest>, backward_step<Cell, S, 1>, vectors,
+                std::max(most_rows(step.here), most_rows(step.later)), H_, step, D_);
+  }
+
+  void forward_blocks(const ForwardStep<S>& step, const Chunk& chunk) {
+    if constexpr (blocks) {
+      const auto& w = p_.weights;
+      const BlockForward<S> p{step, chunk.begin, chunk.end, p_.sequence.T, {as<S>(w[0].w_hh), as<S>(w[1].w_hh)}};
+      launch_blocks(p, block_forward<Cell, S, 1>, block_forward<Cell, S, 2>, block_forward<Cell, S, 4>);
+    }
+  }
+
+  void backward_blocks(const BackwardStep<S>& step, const Chunk& chunk) {
+    if constexpr (blocks) {
+      const auto& w = p_.weights;
+      const BlockBackward<S> p{step, chunk.begin, chunk.end, p_.sequence.T, {as<S>(w[0].w_hh), as<S>(w[1].w_hh)}};
+      launch_blocks(p, block_backward<Cell, S, 1>, block_backward<Cell, S, 2>, block_backward<Cell, S, 4>);
+    }
+  }
+
+  // By the rows of a block.
+  template <class P>
+  void launch_blocks(const P& p, void (*one)(P), void (*two)(P), void (*four)(P)) {
+    const int rows = plan_.rows;
+    const Geometry geometry{(B_ + rows - 1) / rows, static_cast<unsigned>(D_), 1, static_cast<unsigned>(plan_.threads),
+                            1};
+    launch(rows == 1 ? one : rows == 2 ? two : four, geometry, stream_, p, plan_.shared_bytes);
+  }
+
+  // Both directions at once where they have as many rows; f(first direction, how many, rows).
+  template <class F>
+  void for_directions(const Place (&here)[2], const F& f) {
+    if (D_ == 2 && here[0].rows == here[1].rows) return f(0, 2, here[0].rows);
+    for (int d = 0; d < D_; ++d) f(d, 1, here[d].rows);
+  }
+
+  int64_t most_rows(const Place (&places)[2]) const {
+    return D_ == 2 ? std::max(places[0].rows, places[1].rows) : places[0].rows;
+  }
+
+  void start_gradient(A* gradient, const void* given) {
+    given ? convert(gradient, as<S>(given), D_ * B_, H_) : zero(gradient, D_ * B_ * H_ * sizeof(A), stream_);
+  }
+
+  Room room_;
+  BlockPlan plan_{};
+};
+
+// f(a scalar) with the type that the params name.
+template <class F>
+void with_scalar(ScalarKind scalar, const F& f) {
+  switch (scalar) {
+    case ScalarKind::float16:
+      return f(float16());
+    case ScalarKind::bfloat16:
+      return f(bfloat16());
+    case ScalarKind::float32:
+      return f(float());
+    case ScalarKind::float64:
+      return f(double());
+    case ScalarKind::float32_of_bfloat16:
+      throw std::logic_error("fusedrnn: expected weights of the input's type on a GPU");
+  }
+}
+
+template <class Cell>
+BlockPlan RecurrenceOf<Cell>::plan(const Problem& p, const Limits& limits) {
+  BlockPlan plan{};
+  with_scalar(p.scalar,
+              [&](auto s) { plan = Recurrence<Cell, decltype(s)>(p, {nullptr, nullptr, nullptr, limits}).plan(); });
+  return plan;
+}
+
+template <class Cell>
+int64_t RecurrenceOf<Cell>::workspace_bytes(const Problem& p, bool backward, const Context& context) {
+  Context counting = context;
+  counting.workspace = nullptr;
+  int64_t bytes = 0;
+  with_scalar(p.scalar, [&](auto s) { bytes = Recurrence<Cell, decltype(s)>(p, counting).workspace_bytes(backward); });
+  return bytes;
+}
+
+template <class Cell>
+void RecurrenceOf<Cell>::forward(const ForwardParams& p, const Context& context) {
+  with_scalar(p.scalar, [&](auto s) { Recurrence<Cell, decltype(s)>(p, context).forward(p); });
+}
+
+template <class Cell>
+void RecurrenceOf<Cell>::backward(const BackwardParams& p, const Context& context) {
+  with_scalar(p.scalar, [&](auto s) { Recurrence<Cell, decltype(s)>(p, context).backward(p); });
+}
+
+}  // namespace fusedrnn::cuda
