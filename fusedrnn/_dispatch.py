@@ -113,7 +113,7 @@ def _explain(device: torch.device, dtype: torch.dtype, projected: bool) -> Expla
         return Explanation("torch", f"the {device.type.upper()} kernels do not cover proj_size yet")
     if device.type == "cuda":
         if dtype in CUDA_DTYPES:
-            return Explanation("cuda", f"fused {name} kernels; step schedule: a product and a kernel per time step")
+            return Explanation("cuda", f"fused {name} kernels")
     elif dtype in KERNEL_DTYPES:
         return Explanation("cpu", f"fused {name} kernels")
     elif dtype in CONVERTED_DTYPES:
@@ -164,7 +164,8 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence) -> Explanat
     if isinstance(module, modules.FUSED):
         data = input.data if isinstance(input, PackedSequence) else input
         found = _explain(data.device, data.dtype, bool(getattr(module, "proj_size", 0)))
-        return Explanation("cpu", f"{found.reason}; {_path(module, input)}") if found.implementation == "cpu" else found
+        path = {"cpu": _path, "cuda": _cuda_path}.get(found.implementation)
+        return found if path is None else found._replace(reason=f"{found.reason}; {path(module, input)}")
     if isinstance(module, torch.nn.RNNBase | torch.nn.RNNCellBase):
         return Explanation(
             "torch",
@@ -173,9 +174,8 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence) -> Explanat
     raise TypeError(f"expected a recurrent layer or cell, got {type(module).__name__}")
 
 
-def _path(module: torch.nn.Module, input: Tensor | PackedSequence) -> str:
-    """How the kernels would run the first layer forward, in words."""
-    assert extension is not None
+def _call(module: torch.nn.Module, input: Tensor | PackedSequence) -> tuple[str, int, int, int]:
+    """The first layer's cell, steps, batch and directions."""
     data = input.data if isinstance(input, PackedSequence) else input
     if isinstance(module, torch.nn.RNNCellBase):
         steps, batch, directions = 1, data.shape[0] if data.dim() == 2 else 1, 1
@@ -189,7 +189,28 @@ def _path(module: torch.nn.Module, input: Tensor | PackedSequence) -> str:
         else:
             steps, batch = data.shape[:2] if not module.batch_first else data.shape[1::-1]
     mode = getattr(module, "mode", type(module).__name__.removesuffix("Cell")).lower()
-    cell = "rnn_tanh" if mode.startswith("rnn") else mode  # relu's plan is the same
+    return "rnn_tanh" if mode.startswith("rnn") else mode, steps, batch, directions  # relu's plan is the same
+
+
+def _cuda_path(module: torch.nn.Module, input: Tensor | PackedSequence) -> str:
+    """How the GPU's kernels would run the first layer, in words."""
+    assert cuda_extension is not None
+    data = input.data if isinstance(input, PackedSequence) else input
+    cell, steps, batch, directions = _call(module, input)
+    packed, dtype = isinstance(input, PackedSequence), str(data.dtype).removeprefix("torch.")
+    hidden: int = module.hidden_size  # type: ignore[assignment]
+    schedule = cuda_extension.schedule(cell, dtype, steps, batch, hidden, directions, packed, _index(data.device))
+    if schedule == "block":
+        return "block schedule: all steps in one kernel, the recurrent weights in shared memory"
+    reason = "packed" if packed else "float64" if dtype == "float64" else "few steps, a large batch or a large layer"
+    return f"step schedule: a product and a kernel per time step ({reason})"
+
+
+def _path(module: torch.nn.Module, input: Tensor | PackedSequence) -> str:
+    """How the CPU's kernels would run the first layer forward, in words."""
+    assert extension is not None
+    data = input.data if isinstance(input, PackedSequence) else input
+    cell, steps, batch, directions = _call(module, input)
     double = data.dtype == torch.float64
     plan = extension.plan(cell, double, False, steps, batch, module.input_size, module.hidden_size, directions)
     weights = "packed weights" if plan["packed"] else "weights read in place"

@@ -63,6 +63,14 @@ def check(case: Case) -> None:
     assert_all_as_good(on_gpu(case), *expected(case), case.torch_dtype)
 
 
+@pytest.fixture(autouse=True, params=["step", "best"])
+def schedule(request):
+    """The step schedule, which runs anything, and then the one that is chosen."""
+    _dispatch.cuda_extension.use_steps_only(request.param == "step")
+    yield request.param
+    _dispatch.cuda_extension.use_steps_only(False)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("case", REGULAR + CORNER, ids=str)
 def test_sizes(case, dtype):
@@ -76,7 +84,7 @@ def test_options(case):
 
 
 # More rows and units than a block, several chunks, many steps; shapes that torch.nn runs on cuDNN's own kernels.
-LARGE = sizes((3, 70, 40, 1031), (30, 64, 128, 512), (3000, 2, 3, 20), (10, 256, 64, 1024))
+LARGE = sizes((3, 70, 40, 1031), (30, 64, 128, 512), (3000, 2, 3, 20), (10, 256, 64, 1024), (40, 300, 20, 96))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -115,7 +123,7 @@ def check_rows(call: Call) -> None:
 
 
 @pytest.mark.sanitize
-@pytest.mark.parametrize("case", for_all_cells({"T": 3, "H": 8}, {"T": 3, "H": 9, "bidirectional": True}), ids=str)
+@pytest.mark.parametrize("case", for_all_cells({"T": 8, "H": 8}, {"T": 8, "H": 9, "bidirectional": True}), ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["padded", "packed", "lengths and resets"])
 def test_small(name, dtype, case):
@@ -251,10 +259,14 @@ def test_many_steps(case):
     torch.testing.assert_close(y.cpu(), wanted, rtol=0, atol=1e-4)
 
 
-def test_explain():
+def test_explain(schedule):
+    if schedule == "step":
+        return
     layer, x = layer_and_input({"cell": "lstm"})
     assert fusedrnn.explain(layer, x).implementation == "cuda"
     assert "step schedule" in fusedrnn.explain(layer, x).reason
+    assert "block schedule" in fusedrnn.explain(layer, x.repeat(2, 1, 1)).reason
+    assert "step schedule" in fusedrnn.explain(layer.double(), x.double().repeat(2, 1, 1)).reason
 
 
 def test_mixed_devices_are_refused():

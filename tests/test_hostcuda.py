@@ -136,7 +136,7 @@ PLANTED = {
         "reads what another writes|read out of bounds",
     ),
     "no first state": ("recurrence.cuh", "copy(p.h_n, p.hx, state_bytes, stream_);", "", "nobody has written: h_n"),
-    "wide at any address": ("layer.cuh", "if (H_ % widest) return false;", "", "misaligned"),
+    "wide at any address": ("layer.cuh", "if (H_ % widest) return false;", "", "misaligned|read out of bounds"),
     "host in device memory": ("recurrence.cuh", BEGIN, f"{BEGIN} room.dh[0] = 0;", "host code"),
     "array too small": ("recurrence.cuh", HIDDEN, HIDDEN.replace("s.D_ * ", ""), "write out of bounds: workspace"),
     "result not written": ("layer.cuh", "if (wanted.b_ih) convert(", "if (false) convert(", "db_ih0"),

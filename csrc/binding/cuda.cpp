@@ -7,6 +7,8 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include <atomic>
+
 #include "arguments.h"
 #include "cuda/cublas.h"
 
@@ -34,6 +36,11 @@ ScalarKind scalar_kind(ScalarType x, ScalarType weights) {
 
 Tensor make(const Tensor& like, const std::vector<int64_t>& sizes) { return torch::stable::new_empty(like, sizes); }
 
+// For tests: the step schedule even where another would do.
+std::atomic<bool> steps_only{false};
+
+cuda::Limits limits_of(int device) { return steps_only ? cuda::Limits{} : cuda::limits_of(device); }
+
 constexpr Backend backend{&scalar_kind, &make, false};
 
 // On torch's current stream and cuBLAS handle of x's device; the workspace is torch's to use again as soon as what is
@@ -45,9 +52,11 @@ void run(void (*pass)(const Params&, const cuda::Context&), const Params& p, con
   void *stream = nullptr, *handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
-  const Tensor workspace = torch::stable::new_empty(x, {cuda::workspace_bytes(p, backward)}, ScalarType::Byte);
   cuda::CublasBlas blas(handle, tf32);
-  pass(p, {stream, &blas, workspace.mutable_data_ptr()});
+  cuda::Context context{stream, &blas, nullptr, limits_of(x.get_device_index())};
+  const Tensor workspace = torch::stable::new_empty(x, {cuda::workspace_bytes(p, backward, context)}, ScalarType::Byte);
+  context.workspace = workspace.mutable_data_ptr();
+  pass(p, context);
 }
 
 Tensors forward_on_gpu(std::string cell, Tensor x, Tensor hx, MaybeTensor cx, Tensors weights, MaybeTensor batch_sizes,
@@ -63,6 +72,23 @@ Tensors backward_on_gpu(std::string cell, MaybeTensor dy, MaybeTensor dh_n, Mayb
                   [&](const BackwardParams& p) { run(&cuda::backward, p, x, true, tf32); });
 }
 
+std::string schedule(const std::string& cell, const std::string& dtype, int64_t T, int64_t B, int64_t H, int directions,
+                     bool packed, int device) {
+  const int64_t offsets = 0;
+  Problem p{};
+  p.cell = cell_info(cell).kind;
+  p.scalar = dtype == "float32"   ? ScalarKind::float32
+             : dtype == "float64" ? ScalarKind::float64
+             : dtype == "float16" ? ScalarKind::float16
+                                  : ScalarKind::bfloat16;
+  p.sequence.T = T;
+  p.sequence.B = B;
+  p.sequence.offsets = packed ? &offsets : nullptr;  // is not looked into
+  p.H = H;
+  p.directions = directions;
+  return cuda::schedule(p, limits_of(device));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CUDA, m) {
@@ -72,6 +98,11 @@ STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CUDA, m) {
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "fusedrnn's GPU kernels: importing it gives torch.ops.fusedrnn its implementations for CUDA tensors.";
+  m.def(
+      "use_steps_only", [](bool yes) { steps_only = yes; }, py::arg("yes"),
+      "For tests: run the step schedule even where another would do.");
+  m.def("schedule", &schedule, py::arg("cell"), py::arg("dtype"), py::arg("T"), py::arg("B"), py::arg("H"),
+        py::arg("directions"), py::arg("packed"), py::arg("device"), "How the time steps of a layer would be run.");
   m.def(
       "architectures", [] { return std::string(FUSEDRNN_CUDA_ARCHITECTURES); }, "What the kernels were compiled for.");
 }

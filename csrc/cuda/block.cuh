@@ -79,6 +79,7 @@ struct Block {
     W sums[R] = {};
     const S* const w = weights + gate * padded * ld + x;
     const A* const v = in + gate * gate_stride;
+#pragma unroll 2
     for (int l = 0; l < padded; l += unroll) {
       Values<A, unroll> h[R];
 #pragma unroll

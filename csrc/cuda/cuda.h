@@ -18,6 +18,8 @@ struct Context {
   int64_t chunk_bytes = cuda::chunk_bytes;
 };
 
+Limits limits_of(int device);
+
 // How the steps of a problem would be run: "block" or "step".
 const char* schedule(const Problem& problem, const Limits& limits);
 

@@ -19,12 +19,14 @@ class Recurrence : Layer<Cell, S> {
   static constexpr bool blocks = sizeof(A) == 4;  // float64 is for checks of gradients
 
  public:
-  Recurrence(const Problem& p, const Context& context) : Base(p, context), room_(context.workspace) {
-    if (blocks && !p.sequence.offsets)  // a packed batch's rows are known to the host only
-      plan_ = block_plan(context.limits, p.sequence.T, B_, H_, D_, Cell::gates, Cell::has_cell, sizeof(S), sizeof(A));
-  }
+  Recurrence(const Problem& p, const Context& context)
+      : Base(p, context), room_(context.workspace), plan_(plan(p, context.limits)) {}
 
-  const BlockPlan& plan() const { return plan_; }
+  static BlockPlan plan(const Problem& p, const Limits& limits) {
+    if (!blocks || p.sequence.offsets) return {};  // a packed batch's rows are known to the host only
+    return block_plan(limits, p.sequence.T, p.sequence.B, p.H, p.directions, Cell::gates, Cell::has_cell, sizeof(S),
+                      sizeof(A));
+  }
 
   int64_t workspace_bytes(bool backward) {
     backward ? void(BackwardRoom(*this)) : void(ForwardRoom(*this));
@@ -243,7 +245,7 @@ class Recurrence : Layer<Cell, S> {
   }
 
   Room room_;
-  BlockPlan plan_{};
+  const BlockPlan plan_;
 };
 
 // f(a scalar) with the type that the params name.
@@ -266,8 +268,7 @@ void with_scalar(ScalarKind scalar, const F& f) {
 template <class Cell>
 BlockPlan RecurrenceOf<Cell>::plan(const Problem& p, const Limits& limits) {
   BlockPlan plan{};
-  with_scalar(p.scalar,
-              [&](auto s) { plan = Recurrence<Cell, decltype(s)>(p, {nullptr, nullptr, nullptr, limits}).plan(); });
+  with_scalar(p.scalar, [&](auto s) { plan = Recurrence<Cell, decltype(s)>::plan(p, limits); });
   return plan;
 }
 

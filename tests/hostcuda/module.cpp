@@ -147,11 +147,11 @@ auto run(void (*pass)(const Params&, const cuda::Context&), const Params& p, boo
 }
 
 std::string schedule(const Sizes& s, bool packed) {
-  const int64_t offset = 0;
+  const int64_t offsets = 0;
   Problem p{};
   p.cell = static_cast<CellKind>(s.cell);
   p.scalar = static_cast<ScalarKind>(s.scalar);
-  p.sequence = {s.T, s.B, packed ? &offset : nullptr, nullptr, nullptr};
+  p.sequence = {s.T, s.B, packed ? &offsets : nullptr, nullptr, nullptr};
   p.I = s.I;
   p.H = s.H;
   p.directions = s.directions;

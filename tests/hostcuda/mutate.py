@@ -28,7 +28,7 @@ from cases import CELLS, Case
 import hostcuda
 from fusedrnn import _ops
 
-FILES = ("elementwise.cuh", "step.cuh", "layer.cuh", "places.h", "values.cuh", "tuning.h")
+FILES = ("elementwise.cuh", "block.cuh", "recurrence.cuh", "layer.cuh", "places.h", "values.cuh", "tuning.h")
 # What is replaced by what. A whole token is matched, with the spaces around an operator.
 REPLACEMENTS = (
     (r" \+ ", (" - ",)),
@@ -104,15 +104,28 @@ def checks() -> list[Callable[[], None]]:
     rows += [tests.Call(case) for case in tests.SIZES[::3]]
     rows += [tests.Call(replace(case, bias=False)) for case in cases[:4]]
     rows += [tests.Call(replace(case, B=0)) for case in cases[:4]]
-    for call in rows:
+    blocks = [
+        tests.calls(replace(case, T=8, bidirectional=both, dtype=dtype))[name]
+        for case in cases[:4]
+        for both, dtype in ((True, "float32"), (False, "bfloat16"))
+        for name in ("padded", "lengths and resets")
+    ]
+    for call in rows + blocks:
         tests.wanted(call)
 
-    def check(call: tests.Call, chunk_bytes: int) -> None:
-        hostcuda.chunk_bytes = chunk_bytes
+    def check(call: tests.Call, chunk_bytes: int, multiprocessors: int) -> None:
+        hostcuda.chunk_bytes, hostcuda.multiprocessors = chunk_bytes, multiprocessors
         tests.check(call)
 
     few = [call for call in rows[:112] if call.case.lengths or not (call.lengths or call.resets)]
-    return [lambda c=c, n=n: check(c, n) for n, calls in ((1 << 20, rows), (2000, few), (1, few)) for c in calls]
+    sets = [
+        (1 << 20, 2, blocks),
+        (1 << 20, 0, rows),
+        (2000, 0, few),
+        (1, 0, few),
+    ]  # 2: blocks of 4 rows, both directions
+    sets += [(1 << 20, 100, blocks), (2000, 4, blocks)]
+    return [lambda c=c, n=n, m=m: check(c, n, m) for n, m, calls in sets for c in calls]
 
 
 def run(mutant: Mutant, todo: list[Callable[[], None]]) -> str:
