@@ -197,12 +197,12 @@ def _cuda_path(module: torch.nn.Module, input: Tensor | PackedSequence) -> str:
     assert cuda_extension is not None
     data = input.data if isinstance(input, PackedSequence) else input
     cell, steps, batch, directions = _call(module, input)
-    packed, dtype = isinstance(input, PackedSequence), str(data.dtype).removeprefix("torch.")
+    dtype = str(data.dtype).removeprefix("torch.")
     hidden: int = module.hidden_size  # type: ignore[assignment]
-    schedule = cuda_extension.schedule(cell, dtype, steps, batch, hidden, directions, packed, _index(data.device))
+    schedule = cuda_extension.schedule(cell, dtype, steps, batch, hidden, directions, _index(data.device))
     if schedule == "block":
         return "block schedule: all steps in one kernel, the recurrent weights in shared memory"
-    reason = "packed" if packed else "float64" if dtype == "float64" else "few steps, a large batch or a large layer"
+    reason = "float64" if dtype == "float64" else "few steps, a large batch or a large layer"
     return f"step schedule: a product and a kernel per time step ({reason})"
 
 

@@ -100,7 +100,7 @@ BLOCK_SHAPES = ({"T": 9, "B": 5, "I": 3, "H": 9}, {"T": 8, "B": 4, "I": 2, "H": 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "both"])
 @pytest.mark.parametrize("rows", [1, 2, 4])
-@pytest.mark.parametrize("name", ["padded", "lengths and resets"])
+@pytest.mark.parametrize("name", ["padded", "lengths and resets", "packed, resets"])
 @pytest.mark.parametrize("shape", BLOCK_SHAPES, ids=lambda shape: f"H{shape['H']}")
 @pytest.mark.parametrize("kind", CELLS, ids=lambda kind: Case(**kind).equations)
 def test_blocks(monkeypatch, kind, shape, name, rows, bidirectional, dtype):
@@ -111,6 +111,32 @@ def test_blocks(monkeypatch, kind, shape, name, rows, bidirectional, dtype):
     assert (
         hostcuda.schedule(case.equations, case.torch_dtype, case.T, case.B, case.I, case.H, case.directions) == "block"
     )
+
+
+def test_offsets_of_many_steps(monkeypatch):
+    """More than one kernel's arguments hold."""
+    monkeypatch.setattr(hostcuda, "multiprocessors", 100)
+    check(Call(Case("gru", T=1100, B=2, H=4, I=1, lengths=(1100, 600))))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "call"),
+    [
+        ("block", ("lstm", torch.bfloat16, 100, 64, 8, 128, 1)),
+        ("block", ("lstm", torch.float32, 100, 64, 8, 112, 1)),
+        ("block", ("gru", torch.float16, 100, 132, 8, 192, 1)),
+        ("block", ("rnn_relu", torch.float32, 8, 528, 8, 200, 1)),
+        ("step", ("lstm", torch.float32, 100, 64, 8, 128, 1)),  # 256 KB of weights
+        ("step", ("lstm", torch.bfloat16, 100, 529, 8, 128, 1)),  # more than 4 rows for each of 132 blocks
+        ("step", ("lstm", torch.bfloat16, 100, 265, 8, 128, 2)),
+        ("step", ("gru", torch.float32, 7, 1, 8, 16, 1)),  # few steps
+        ("step", ("gru", torch.float64, 100, 1, 8, 16, 1)),
+        ("step", ("rnn_tanh", torch.bfloat16, 100, 1, 8, 100_000, 1)),
+    ],
+)
+def test_schedule_on_an_h100(monkeypatch, wanted, call):
+    monkeypatch.setattr(hostcuda, "multiprocessors", 132)
+    assert hostcuda.schedule(*call) == wanted
 
 
 @pytest.mark.parametrize("multiprocessors", [0, 100], ids=["step", "block"])

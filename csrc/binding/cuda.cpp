@@ -73,8 +73,7 @@ Tensors backward_on_gpu(std::string cell, MaybeTensor dy, MaybeTensor dh_n, Mayb
 }
 
 std::string schedule(const std::string& cell, const std::string& dtype, int64_t T, int64_t B, int64_t H, int directions,
-                     bool packed, int device) {
-  const int64_t offsets = 0;
+                     int device) {
   Problem p{};
   p.cell = cell_info(cell).kind;
   p.scalar = dtype == "float32"   ? ScalarKind::float32
@@ -83,7 +82,6 @@ std::string schedule(const std::string& cell, const std::string& dtype, int64_t 
                                   : ScalarKind::bfloat16;
   p.sequence.T = T;
   p.sequence.B = B;
-  p.sequence.offsets = packed ? &offsets : nullptr;  // is not looked into
   p.H = H;
   p.directions = directions;
   return cuda::schedule(p, limits_of(device));
@@ -102,7 +100,7 @@ PYBIND11_MODULE(_cuda, m) {
       "use_steps_only", [](bool yes) { steps_only = yes; }, py::arg("yes"),
       "For tests: run the step schedule even where another would do.");
   m.def("schedule", &schedule, py::arg("cell"), py::arg("dtype"), py::arg("T"), py::arg("B"), py::arg("H"),
-        py::arg("directions"), py::arg("packed"), py::arg("device"), "How the time steps of a layer would be run.");
+        py::arg("directions"), py::arg("device"), "How the time steps of a layer would be run.");
   m.def(
       "architectures", [] { return std::string(FUSEDRNN_CUDA_ARCHITECTURES); }, "What the kernels were compiled for.");
 }

@@ -6,25 +6,45 @@
 
 namespace fusedrnn::cuda {
 
-// Steps [begin, end) of a padded batch, in the order of the direction.
+// Steps [begin, end) in the order of each direction.
 template <class S>
 struct BlockForward {
   ForwardStep<S> step;
   int64_t begin, end, T;
-  const S* w_hh[2];  // [gates*H, H]
+  const int64_t* offsets;  // [T + 1] of a packed batch, on the device, or nullptr
+  const S* w_hh[2];        // [gates*H, H]
 };
 
 template <class S>
 struct BlockBackward {
   BackwardStep<S> step;
   int64_t begin, end, T;
+  const int64_t* offsets;
   const S* w_hh[2];
 };
 
-FUSEDRNN_DEVICE Place padded_place(int64_t T, int64_t B, int d, int64_t number) {
-  if (number < 0 || number >= T) return {-1, 0, 0};
-  const int64_t t = d ? T - 1 - number : number;
-  return {t, t * B, B};
+// As place() is on the host (places.h).
+template <class P>
+FUSEDRNN_DEVICE Place place_in(const P& p, int d, int64_t number) {
+  if (number < 0 || number >= p.T) return {-1, 0, 0};
+  const int64_t t = d ? p.T - 1 - number : number;
+  if (p.offsets) return {t, p.offsets[t], p.offsets[t + 1] - p.offsets[t]};
+  return {t, t * p.step.B, p.step.B};
+}
+
+// Offsets on their way to the device as a kernel's argument: nothing is copied from memory that the caller may take back,
+// so that a CUDA graph can replay it.
+struct Offsets {
+  static constexpr int most = 500;  // a kernel has at most 4 KB of arguments
+  int64_t* to;
+  int count;
+  int64_t value[most];
+};
+
+template <int width>
+__global__ void __launch_bounds__(block_threads) write_offsets(const __grid_constant__ Offsets p) {
+  const Position at = position<width>();
+  if (at.b < p.count && at.j == 0) p.to[at.b] = p.value[at.b];
 }
 
 // The matrix of a gate in shared memory, as [in][out] of rows `ld` apart, and vectors of `padded` values, all with zeros
@@ -132,12 +152,15 @@ __global__ void __launch_bounds__(most_block_threads, 1) block_forward(const __g
   __syncthreads();
 
   for (int64_t number = p.begin; number < p.end; ++number) {
-    const Place here = padded_place(p.T, step.B, d, number);
+    const Place here = place_in(p, d, number);
     V input[items][Cell::gates];
-    for_items([&](int i, int, const Position& at) { load_input<Cell, S, 1>(step, here, at, input[i]); });
+    for_items([&](int i, int, const Position& at) {
+      if (step.rows.has(here, at.b)) load_input<Cell, S, 1>(step, here, at, input[i]);
+    });
     block.template multiply<R>(h, padded, 0, hidden);
     __syncthreads();
     for_items([&](int i, int r, const Position& at) {
+      if (at.b >= here.rows) return;
       if (!step.rows.has(here, at.b)) return forward_nothing<S, 1>(step, here, at);
       forward_units<Cell, S, 1>(step, here, at, input[i], hidden + r * Cell::gates * padded + at.j, padded,
                                 h + r * padded + at.j, c + r * padded + at.j);
@@ -192,8 +215,8 @@ __global__ void __launch_bounds__(most_block_threads, 1) block_backward(const __
   __syncthreads();
 
   for (int64_t number = p.end - 1; number >= p.begin; --number) {
-    const Place previous = padded_place(p.T, step.B, d, number - 1), here = padded_place(p.T, step.B, d, number),
-                later = padded_place(p.T, step.B, d, number + 1);
+    const Place previous = place_in(p, d, number - 1), here = place_in(p, d, number),
+                later = place_in(p, d, number + 1);
     ForBackward<Cell, A, 1> values[items];
     for_items([&](int i, int, const Position& at) {
       if (step.rows.has(here, at.b)) values[i] = load_for_backward<Cell, S, 1>(step, previous, here, at);
@@ -208,7 +231,7 @@ __global__ void __launch_bounds__(most_block_threads, 1) block_backward(const __
         if constexpr (Cell::has_cell) cell = load<1>(dc + r * padded + at.j);
         backward_units<Cell, S, 1>(step, here, at, values[i], carried, cell, gradient);
         if constexpr (Cell::has_cell) store<1>(dc + r * padded + at.j, cell);
-      } else {
+      } else if (at.b < here.rows) {
         backward_nothing<Cell, S, 1>(step, here, at);
       }
       store<1>(own, carried);

@@ -23,7 +23,7 @@ class Recurrence : Layer<Cell, S> {
       : Base(p, context), room_(context.workspace), plan_(plan(p, context.limits)) {}
 
   static BlockPlan plan(const Problem& p, const Limits& limits) {
-    if (!blocks || p.sequence.offsets) return {};  // a packed batch's rows are known to the host only
+    if (!blocks) return {};
     return block_plan(limits, p.sequence.T, p.sequence.B, p.H, p.directions, Cell::gates, Cell::has_cell, sizeof(S),
                       sizeof(A));
   }
@@ -36,6 +36,7 @@ class Recurrence : Layer<Cell, S> {
   void forward(const ForwardParams& p) {
     const ForwardRoom room(*this);
     if (room.w_hh) copy_weights(room.w_hh, false);
+    if (room.offsets) copy_offsets(room.offsets);
     if (has_bias()) this->add_biases_to(room.biases);
     const int64_t state_bytes = D_ * B_ * H_ * sizeof(S), gates = Cell::gates * H_;
     copy(p.h_n, p.hx, state_bytes, stream_);
@@ -65,13 +66,14 @@ class Recurrence : Layer<Cell, S> {
         multiply({chunk.rows[d], gates, p.I, 1, x, w_ih, room.input[d], gates, 0, element<S>(), element<A>(), false});
         step.first[d] = chunk.first[d];
       }
-      plan_.rows ? forward_blocks(step, chunk) : forward_steps(step, chunk, room, vectors);
+      plan_.rows ? forward_blocks(step, chunk, room.offsets) : forward_steps(step, chunk, room, vectors);
     }
   }
 
   void backward(const BackwardParams& p) {
     const BackwardRoom room(*this);
     if (room.w_hh) copy_weights(room.w_hh, true);
+    if (room.offsets) copy_offsets(room.offsets);
     start_gradient(room.dh, p.dh_n);
     if constexpr (Cell::has_cell) start_gradient(room.dc, p.dc_n);
     this->begin_gradients(p, room.gradients);
@@ -96,7 +98,7 @@ class Recurrence : Layer<Cell, S> {
     for (int64_t end = p.sequence.T; end > 0;) {
       const Chunk chunk = chunk_up_to(p.sequence, D_, end, room.gradients.rows);
       for (int d = 0; d < D_; ++d) step.first[d] = chunk.first[d];
-      plan_.rows ? backward_blocks(step, chunk) : backward_steps(step, chunk, room, vectors);
+      plan_.rows ? backward_blocks(step, chunk, room.offsets) : backward_steps(step, chunk, room, vectors);
       this->add_gradients(p, room.gradients, chunk);
       end = chunk.begin;
     }
@@ -109,12 +111,13 @@ class Recurrence : Layer<Cell, S> {
 
  private:
   struct ForwardRoom {
-    int64_t rows;         // of the sequence in a chunk
-    A* input[2];          // [rows, gates*H]
-    A* hidden = nullptr;  // [D, B, gates*H], for steps
-    A* biases;            // [D, sums*H]
-    A* c = nullptr;       // [D, B, H] where c_n is not of the accumulators' type
-    S* w_hh = nullptr;    // [D, gates*H, H] where the weights must be copied together
+    int64_t rows;                // of the sequence in a chunk
+    A* input[2];                 // [rows, gates*H]
+    A* hidden = nullptr;         // [D, B, gates*H], for steps
+    A* biases;                   // [D, sums*H]
+    A* c = nullptr;              // [D, B, H] where c_n is not of the accumulators' type
+    S* w_hh = nullptr;           // [D, gates*H, H] where the weights must be copied together
+    int64_t* offsets = nullptr;  // [T + 1] of a packed batch, for blocks
 
     explicit ForwardRoom(Recurrence& s) {
       const int64_t gates = Cell::gates * s.H_;
@@ -123,24 +126,38 @@ class Recurrence : Layer<Cell, S> {
       if (!s.plan_.rows) hidden = s.room_.template take<A>(s.D_ * s.B_ * gates);
       biases = s.room_.template take<A>(s.D_ * Cell::sums * s.H_);
       if (Cell::has_cell && !same) c = s.room_.template take<A>(s.D_ * s.B_ * s.H_);
+      if (s.needs_offsets()) offsets = s.room_.template take<int64_t>(s.p_.sequence.T + 1);
       if (s.copies_weights(false)) w_hh = s.room_.template take<S>(s.D_ * gates * s.H_);
     }
   };
 
   struct BackwardRoom {
     Gradients gradients;
-    A *product, *dh;    // [D, B, H]
-    A* dc = nullptr;    // [D, B, H]
-    S* w_hh = nullptr;  // [D, gates*H, H] where the weights must be copied together
+    A *product, *dh;             // [D, B, H]
+    A* dc = nullptr;             // [D, B, H]
+    S* w_hh = nullptr;           // [D, gates*H, H] where the weights must be copied together
+    int64_t* offsets = nullptr;  // [T + 1] of a packed batch, for blocks
 
     explicit BackwardRoom(Recurrence& s) : gradients(s, s.room_) {
       const int64_t states = s.D_ * s.B_ * s.H_;
       product = s.room_.template take<A>(states);
       dh = s.room_.template take<A>(states);
       if (Cell::has_cell) dc = s.room_.template take<A>(states);
+      if (s.needs_offsets()) offsets = s.room_.template take<int64_t>(s.p_.sequence.T + 1);
       if (s.copies_weights(true)) w_hh = s.room_.template take<S>(s.D_ * Cell::gates * s.H_ * s.H_);
     }
   };
+
+  bool needs_offsets() const { return plan_.rows && p_.sequence.offsets; }
+
+  void copy_offsets(int64_t* to) {
+    const int64_t count = p_.sequence.T + 1;
+    for (int64_t done = 0; done < count; done += Offsets::most) {
+      Offsets part{to + done, static_cast<int>(std::min<int64_t>(count - done, Offsets::most)), {}};
+      std::copy_n(p_.sequence.offsets + done, part.count, part.value);
+      elementwise(write_offsets<1>, write_offsets<1>, false, part.count, 1, part);
+    }
+  }
 
   bool copies_weights(bool in_order_of_sums) const {
     return D_ == 2 || (in_order_of_sums && Cell::hidden_gate(0) != 0);
@@ -204,18 +221,20 @@ class Recurrence : Layer<Cell, S> {
                 std::max(most_rows(step.here), most_rows(step.later)), H_, step, D_);
   }
 
-  void forward_blocks(const ForwardStep<S>& step, const Chunk& chunk) {
+  void forward_blocks(const ForwardStep<S>& step, const Chunk& chunk, const int64_t* offsets) {
     if constexpr (blocks) {
       const auto& w = p_.weights;
-      const BlockForward<S> p{step, chunk.begin, chunk.end, p_.sequence.T, {as<S>(w[0].w_hh), as<S>(w[1].w_hh)}};
+      const BlockForward<S> p{step,          chunk.begin, chunk.end,
+                              p_.sequence.T, offsets,     {as<S>(w[0].w_hh), as<S>(w[1].w_hh)}};
       launch_blocks(p, block_forward<Cell, S, 1>, block_forward<Cell, S, 2>, block_forward<Cell, S, 4>);
     }
   }
 
-  void backward_blocks(const BackwardStep<S>& step, const Chunk& chunk) {
+  void backward_blocks(const BackwardStep<S>& step, const Chunk& chunk, const int64_t* offsets) {
     if constexpr (blocks) {
       const auto& w = p_.weights;
-      const BlockBackward<S> p{step, chunk.begin, chunk.end, p_.sequence.T, {as<S>(w[0].w_hh), as<S>(w[1].w_hh)}};
+      const BlockBackward<S> p{step,          chunk.begin, chunk.end,
+                               p_.sequence.T, offsets,     {as<S>(w[0].w_hh), as<S>(w[1].w_hh)}};
       launch_blocks(p, block_backward<Cell, S, 1>, block_backward<Cell, S, 2>, block_backward<Cell, S, 4>);
     }
   }

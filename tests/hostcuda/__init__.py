@@ -116,10 +116,10 @@ def _array(tensor: Tensor) -> np.ndarray:
     return (tensor.view(torch.int16) if tensor.element_size() == 2 else tensor).numpy()
 
 
-def schedule(cell: str, dtype: torch.dtype, T: int, B: int, I: int, H: int, directions: int, packed=False) -> str:  # noqa: E741
+def schedule(cell: str, dtype: torch.dtype, T: int, B: int, I: int, H: int, directions: int) -> str:  # noqa: E741
     """The one that such a call takes on a GPU of so many multiprocessors."""
     sizes = library().Sizes(CELLS[cell], SCALARS[dtype], T, B, I, H, directions, chunk_bytes, multiprocessors)
-    return library().schedule(sizes, packed)
+    return library().schedule(sizes)
 
 
 def _run(pass_name: str, cell: str, x: Tensor, hx: Tensor, batch_sizes, inputs: dict, results: dict, partly=()) -> None:

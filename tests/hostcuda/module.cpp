@@ -146,12 +146,12 @@ auto run(void (*pass)(const Params&, const cuda::Context&), const Params& p, boo
   return device.finish();
 }
 
-std::string schedule(const Sizes& s, bool packed) {
-  const int64_t offsets = 0;
+std::string schedule(const Sizes& s) {
   Problem p{};
   p.cell = static_cast<CellKind>(s.cell);
   p.scalar = static_cast<ScalarKind>(s.scalar);
-  p.sequence = {s.T, s.B, packed ? &offsets : nullptr, nullptr, nullptr};
+  p.sequence.T = s.T;
+  p.sequence.B = s.B;
   p.I = s.I;
   p.H = s.H;
   p.directions = s.directions;
