@@ -41,14 +41,14 @@ struct Offsets {
   int64_t value[most];
 };
 
-template <int width>
+template <int width>  // a template, so that every file may have it
 __global__ void __launch_bounds__(block_threads) write_offsets(const __grid_constant__ Offsets p) {
   const Position at = position<width>();
   if (at.b < p.count && at.j == 0) p.to[at.b] = p.value[at.b];
 }
 
 // The matrix of a gate in shared memory, as [in][out] of rows `ld` apart, and vectors of `padded` values, all with zeros
-// where there are no units. BlockShape (tuning.h) says how large all of it is.
+// where there are no units. block_shape (tuning.h) says how large all of it is.
 template <class Cell, class S>
 struct Block {
   using A = Accumulator<S>;
@@ -117,6 +117,17 @@ struct Block {
     for (int r = 0; r < R; ++r) store<adjacent>(out + (r * Cell::gates + gate) * padded + x, sums[r]);
   }
 
+  // Calls f(number, row of the block, position) for the units of R rows that are this thread's.
+  template <int R, class F>
+  FUSEDRNN_DEVICE void for_items(int64_t B, const F& f) const {
+#pragma unroll
+    for (int i = 0; i < units_of_a_thread(R); ++i) {
+      const int item = thread + i * threads, r = item / H, j = item % H;
+      const int64_t b = static_cast<int64_t>(blockIdx.x) * R + r;
+      if (item < R * H && b < B) f(i, r, Position{b, j, static_cast<int>(blockIdx.y)});
+    }
+  }
+
   static constexpr int unroll = 16 / sizeof(A);  // values of a vector that one access takes
 };
 
@@ -129,7 +140,6 @@ __global__ void __launch_bounds__(most_block_threads, 1) block_forward(const __g
   const ForwardStep<S>& step = p.step;
   const Block<Cell, S> block(step.H, memory);
   const int d = blockIdx.y, H = block.H, padded = block.padded;
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * R;
   A* const h = block.vectors();                       // [R][padded]
   A* const c = h + R * padded;                        // [R][padded], cells with a cell state only
   A* const hidden = c + Cell::has_cell * R * padded;  // [R][gates][padded]
@@ -137,13 +147,7 @@ __global__ void __launch_bounds__(most_block_threads, 1) block_forward(const __g
   block.load_weights(p.w_hh[d], true);
   block.clear(h, R * padded);
   __syncthreads();
-  const auto for_items = [&](auto f) {
-#pragma unroll
-    for (int i = 0; i < items; ++i) {
-      const int item = block.thread + i * block.threads, r = item / H, j = item % H;
-      if (item < R * H && first_row + r < step.B) f(i, r, Position{first_row + r, j, d});
-    }
-  };
+  const auto for_items = [&](auto f) { block.template for_items<R>(step.B, f); };
   for_items([&](int, int r, const Position& at) {
     const int64_t state = (d * step.B + at.b) * H + at.j;
     store<1>(h + r * padded + at.j, load<1>(step.h + state));
@@ -184,7 +188,6 @@ __global__ void __launch_bounds__(most_block_threads, 1) block_backward(const __
   const BackwardStep<S>& step = p.step;
   const Block<Cell, S> block(step.H, memory);
   const int d = blockIdx.y, H = block.H, padded = block.padded;
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * R;
   A* const dh = block.vectors();                   // [R][padded]
   A* const dc = dh + R * padded;                   // [R][padded], cells with a cell state only
   A* const da = dc + Cell::has_cell * R * padded;  // [R][gates][padded] by the gates of w_hh
@@ -193,13 +196,7 @@ __global__ void __launch_bounds__(most_block_threads, 1) block_backward(const __
   block.load_weights(p.w_hh[d], false);
   block.clear(da, 2 * R * Cell::gates * padded);
   __syncthreads();
-  const auto for_items = [&](auto f) {
-#pragma unroll
-    for (int i = 0; i < items; ++i) {
-      const int item = block.thread + i * block.threads, r = item / H, j = item % H;
-      if (item < R * H && first_row + r < step.B) f(i, r, Position{first_row + r, j, d});
-    }
-  };
+  const auto for_items = [&](auto f) { block.template for_items<R>(step.B, f); };
   const auto returned = [&](int r, int j) {
     V sum{};
 #pragma unroll

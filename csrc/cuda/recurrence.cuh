@@ -116,7 +116,7 @@ class Recurrence : Layer<Cell, S> {
     A* hidden = nullptr;         // [D, B, gates*H], for steps
     A* biases;                   // [D, sums*H]
     A* c = nullptr;              // [D, B, H] where c_n is not of the accumulators' type
-    S* w_hh = nullptr;           // [D, gates*H, H] where the weights must be copied together
+    S* w_hh = nullptr;           // [D, gates*H, H] where steps want the weights in another place
     int64_t* offsets = nullptr;  // [T + 1] of a packed batch, for blocks
 
     explicit ForwardRoom(Recurrence& s) {
@@ -135,7 +135,7 @@ class Recurrence : Layer<Cell, S> {
     Gradients gradients;
     A *product, *dh;             // [D, B, H]
     A* dc = nullptr;             // [D, B, H]
-    S* w_hh = nullptr;           // [D, gates*H, H] where the weights must be copied together
+    S* w_hh = nullptr;           // [D, gates*H, H] where steps want the weights in another place
     int64_t* offsets = nullptr;  // [T + 1] of a packed batch, for blocks
 
     explicit BackwardRoom(Recurrence& s) : gradients(s, s.room_) {
@@ -160,7 +160,7 @@ class Recurrence : Layer<Cell, S> {
   }
 
   bool copies_weights(bool in_order_of_sums) const {
-    return D_ == 2 || (in_order_of_sums && Cell::hidden_gate(0) != 0);
+    return !plan_.rows && (D_ == 2 || (in_order_of_sums && Cell::hidden_gate(0) != 0));
   }
 
   // W_hh of all directions one behind the other, the gates in the order of the sums on request.
