@@ -57,9 +57,11 @@ class Loops : public cuda::Blas {
         const size_t bytes = p.columns * sizeof(Out);
         if (p.accumulate) cudaMemcpyAsync(c.data(), at, bytes, cudaMemcpyDeviceToDevice, nullptr);
         for (int64_t column = 0; column < p.columns; ++column) {
-          A sum = p.accumulate ? value(c[column]) : A(0);
-          for (int64_t k = 0; k < p.inner; ++k) sum += A(a[row * p.inner + k]) * A(b[k * p.columns + column]);
-          set(c[column], sum);
+          A parts[8] = {};  // several running sums, as the tiles of a real product have
+          for (int64_t k = 0; k < p.inner; ++k) parts[k % 8] += A(a[row * p.inner + k]) * A(b[k * p.columns + column]);
+          const A sum =
+              ((parts[0] + parts[4]) + (parts[1] + parts[5])) + ((parts[2] + parts[6]) + (parts[3] + parts[7]));
+          set(c[column], p.accumulate ? value(c[column]) + sum : sum);
         }
         cudaMemcpyAsync(at, c.data(), bytes, cudaMemcpyDeviceToDevice, nullptr);
       }
