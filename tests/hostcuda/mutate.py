@@ -108,7 +108,7 @@ def checks() -> list[Callable[[], None]]:
         tests.calls(replace(case, T=8, bidirectional=both, dtype=dtype))[name]
         for case in cases[:4]
         for both, dtype in ((True, "float32"), (False, "bfloat16"))
-        for name in ("padded", "lengths and resets")
+        for name in ("padded", "packed", "lengths and resets")
     ]
     for call in rows + blocks:
         tests.wanted(call)
