@@ -67,7 +67,7 @@ SHAPES = ({"T": 7, "B": 5, "I": 3, "H": 9}, {"T": 4, "B": 3, "I": 2, "H": 8})
 
 def calls(case: Case) -> dict[str, Call]:
     unsorted = tuple(5 * b % (case.T + 1) for b in range(case.B))  # begins with 0
-    falling = tuple(sorted((max(1, length) for length in unsorted), reverse=True))
+    falling = (case.T, *sorted((max(1, length) for length in unsorted), reverse=True)[1:])
     return {
         "padded": Call(case),
         "packed": Call(replace(case, lengths=falling)),
