@@ -201,3 +201,13 @@ def test_planted_defect_is_found(tmp_path, monkeypatch, name):
     monkeypatch.setattr(hostcuda, "library", lambda: broken)
     with pytest.raises(AssertionError, match=words):
         check(Call(Case("gru", T=3, B=3, H=6, bidirectional=True, dtype="bfloat16"), resets=True))
+
+
+@pytest.mark.parametrize("kind", CELLS, ids=lambda kind: Case(**kind).equations)
+def test_each_gradient_alone(kind):
+    test_operators = pytest.importorskip("test_operators")
+    given = test_operators.backward_arguments(Call(Case(**kind, T=3, H=6, bidirectional=True))) | {"tf32": False}
+    together = hostcuda.backward(**given)
+    for i, gradient in enumerate(together):
+        (alone,) = hostcuda.backward(**given | {"wanted": [k == i for k in range(len(together))]})
+        assert torch.equal(alone, gradient)
