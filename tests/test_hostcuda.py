@@ -156,6 +156,15 @@ def test_schedule_on_an_h100(monkeypatch, wanted, call):
 
 
 @pytest.mark.parametrize("multiprocessors", [0, 100], ids=["step", "block"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", for_all_cells({"T": 8, "H": 8, "bidirectional": True}), ids=str)
+def test_arrays_at_any_address(monkeypatch, case, dtype, multiprocessors):
+    monkeypatch.setattr(hostcuda, "shifted", True)
+    monkeypatch.setattr(hostcuda, "multiprocessors", multiprocessors)
+    check(Call(replace(case, dtype=dtype)))
+
+
+@pytest.mark.parametrize("multiprocessors", [0, 100], ids=["step", "block"])
 def test_order_of_threads_makes_no_difference(monkeypatch, multiprocessors):
     monkeypatch.setattr(hostcuda, "multiprocessors", multiprocessors)
     call = Call(Case(T=8, B=3, H=12, bidirectional=True), resets=True)

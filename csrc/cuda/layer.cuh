@@ -72,7 +72,7 @@ class Layer {
 
     Gradients(const Layer& layer, Room& room) {
       const int64_t sums = Cell::sums * layer.H_, gates = Cell::gates * layer.H_;
-      rows = chunk_rows(layer.N_, layer.B_, sums * sizeof(S), layer.chunk_bytes_);
+      rows = chunk_rows(layer.N_, layer.B_, layer.D_ * sums * sizeof(S), layer.chunk_bytes_);
       // The directions' arrays lie one behind the other: their distance is a batched product's stride.
       for (int d = 0; d < layer.D_; ++d) da[d] = room.take<S>(rows * sums);
       for (int d = 0; d < layer.D_; ++d) h_previous[d] = room.take<S>(rows * layer.H_);

@@ -121,7 +121,7 @@ class Recurrence : Layer<Cell, S> {
 
     explicit ForwardRoom(Recurrence& s) {
       const int64_t gates = Cell::gates * s.H_;
-      rows = chunk_rows(s.N_, s.B_, gates * sizeof(A), s.chunk_bytes_);
+      rows = chunk_rows(s.N_, s.B_, s.D_ * gates * sizeof(A), s.chunk_bytes_);
       for (int d = 0; d < s.D_; ++d) input[d] = s.room_.template take<A>(rows * gates);
       if (!s.plan_.rows) hidden = s.room_.template take<A>(s.D_ * s.B_ * gates);
       biases = s.room_.template take<A>(s.D_ * Cell::sums * s.H_);

@@ -26,7 +26,8 @@ constexpr int vector_width(int accumulator_bytes) { return 16 / accumulator_byte
 // columns) still has several tiles of 128x128 for each of 132 multiprocessors.
 constexpr int64_t chunk_bytes = 32 << 20;
 
-// Rows of the sequence in a chunk, per direction: at least the whole batch, so that a step fits.
+// Rows of the sequence in a chunk, by the bytes that all directions need for one: at least the whole batch, so that a step
+// fits.
 constexpr int64_t chunk_rows(int64_t total_rows, int64_t batch, int64_t row_bytes, int64_t bytes = chunk_bytes) {
   return std::min(total_rows, std::max(batch, bytes / row_bytes));
 }
@@ -84,9 +85,9 @@ constexpr BlockPlan block_shape(int rows, int64_t H, int gates, bool has_cell, i
   return {rows, static_cast<int>((threads + 31) / 32 * 32), static_cast<int>(bytes)};
 }
 
-// Few rows a block, for a step takes longer the more there are, and 8 would need more registers than there are; but not more blocks than multiprocessors, for each fills one. A batch that does not fit that way has enough
-// rows for the step schedule's products to be good. Below 8 steps, loading the weights takes longer than the launches that
-// are saved.
+// Few rows a block, for a step takes longer the more there are, and 8 would need more registers than there are; but not
+// more blocks than multiprocessors, for each fills one. A batch that does not fit that way has enough rows for the step
+// schedule's products to be good. Below 8 steps, loading the weights takes longer than the launches that are saved.
 constexpr BlockPlan block_plan(const Limits& limits, int64_t T, int64_t B, int64_t H, int directions, int gates,
                                bool has_cell, int scalar_bytes, int accumulator_bytes) {
   if (T < 8 || B == 0 || H > 2 * most_block_threads) return {0, 0, 0};

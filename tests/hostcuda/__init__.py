@@ -108,6 +108,7 @@ def library(path: Path | None = None) -> ModuleType:
 
 seed = 0  # of the order in which a launch's threads run
 chunk_bytes = 32 << 20  # as tuning.h has it
+shifted = False  # whether arrays begin an element after an aligned address
 multiprocessors = 0  # of the GPU that is imitated; 0: nothing but the step schedule
 
 
@@ -118,7 +119,7 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 def schedule(cell: str, dtype: torch.dtype, T: int, B: int, I: int, H: int, directions: int) -> str:  # noqa: E741
     """The one that such a call takes on a GPU of so many multiprocessors."""
-    sizes = library().Sizes(CELLS[cell], SCALARS[dtype], T, B, I, H, directions, chunk_bytes, multiprocessors)
+    sizes = library().Sizes(CELLS[cell], SCALARS[dtype], T, B, I, H, directions, chunk_bytes, multiprocessors, shifted)
     return library().schedule(sizes)
 
 
@@ -127,7 +128,7 @@ def _run(pass_name: str, cell: str, x: Tensor, hx: Tensor, batch_sizes, inputs: 
     steps = x.size(0) if batch_sizes is None else len(batch_sizes)
     offsets = None if batch_sizes is None else [0, *np.cumsum(batch_sizes.numpy()).tolist()]
     shape = (steps, batch, x.size(-1), hidden, directions)
-    sizes = library().Sizes(CELLS[cell], SCALARS[x.dtype], *shape, chunk_bytes, multiprocessors)
+    sizes = library().Sizes(CELLS[cell], SCALARS[x.dtype], *shape, chunk_bytes, multiprocessors, shifted)
     given = {name: _array(tensor) for name, tensor in (inputs | {"x": x, "hx": hx}).items() if tensor is not None}
     made = {name: _array(tensor) for name, tensor in results.items()}
     error, not_whole = getattr(library(), pass_name)(seed, sizes, offsets, given, made)

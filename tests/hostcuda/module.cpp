@@ -83,16 +83,29 @@ class Loops : public cuda::Blas {
   }
 };
 
+struct Sizes {
+  int cell, scalar;
+  int64_t T, B, I, H;
+  int directions;
+  int64_t chunk_bytes;
+  int multiprocessors;  // none: the step schedule
+  bool shifted;         // whether arrays begin an element after an aligned address
+};
+
 // A problem's arrays in device memory, by the names that the params have.
 class Device {
  public:
-  Device(uint64_t seed, const Arrays& inputs, Arrays& outputs) : outputs_(outputs) {
+  Device(const Sizes& sizes, uint64_t seed, const Arrays& inputs, Arrays& outputs) : outputs_(outputs) {
     shim::reset(seed);
+    const auto allocate = [&](const std::string& name, const py::array& array) {
+      const size_t before = sizes.shifted ? array.itemsize() : 0;
+      at_[name] = static_cast<char*>(shim::allocate(before + array.nbytes(), name)) + before;
+    };
     for (const auto& [name, array] : inputs) {
-      at_[name] = shim::allocate(array.nbytes(), name);
+      allocate(name, array);
       shim::upload(at_[name], array.data(), array.nbytes());
     }
-    for (const auto& [name, array] : outputs) at_[name] = shim::allocate(array.nbytes(), name);
+    for (const auto& [name, array] : outputs) allocate(name, array);
   }
 
   void* operator[](const std::string& name) const {
@@ -111,14 +124,6 @@ class Device {
  private:
   std::map<std::string, void*> at_;
   Arrays& outputs_;
-};
-
-struct Sizes {
-  int cell, scalar;
-  int64_t T, B, I, H;
-  int directions;
-  int64_t chunk_bytes;
-  int multiprocessors;  // none: the step schedule
 };
 
 // Of an H100 with so many multiprocessors.
@@ -162,7 +167,7 @@ std::string schedule(const Sizes& s) {
 
 auto forward(uint64_t seed, const Sizes& sizes, const std::optional<std::vector<int64_t>>& offsets,
              const Arrays& inputs, Arrays outputs) {
-  Device device(seed, inputs, outputs);
+  Device device(sizes, seed, inputs, outputs);
   ForwardParams p{};
   set_problem(p, sizes, offsets, device);
   p.x = device["x"], p.hx = device["hx"], p.cx = device["cx"];
@@ -172,7 +177,7 @@ auto forward(uint64_t seed, const Sizes& sizes, const std::optional<std::vector<
 
 auto backward(uint64_t seed, const Sizes& sizes, const std::optional<std::vector<int64_t>>& offsets,
               const Arrays& inputs, Arrays outputs) {
-  Device device(seed, inputs, outputs);
+  Device device(sizes, seed, inputs, outputs);
   BackwardParams p{};
   set_problem(p, sizes, offsets, device);
   p.x = device["x"], p.y = device["y"], p.hx = device["hx"], p.cx = device["cx"];
@@ -191,9 +196,9 @@ auto backward(uint64_t seed, const Sizes& sizes, const std::optional<std::vector
 
 PYBIND11_MODULE(hostcuda, m) {
   py::class_<Sizes>(m, "Sizes", py::module_local())
-      .def(py::init<int, int, int64_t, int64_t, int64_t, int64_t, int, int64_t, int>(), py::arg("cell"),
+      .def(py::init<int, int, int64_t, int64_t, int64_t, int64_t, int, int64_t, int, bool>(), py::arg("cell"),
            py::arg("scalar"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("directions"),
-           py::arg("chunk_bytes"), py::arg("multiprocessors"));
+           py::arg("chunk_bytes"), py::arg("multiprocessors"), py::arg("shifted"));
   m.def("schedule", &schedule);
   m.def("forward", &forward);
   m.def("backward", &backward);
