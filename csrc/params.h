@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "inline.h"
+
 namespace fusedrnn {
 
 enum class CellKind { rnn_tanh, rnn_relu, lstm, gru };
@@ -24,8 +26,8 @@ struct Sequence {
                            // there, the state is kept
   const bool* resets;      // [N] by sequence row, or nullptr; where set, the state is zeroed before the step
 
-  int64_t start(int64_t t) const { return offsets ? offsets[t] : t * B; }
-  int64_t rows_at(int64_t t) const { return start(t + 1) - start(t); }
+  FUSEDRNN_INLINE int64_t start(int64_t t) const { return offsets ? offsets[t] : t * B; }
+  FUSEDRNN_INLINE int64_t rows_at(int64_t t) const { return start(t + 1) - start(t); }
   int64_t length(int64_t b) const { return lengths ? lengths[b] : T; }
 };
 

@@ -5,11 +5,7 @@
 
 #include <cmath>
 
-#if defined(__CUDACC__)
-#define FUSEDRNN_INLINE __host__ __device__ __forceinline__
-#else
-#define FUSEDRNN_INLINE inline __attribute__((always_inline))
-#endif
+#include "inline.h"
 
 namespace fusedrnn {
 

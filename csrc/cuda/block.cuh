@@ -10,27 +10,18 @@ namespace fusedrnn::cuda {
 template <class S>
 struct BlockForward {
   ForwardStep<S> step;
-  int64_t begin, end, T;
-  const int64_t* offsets;  // [T + 1] of a packed batch, on the device, or nullptr
-  const S* w_hh[2];        // [gates*H, H]
+  int64_t begin, end;
+  Sequence sequence;  // its offsets on the device
+  const S* w_hh[2];   // [gates*H, H]
 };
 
 template <class S>
 struct BlockBackward {
   BackwardStep<S> step;
-  int64_t begin, end, T;
-  const int64_t* offsets;
+  int64_t begin, end;
+  Sequence sequence;
   const S* w_hh[2];
 };
-
-// As place() is on the host (places.h).
-template <class P>
-FUSEDRNN_DEVICE Place place_in(const P& p, int d, int64_t number) {
-  if (number < 0 || number >= p.T) return {-1, 0, 0};
-  const int64_t t = d ? p.T - 1 - number : number;
-  if (p.offsets) return {t, p.offsets[t], p.offsets[t + 1] - p.offsets[t]};
-  return {t, t * p.step.B, p.step.B};
-}
 
 // Offsets on their way to the device as a kernel's argument: nothing is copied from memory that the caller may take back,
 // so that a CUDA graph can replay it.
@@ -156,7 +147,7 @@ __global__ void __launch_bounds__(most_block_threads, 1) block_forward(const __g
   __syncthreads();
 
   for (int64_t number = p.begin; number < p.end; ++number) {
-    const Place here = place_in(p, d, number);
+    const Place here = place(p.sequence, d, number);
     V input[items][Cell::gates];
     for_items([&](int i, int, const Position& at) {
       if (step.rows.has(here, at.b)) load_input<Cell, S, 1>(step, here, at, input[i]);
@@ -207,13 +198,13 @@ __global__ void __launch_bounds__(most_block_threads, 1) block_backward(const __
     const int64_t state = (d * step.B + at.b) * H + at.j;
     store<1>(dh + r * padded + at.j, load<1>(step.dh + state));
     if constexpr (Cell::has_cell) store<1>(dc + r * padded + at.j, load<1>(step.dc + state));
-    if (p.end < p.T) store<1>(parts + r * Cell::gates * padded + at.j, load<1>(step.product + state));
+    if (p.end < p.sequence.T) store<1>(parts + r * Cell::gates * padded + at.j, load<1>(step.product + state));
   });
   __syncthreads();
 
   for (int64_t number = p.end - 1; number >= p.begin; --number) {
-    const Place previous = place_in(p, d, number - 1), here = place_in(p, d, number),
-                later = place_in(p, d, number + 1);
+    const Place previous = place(p.sequence, d, number - 1), here = place(p.sequence, d, number),
+                later = place(p.sequence, d, number + 1);
     ForBackward<Cell, A, 1> values[items];
     for_items([&](int i, int, const Position& at) {
       if (step.rows.has(here, at.b)) values[i] = load_for_backward<Cell, S, 1>(step, previous, here, at);

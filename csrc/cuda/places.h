@@ -1,4 +1,4 @@
-// Where a direction's steps are in the sequence, one by one and in chunks. Host code without CUDA.
+// Where a direction's steps are in the sequence, one by one and in chunks.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ struct Place {
 };
 
 // Step `number` of direction d, which runs from the last step to the first where d is 1.
-inline Place place(const Sequence& s, int d, int64_t number) {
+FUSEDRNN_INLINE Place place(const Sequence& s, int d, int64_t number) {
   if (number < 0 || number >= s.T) return {-1, 0, 0};
   const int64_t t = d ? s.T - 1 - number : number;
   return {t, s.start(t), s.rows_at(t)};

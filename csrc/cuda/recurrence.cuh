@@ -148,6 +148,12 @@ class Recurrence : Layer<Cell, S> {
     }
   };
 
+  Sequence on_device(const int64_t* offsets) const {
+    Sequence sequence = p_.sequence;
+    sequence.offsets = offsets;
+    return sequence;
+  }
+
   bool needs_offsets() const { return plan_.rows && p_.sequence.offsets; }
 
   void copy_offsets(int64_t* to) {
@@ -224,8 +230,7 @@ class Recurrence : Layer<Cell, S> {
   void forward_blocks(const ForwardStep<S>& step, const Chunk& chunk, const int64_t* offsets) {
     if constexpr (blocks) {
       const auto& w = p_.weights;
-      const BlockForward<S> p{step,          chunk.begin, chunk.end,
-                              p_.sequence.T, offsets,     {as<S>(w[0].w_hh), as<S>(w[1].w_hh)}};
+      const BlockForward<S> p{step, chunk.begin, chunk.end, on_device(offsets), {as<S>(w[0].w_hh), as<S>(w[1].w_hh)}};
       launch_blocks(p, block_forward<Cell, S, 1>, block_forward<Cell, S, 2>, block_forward<Cell, S, 4>);
     }
   }
@@ -233,8 +238,7 @@ class Recurrence : Layer<Cell, S> {
   void backward_blocks(const BackwardStep<S>& step, const Chunk& chunk, const int64_t* offsets) {
     if constexpr (blocks) {
       const auto& w = p_.weights;
-      const BlockBackward<S> p{step,          chunk.begin, chunk.end,
-                               p_.sequence.T, offsets,     {as<S>(w[0].w_hh), as<S>(w[1].w_hh)}};
+      const BlockBackward<S> p{step, chunk.begin, chunk.end, on_device(offsets), {as<S>(w[0].w_hh), as<S>(w[1].w_hh)}};
       launch_blocks(p, block_backward<Cell, S, 1>, block_backward<Cell, S, 2>, block_backward<Cell, S, 4>);
     }
   }

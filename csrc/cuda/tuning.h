@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cells/activations.h"
+#include "inline.h"
 
 namespace fusedrnn::cuda {
 

@@ -84,7 +84,8 @@ def changed(folder: Path, file: str, line: int, new: str) -> Path:
     csrc, made = folder / "csrc", folder / "build"
     for part in ("cells", "cuda"):
         shutil.copytree(ROOT / "csrc" / part, csrc / part)
-    shutil.copy(ROOT / "csrc" / "params.h", csrc)
+    for header in (ROOT / "csrc").glob("*.h"):
+        shutil.copy(header, csrc)
     path = csrc / "cuda" / file
     lines = path.read_text().splitlines()
     lines[line] = new
