@@ -31,13 +31,8 @@ def recurrence(
             cell, batch_sizes, lengths, resets, x, hx, cx, *weights
         )
     else:
-        y, h_n, *c_n = _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, False, _tf32(x))
+        y, h_n, *c_n = _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, False, _dispatch.use_tf32(x))
     return y, h_n, c_n[0] if c_n else None
-
-
-def _tf32(x: Tensor) -> bool:
-    """Whether torch's switches let recurrent layers round float32 factors to TF32 where x is."""
-    return x.is_cuda and x.dtype == torch.float32 and torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 def in_transform() -> bool:
@@ -76,7 +71,7 @@ class Recurrence(torch.autograd.Function):
         *weights: Tensor,
     ) -> Any:
         states = 1 if cx is None else 2
-        ctx.cell, ctx.tf32 = cell, _tf32(x)
+        ctx.cell, ctx.tf32 = cell, _dispatch.use_tf32(x)
         y, *results = _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, True, ctx.tf32)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(batch_sizes, lengths, resets, x, hx, cx, *weights, y, *results[states:])
