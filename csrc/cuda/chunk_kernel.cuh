@@ -26,9 +26,10 @@ class ChunkKernel {
       for (const bool cluster : {true, false}) {
         plan_ = resident_plan(limits, cluster, s.T, s.B, p.H, p.directions, in, out, Cell::has_cell, sizeof(S));
         if (plan_.blocks && !(backward ? fits_device(backward_kernel()) : fits_device(forward_kernel()))) plan_ = {};
-        if (plan_.blocks) break;
+        if (!plan_.blocks) continue;
+        layout_ = resident_layout(plan_, in, out, Cell::has_cell, sizeof(S));
+        break;
       }
-      layout_ = resident_layout(plan_, in, out, Cell::has_cell, sizeof(S));
     }
   }
 

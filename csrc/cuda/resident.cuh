@@ -92,10 +92,10 @@ struct Resident {
     const bool used = part < layout.parts && row_tile < layout.row_tiles;
     return {part, row_tile, begin, !used ? 0 : rest < layout.part_groups ? rest : layout.part_groups};
   }
-  FUSEDRNN_DEVICE uint32_t* overflow(int slot, int group) const {
-    const int groups = layout.part_groups - register_groups;
+  FUSEDRNN_DEVICE uint32_t* overflow(const Slot& slot, int group) const {
+    const int groups = layout.part_groups - register_groups, number = slot.part * layout.row_tiles + slot.row_tile;
     return reinterpret_cast<uint32_t*>(memory + layout.overflow) +
-           ((2 * warp + slot) * groups + group - register_groups) * (fragment_bytes / 4) + lane * 4;
+           (number * groups + group - register_groups) * (fragment_bytes / 4) + lane * 4;
   }
   static constexpr int half_fragment = fragment_bytes / 8;  // words from `upper` of all threads to their `lower`
 
@@ -131,8 +131,8 @@ struct Resident {
         weights[i][group] = group < s.groups ? load_fragment(s, group) : Fragment{};
       for (int group = register_groups; group < s.groups; ++group) {
         const Fragment a = load_fragment(s, group);
-        store_words(overflow(i, group), a.upper);
-        store_words(overflow(i, group) + half_fragment, a.lower);
+        store_words(overflow(s, group), a.upper);
+        store_words(overflow(s, group) + half_fragment, a.lower);
       }
     }
   }
@@ -146,9 +146,9 @@ struct Resident {
   // sums = the weights times what came in.
   FUSEDRNN_DEVICE void multiply(const Weights& weights, const uint32_t* operand) const {
     const Slot slots[2] = {slot(0), slot(1)};
-    const auto fragment = [&](int i, int group) {
-      if (group >= slots[i].groups) return Fragment{};
-      return Fragment{load_words(overflow(i, group)), load_words(overflow(i, group) + half_fragment)};
+    const auto fragment = [&](const Slot& s, int group) {
+      if (group >= s.groups) return Fragment{};
+      return Fragment{load_words(overflow(s, group)), load_words(overflow(s, group) + half_fragment)};
     };
 #pragma unroll 1
     for (int column = 0; column < tile_columns; column += Multiplier::columns) {
@@ -162,7 +162,7 @@ struct Resident {
       for (int group = 0; group < register_groups; ++group) add(group, weights[0][group], weights[1][group]);
 #pragma unroll 1
       for (int group = register_groups; group < layout.part_groups; ++group)
-        add(group, fragment(0, group), fragment(1, group));
+        add(group, fragment(slots[0], group), fragment(slots[1], group));
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         float* const to = sums() + (slots[i].part * tile_columns + column) * layout.sums_ld + slots[i].row_tile * 16;
@@ -267,7 +267,7 @@ FUSEDRNN_DEVICE void run_resident_forward(const ResidentForward<S>& p, unsigned 
         block.make(item, 0, load<1>(h));
       });
       __syncthreads();
-      if (number + 1 < p.end) block.exchange.send(tile, round + 1);
+      block.exchange.send(tile, round + 1);
       // Only now, for nobody waits for these.
       block.for_items(tile, [&](int i, const auto& item) {
         if (!block.exists(item.at) || item.at.b >= here.rows) return;
@@ -279,7 +279,9 @@ FUSEDRNN_DEVICE void run_resident_forward(const ResidentForward<S>& p, unsigned 
     }
   }
 
-  for (int tile = 0; tile < plan.tiles; ++tile)
+  for (int tile = 0; tile < plan.tiles; ++tile) {
+    // Nobody reads the first state any more.
+    block.exchange.receive(tile, static_cast<int>(p.end - p.begin));
     block.for_items(tile, [&](int, const auto& item) {
       if (!block.exists(item.at)) return;
       const int64_t state = (block.d * step.B + item.at.b) * step.H + item.at.j;
@@ -287,6 +289,7 @@ FUSEDRNN_DEVICE void run_resident_forward(const ResidentForward<S>& p, unsigned 
       if constexpr (Cell::has_cell)
         store<1>(step.c + state, load<1>(block.states(1, tile) + item.in_states(plan)));
     });
+  }
 }
 
 template <class Cell, class Multiplier, class Exchange, class S>

@@ -162,7 +162,7 @@ struct ResidentLayout {
   int sums;            // [parts][8][sums_ld]
   int states;          // [tiles][rows][units] twice, once for cells without a cell state
   int barriers;        // [tiles][2] in a cluster
-  int overflow;        // [slots][groups beyond the registers][2][32 threads][4]
+  int overflow;        // [parts][row_tiles][groups beyond the registers][2][32 threads][4]
   int bytes;
 };
 
@@ -186,7 +186,7 @@ constexpr FUSEDRNN_INLINE ResidentLayout resident_layout(const ResidentPlan& pla
   l.states = l.sums + l.parts * tile_columns * l.sums_ld * 4;
   l.barriers = round_up(l.states + (1 + has_cell) * plan.tiles * plan.rows * plan.units * 4, 8);
   l.overflow = round_up(l.barriers + (plan.cluster ? plan.tiles * 2 * 8 : 0), 16);
-  l.bytes = l.overflow + (beyond > 0 ? slots * beyond * fragment_bytes : 0);
+  l.bytes = l.overflow + (beyond > 0 ? l.parts * l.row_tiles * beyond * fragment_bytes : 0);
   return l;
 }
 
@@ -203,19 +203,23 @@ constexpr ResidentPlan resident_plan(const Limits& limits, bool cluster, int64_t
       if (units * tile_columns > units_at_once * resident_threads || (blocks - 1) * static_cast<int64_t>(units) >= H)
         continue;
       const int room = std::max(1, limits.multiprocessors / blocks / directions);
-      const int64_t of_a_team = (B + room - 1) / room;
-      int64_t tiles = (of_a_team + tile_columns - 1) / tile_columns;
-      const int rows = static_cast<int>((of_a_team + tiles - 1) / tiles);
-      if (tiles > most_tiles) continue;
-      // More clusters than run at once take turns; the blocks of a grid must all be there.
-      for (; tiles > 0; tiles = cluster ? tiles - 1 : 0) {
-        const int64_t teams = (B + tiles * rows - 1) / (tiles * rows);
-        ResidentPlan plan{blocks, units, rows, static_cast<int>(tiles), static_cast<int>(teams), cluster, 0};
-        const ResidentLayout layout = resident_layout(plan, gates_in, gates_out, has_cell, scalar_bytes);
-        plan.shared_bytes = layout.bytes;
-        const bool fits = layout.slots_per_part <= slots && layout.bytes <= limits.shared_bytes;
-        if (fits && (!in_registers || layout.part_groups <= register_groups)) return plan;
-      }
+      const int64_t of_a_team = (B + room - 1) / room, all_tiles = (of_a_team + tile_columns - 1) / tile_columns;
+      ResidentPlan plan{blocks, units, static_cast<int>((of_a_team + all_tiles - 1) / all_tiles), 1, 0, cluster, 0};
+      const auto layout = [&] { return resident_layout(plan, gates_in, gates_out, has_cell, scalar_bytes); };
+      if (layout().slots_per_part > slots || (in_registers && layout().part_groups > register_groups)) continue;
+      if (all_tiles > most_tiles) return {};
+      const auto fits = [&](int64_t tiles) {
+        plan.tiles = static_cast<int>(tiles);
+        plan.shared_bytes = layout().bytes;
+        return plan.shared_bytes <= limits.shared_bytes;
+      };
+      // The blocks of a grid must all be there. More clusters than run at once take turns, all as long.
+      int64_t turns = 1;
+      while (!fits((all_tiles + turns - 1) / turns) && cluster && turns < all_tiles) ++turns;
+      if (plan.shared_bytes > limits.shared_bytes) continue;
+      const int64_t rows = static_cast<int64_t>(plan.tiles) * plan.rows;
+      plan.teams = static_cast<int>((B + rows - 1) / rows);
+      return plan;
     }
   return {};
 }

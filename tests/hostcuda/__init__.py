@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
-from enum import IntFlag
+from enum import IntEnum
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +25,8 @@ from torch import Tensor
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 COMPILER = os.environ.get("CXX", "g++")  # GCC: Clang calls the access functions by other names
-KERNELS = ("rnn.cu", "lstm.cu", "gru.cu")
+KERNELS = (Path("rnn.cu"), Path("lstm.cu"), Path("gru.cu"))  # of csrc/cuda
+FEW_KERNELS = (HERE / "few.cu",)
 
 # As csrc/params.h numbers them.
 CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3}
@@ -38,8 +39,10 @@ def _run_compiler(*arguments: object) -> None:
     subprocess.run([COMPILER, *map(str, arguments)], check=True, capture_output=True, text=True)
 
 
-def build(csrc: Path = ROOT / "csrc", folder: Path = ROOT / "build" / "hostcuda") -> Path:
-    """Compiles what has changed of `csrc` and the shim; returns the module's file."""
+def build(
+    csrc: Path = ROOT / "csrc", folder: Path = ROOT / "build" / "hostcuda", kernels: tuple[Path, ...] = KERNELS
+) -> Path:
+    """Compiles what has changed of `csrc`, `kernels` and the shim; returns the module's file."""
     import pybind11
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +50,7 @@ def build(csrc: Path = ROOT / "csrc", folder: Path = ROOT / "build" / "hostcuda"
     flags += [f"-I{csrc}", f"-I{HERE}", "-DFUSEDRNN_HOSTCUDA"]
     watched = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-fsanitize=bounds", "-x", "c++"]
     glue = ["-O1", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    sources = [(csrc / "cuda" / name, watched) for name in KERNELS]
+    sources = [(csrc / "cuda" / kernel, watched) for kernel in kernels]
     sources += [(csrc / "cuda" / "cuda.cpp", []), (HERE / "memory.cpp", ["-O2"]), (HERE / "threads.cpp", ["-O2"]), (HERE / "module.cpp", glue)]
     headers = [
         *sorted(csrc.glob("*.h")),
@@ -80,7 +83,7 @@ def build(csrc: Path = ROOT / "csrc", folder: Path = ROOT / "build" / "hostcuda"
     return made
 
 
-def changed(folder: Path, file: str, line: int, new: str) -> Path:
+def changed(folder: Path, file: str, line: int, new: str, kernels: tuple[Path, ...] = FEW_KERNELS) -> Path:
     """Builds a copy of the sources in `folder` with another line (counted from 0) in a file of csrc/cuda."""
     csrc, made = folder / "csrc", folder / "build"
     for part in ("cells", "cuda"):
@@ -92,7 +95,7 @@ def changed(folder: Path, file: str, line: int, new: str) -> Path:
     lines[line] = new
     path.write_text("\n".join(lines) + "\n")
     shutil.copytree(build().parents[1], made)  # the objects that the change leaves as they are
-    return build(csrc, made)
+    return build(csrc, made, kernels)
 
 
 @cache
@@ -108,8 +111,8 @@ def library(path: Path | None = None) -> ModuleType:
     return module
 
 
-class Schedules(IntFlag):
-    """Those that may be used besides the step schedule (csrc/cuda/tuning.h)."""
+class Schedules(IntEnum):
+    """Which may be used besides the step schedule, as csrc/cuda/tuning.h numbers them."""
 
     STEP = 0
     BLOCK = 1
@@ -139,6 +142,11 @@ def _sizes(cell: str, dtype: torch.dtype, shape: tuple[int, ...]):
 def schedule(cell: str, dtype: torch.dtype, shape: tuple[int, ...], tf32: bool = False) -> str:
     """The one that such a call, of T, B, I, H and directions, takes forward."""
     return library().schedule(_sizes(cell, dtype, shape), tf32)
+
+
+def schedule_of(case, tf32: bool = False) -> str:
+    """That of a case of tests/cases.py."""
+    return schedule(case.equations, case.torch_dtype, (case.T, case.B, case.I, case.H, case.directions), tf32)
 
 
 def _run(pass_name, cell, x: Tensor, hx: Tensor, batch_sizes, tf32, inputs: dict, results: dict, partly=()) -> None:

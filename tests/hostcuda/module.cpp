@@ -166,6 +166,20 @@ std::string schedule(const Sizes& s, bool tf32) {
   return cuda::schedule(p, limits(s), tf32);
 }
 
+// What tuning.h chooses for a cluster or a grid, by name.
+std::map<std::string, int> resident_plan(int multiprocessors, bool cluster, int64_t B, int64_t H, int directions,
+                                         int gates_in, int gates_out, bool has_cell, int scalar_bytes) {
+  const cuda::Limits limits{multiprocessors, 227 << 10, 16, cuda::all_schedules};
+  const cuda::ResidentPlan plan = cuda::resident_plan(limits, cluster, cuda::fewest_resident_steps, B, H, directions,
+                                                      gates_in, gates_out, has_cell, scalar_bytes);
+  if (!plan.blocks) return {};
+  const cuda::ResidentLayout layout = cuda::resident_layout(plan, gates_in, gates_out, has_cell, scalar_bytes);
+  return {{"blocks", plan.blocks}, {"units", plan.units},
+          {"rows", plan.rows},     {"tiles", plan.tiles},
+          {"teams", plan.teams},   {"shared_bytes", plan.shared_bytes},
+          {"parts", layout.parts}, {"part_groups", layout.part_groups}};
+}
+
 auto forward(uint64_t seed, const Sizes& sizes, bool tf32, const std::optional<std::vector<int64_t>>& offsets,
              const Arrays& inputs, Arrays outputs) {
   Device device(sizes, seed, inputs, outputs);
@@ -202,6 +216,7 @@ PYBIND11_MODULE(hostcuda, m) {
            py::arg("chunk_bytes"), py::arg("multiprocessors"), py::arg("largest_cluster"), py::arg("schedules"),
            py::arg("shifted"));
   m.def("schedule", &schedule);
+  m.def("resident_plan", &resident_plan);
   m.def("forward", &forward);
   m.def("backward", &backward);
 }
