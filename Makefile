@@ -2,7 +2,8 @@
 # make test   set up, build and run the tests
 # make check  formatters, linters and type checks;  make wheel  a wheel in dist/;  make test-wheel  tests it;  make bench
 #
-# make gpu    on a machine with a GPU: tests, compute-sanitizer, benchmarks; one of them with STAGE=test|sanitize|bench
+# make gpu    on a machine with a GPU: what it can do, tests, compute-sanitizer, benchmarks; one of them with
+#             STAGE=micro|test|sanitize|bench
 #
 # Everything happens in .venv. Where PYTHON already has a torch >= 2.10 and what a build needs (numpy, ninja, pybind11, setuptools), its
 # packages are used as they are and nothing is fetched; otherwise torch and the tools are installed from the package index.
@@ -20,7 +21,7 @@ SOURCES := $(shell find csrc setup.py pyproject.toml -type f)
 HAS_TORCH := import torch, numpy, ninja, pybind11, setuptools; exit(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 10))
 SITE := $(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 
-.PHONY: demo test check format wheel test-wheel bench gpu gpu-test gpu-sanitize gpu-bench clean
+.PHONY: demo test check format wheel test-wheel bench gpu gpu-micro gpu-test gpu-sanitize gpu-bench clean
 .DELETE_ON_ERROR:
 SHELL := bash
 
@@ -62,8 +63,13 @@ bench: $(VENV)/.built $(VENV)/.extra-bench
 # Each stage within 8 minutes on one H100 or H200, the most telling first; results go to OUT. Fewer architectures build faster:
 # TORCH_CUDA_ARCH_LIST=9.0a make gpu.
 OUT ?= .
-STAGE ?= test sanitize bench
+STAGE ?= micro test sanitize bench
+NVCC ?= $(if $(CUDA_HOME),$(CUDA_HOME)/bin/nvcc,nvcc)
 gpu: $(addprefix gpu-,$(STAGE))
+
+gpu-micro:
+	mkdir -p build && $(NVCC) -std=c++20 -O3 -arch=native -Icsrc benchmarks/micro.cu -o build/micro
+	build/micro 2>&1 | tee $(OUT)/gpu-micro.txt; exit $${PIPESTATUS[0]}
 
 gpu-test: $(VENV)/.built $(VENV)/.extra-test
 	$(PY) -m pytest -q tests/test_gpu.py 2>&1 | tee $(OUT)/gpu-test.txt; exit $${PIPESTATUS[0]}

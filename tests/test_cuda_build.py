@@ -52,7 +52,8 @@ def cubin(folder: Path, name: str, architecture: str) -> Path:
 
 def dump(cubin: Path, what: str) -> str:
     text = subprocess.run([tool("cuobjdump"), what, str(cubin)], capture_output=True, text=True, check=True).stdout
-    return subprocess.run([tool("c++filt")], input=text, capture_output=True, text=True, check=True).stdout
+    text = subprocess.run([tool("c++filt")], input=text, capture_output=True, text=True, check=True).stdout
+    return text.replace("> >", ">>")
 
 
 @cache
@@ -93,6 +94,18 @@ def blocks(name: str) -> list[str]:
     ]
 
 
+def residents(name: str, architecture: str) -> list[tuple[str, str]]:
+    """The kernels of the resident schedules, and what multiplies in them; a GPU before sm_90 has no clusters."""
+    multipliers = {f"TensorCores<{scalar}>": "HMMA" for scalar in SCALARS if scalar != "double"} | {"Fma": "FFMA"}
+    return [
+        (f"fusedrnn::cuda::{kernel}_{side}<fusedrnn::{cell}, fusedrnn::cuda::{multiplier}>(", opcode)
+        for cell in CELLS[name]
+        for multiplier, opcode in multipliers.items()
+        for kernel in (("cluster", "grid") if architecture >= "sm_90" else ("grid",))
+        for side in ("forward", "backward")
+    ]
+
+
 def find(kernel: str, by_name: dict):
     (found,) = [value for name, value in by_name.items() if name.startswith(kernel)]
     return found
@@ -102,14 +115,22 @@ def find(kernel: str, by_name: dict):
 @each_file
 def test_registers_and_memory(folder, name, architecture):
     tuning = (CSRC / "cuda" / "tuning.h").read_text()
-    budget, block_budget = (
-        int(re.search(rf"\b{n} = (\d+)", tuning)[1]) for n in ("register_budget", "block_register_budget")
-    )
+    budgets = {
+        prefix: int(re.search(rf"\b{number} = (\d+)", tuning)[1])
+        for prefix, number in (
+            ("block_", "block_register_budget"),
+            ("cluster_", "resident_register_budget"),
+            ("grid_", "resident_register_budget"),
+            ("", "register_budget"),
+        )
+    }
     used = resources(cubin(folder, name, architecture))
-    for kernel in [*(kernel for kernel, _ in kernels(name)), *blocks(name)]:
+    named = [kernel for kernel, _ in [*kernels(name), *residents(name, architecture)]]
+    for kernel in [*named, *blocks(name)]:
         assert find(kernel, used)
     for kernel, of in used.items():
-        assert of["REG"] <= (block_budget if "cuda::block_" in kernel else budget), kernel
+        budget = next(number for prefix, number in budgets.items() if f"cuda::{prefix}" in kernel)
+        assert of["REG"] <= budget, kernel
         # Shared memory is asked for at a launch; 1024 bytes of a block's belong to the system from sm_90 on.
         assert (of["STACK"], of["LOCAL"], of["SHARED"] % 1024) == (0, 0, 0), f"{kernel}: {of}"
 
@@ -119,13 +140,35 @@ def test_registers_and_memory(folder, name, architecture):
 def test_nothing_is_spilled_and_accesses_are_wide(folder, name, architecture):
     code = instructions(cubin(folder, name, architecture))
     for kernel, opcodes in code.items():
-        assert len(opcodes) > 10, kernel
+        assert len(opcodes) > 10 or ("cuda::cluster_" in kernel and architecture < "sm_90"), kernel
         assert not [opcode for opcode in opcodes if opcode.startswith(("LDL", "STL"))], kernel
     for kernel, width in kernels(name):
         if "_step<" in kernel:
             wide = [opcode for opcode in find(kernel, code) if re.match(r"LDG\..*\b128\b", opcode)]
             assert bool(wide) == (width > 1), kernel
+    for kernel, multiplies in residents(name, architecture):
+        opcodes = find(kernel, code)
+        products = [opcode for opcode in opcodes if opcode.startswith(multiplies)]
+        # Two slots of 8 groups: two instructions each on tensor cores, 4 columns of 2 rows of 4 words each without.
+        assert len(products) >= 16 * (2 if multiplies == "HMMA" else 32), kernel
+        assert [opcode for opcode in opcodes if re.match(r"LDS.*\b128\b", opcode)], kernel
     for kernel in blocks(name):
         opcodes = find(kernel, code)
         assert [opcode for opcode in opcodes if re.match(r"LDS.*\b128\b", opcode)], kernel
         assert not [opcode for opcode in opcodes if re.match(r"LD\.|ST\.", opcode)], f"{kernel}: of no known memory"
+
+
+@each_architecture
+def test_micro_benchmark_builds(folder, architecture):
+    """The program that `make gpu` runs first."""
+    source = CSRC.parent / "benchmarks" / "micro.cu"
+    command = [
+        tool("nvcc"),
+        "-std=c++20",
+        f"-arch={architecture}",
+        f"-I{CSRC}",
+        str(source),
+        "-o",
+        str(folder / "micro"),
+    ]
+    subprocess.run(command, check=True)

@@ -27,6 +27,7 @@ from cases import (
     run_oracle,
     sizes,
 )
+from hostcuda import Schedules
 from numerics import assert_all_as_good
 from test_hostcuda import OPTIONS, SHAPES, calls
 from test_reference import Call, run_recurrence
@@ -61,12 +62,12 @@ def check(case: Case) -> None:
     assert_all_as_good(on_gpu(case), *expected(case), case.torch_dtype)
 
 
-@pytest.fixture(autouse=True, params=["step", "best"])
+@pytest.fixture(autouse=True, params=Schedules, ids=lambda schedules: schedules.name.lower())
 def schedule(request):
-    """The step schedule, which runs anything, and then the one that is chosen."""
-    _dispatch.cuda_extension.use_steps_only(request.param == "step")
+    """The step schedule, which runs anything; each other one, where it takes a case; and then the one that is chosen."""
+    _dispatch.cuda_extension.use_schedules(int(request.param))
     yield request.param
-    _dispatch.cuda_extension.use_steps_only(False)
+    _dispatch.cuda_extension.use_schedules(int(Schedules.ALL))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -260,12 +261,11 @@ def test_many_steps(case):
 
 
 def test_explain(schedule):
-    if schedule == "step":
-        return
     layer, x = layer_and_input({"cell": "lstm"})
     assert fusedrnn.explain(layer, x).implementation == "cuda"
     assert "step schedule" in fusedrnn.explain(layer, x).reason
-    assert "block schedule" in fusedrnn.explain(layer, x.repeat(2, 1, 1)).reason
+    chosen = "block" if schedule == Schedules.ALL else schedule.name.lower()
+    assert f"{chosen} schedule" in fusedrnn.explain(layer, x.repeat(2, 1, 1)).reason
     assert "step schedule" in fusedrnn.explain(layer.double(), x.double().repeat(2, 1, 1)).reason
 
 

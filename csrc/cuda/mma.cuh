@@ -143,16 +143,17 @@ struct Fma {
       sum.value[1][column] += float_of(a.lower[i]) * float_of(b[i]);
     }
   }
+  // Each of the four threads ends with one column: it gives away half of what it has, twice.
   static FUSEDRNN_DEVICE void store(const Sum& sum, float* to, int ld, int lane) {
+    const bool upper = lane & 2, odd = lane & 1;
 #pragma unroll
-    for (int row = 0; row < 2; ++row)
-#pragma unroll
-      for (int column = 0; column < columns; ++column) {
-        float all = sum.value[row][column];
-        all += from_lane_xor(all, 1);
-        all += from_lane_xor(all, 2);
-        if (column == lane % 4) to[column * ld + row * 8 + lane / 4] = all;
-      }
+    for (int row = 0; row < 2; ++row) {
+      const auto& all = sum.value[row];
+      const float first = (upper ? all[2] : all[0]) + from_lane_xor(upper ? all[0] : all[2], 2);
+      const float second = (upper ? all[3] : all[1]) + from_lane_xor(upper ? all[1] : all[3], 2);
+      const float own = (odd ? second : first) + from_lane_xor(odd ? first : second, 1);
+      to[lane % 4 * ld + row * 8 + lane / 4] = own;
+    }
   }
 };
 

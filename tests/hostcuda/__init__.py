@@ -51,7 +51,12 @@ def build(
     watched = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-fsanitize=bounds", "-x", "c++"]
     glue = ["-O1", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     sources = [(csrc / "cuda" / kernel, watched) for kernel in kernels]
-    sources += [(csrc / "cuda" / "cuda.cpp", []), (HERE / "memory.cpp", ["-O2"]), (HERE / "threads.cpp", ["-O2"]), (HERE / "module.cpp", glue)]
+    sources += [
+        (csrc / "cuda" / "cuda.cpp", []),
+        (HERE / "memory.cpp", ["-O2"]),
+        (HERE / "threads.cpp", ["-O2"]),
+        (HERE / "module.cpp", glue),
+    ]
     headers = [
         *sorted(csrc.glob("*.h")),
         *sorted(csrc.glob("cells/*.h")),

@@ -69,6 +69,9 @@ STATEMENT = re.compile(
 )
 
 
+DECLARATIONS = "template|using|namespace|struct|class|static_assert|extern|public|private"
+
+
 class Mutant(NamedTuple):
     file: str
     line: int  # counted from 0
@@ -86,9 +89,8 @@ def code_lines(text: str) -> list[tuple[int, str]]:
             on_gpu[-1] = True
         elif code == "#endif":
             on_gpu.pop()
-        elif code and not on_gpu[-1]:
-            if not re.match(r"\s*(#|template|using|namespace|struct|class|static_assert|extern|public|private)", code):
-                lines.append((number, code))
+        elif code and not on_gpu[-1] and not re.match(rf"\s*(#|{DECLARATIONS})", code):
+            lines.append((number, code))
     return lines
 
 
@@ -106,8 +108,8 @@ def mutants(file: str) -> list[Mutant]:
 
 
 def checks() -> list[Callable[[], None]]:
-    """The tests that see most, those first that fail most often; what they want is found here. Of the instantiations only
-    those of few.cu are built: GRU in bfloat16 and LSTM in float32."""
+    """The tests that see most, those first that fail most often; what they want is found here. Only instantiations of
+    few.cu are built: GRU in bfloat16 and LSTM in float32."""
     kinds = ({"cell": "gru", "dtype": "bfloat16"}, {"cell": "lstm"})
     shapes = [{"T": 5, "B": 4, "I": 3, "H": h, "bidirectional": both} for h in (9, 8) for both in (True, False)]
     cases = [Case(**kind, **shape) for shape in shapes for kind in kinds]

@@ -1,3 +1,4 @@
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -43,8 +44,10 @@ struct Block {
 
 enum class State { ready, at_barrier, at_cluster_barrier, in_warp, polling, done };
 
+// Contexts are only for the first steps on a new stack: they cost system calls, which jumps do not.
 struct Fiber {
-  ucontext_t context;
+  jmp_buf here;
+  bool waits_for_kernel = false, is_new = true;
   std::unique_ptr<char[]> stack{new char[stack_bytes]};
   uint3 index;
   uint32_t block, thread;  // place in the group's blocks, number
@@ -79,33 +82,39 @@ std::vector<Flight> flights;
 std::map<const void*, ByteBarrier> byte_barriers;
 std::map<const void*, View> counters;  // what those that raised one had seen
 Fiber* current = nullptr;
-ucontext_t scheduler;
+jmp_buf scheduler;
 const std::function<void()>* running_kernel = nullptr;
 
 Block& own_block() { return blocks[current->block]; }
 
+void jump_to_scheduler() {
+  if (_setjmp(current->here) == 0) _longjmp(scheduler, 1);
+}
+
 void run_fiber() {
-  (*running_kernel)();
-  current->state = State::done;  // uc_link goes on with the scheduler
+  for (;;) {
+    (*running_kernel)();
+    current->state = State::done;
+    current->waits_for_kernel = true;
+    jump_to_scheduler();
+    current->waits_for_kernel = false;
+  }
 }
 
 void leave(State state) {
   current->state = state;
   if (state == State::ready) ready.push_back(current);
-  swapcontext(&current->context, &scheduler);
+  jump_to_scheduler();
 }
 
-template <class F>
-void wake(const F& whom) {
-  for (Fiber* fiber : fibers)
-    if (whom(*fiber)) {
-      fiber->state = State::ready;
-      ready.push_back(fiber);
-    }
+void wake(Fiber* fiber) {
+  fiber->state = State::ready;
+  ready.push_back(fiber);
 }
 
 void wake_pollers() {
-  wake([](const Fiber& fiber) { return fiber.state == State::polling; });
+  for (Fiber* fiber : fibers)
+    if (fiber->state == State::polling) wake(fiber);
 }
 
 void join(View& view, const View& other) {
@@ -123,32 +132,35 @@ View released() {
 // All threads of `members` go on, knowing what each of them knew; a new phase begins.
 void release(const std::vector<uint32_t>& members) {
   View all;
-  for (const Fiber* fiber : fibers)
-    if (std::count(members.begin(), members.end(), fiber->block)) join(all, fiber->view);
+  const auto for_members = [&](const auto& f) {
+    for (uint32_t i : members)
+      for (uint32_t k = 0; k < block_threads; ++k) f(fibers[i * block_threads + k]);
+  };
+  for_members([&](const Fiber* fiber) { join(all, fiber->view); });
   for (uint32_t i : members) {
     all[i] = ++blocks[i].phase;
     blocks[i].waiting = blocks[i].waiting_for_cluster = 0;
   }
-  wake([&](Fiber& fiber) {
-    if (!std::count(members.begin(), members.end(), fiber.block)) return false;
-    fiber.view = all;
-    return true;
+  for_members([&](Fiber* fiber) {
+    fiber->view = all;
+    wake(fiber);
   });
 }
 
 uint32_t own_lane() { return (current->thread - group_begin) % block_threads % warp_threads; }
 
 // Leaves a thread's words for its warp; returns those of all when all have come.
-const WarpWords& meet_warp(const std::array<uint32_t, 6>& own) {
-  const auto warp_of = [](const Fiber& fiber) { return (fiber.thread - group_begin) / warp_threads; };
-  Warp& warp = own_block().warps[(current->thread - group_begin) % block_threads / warp_threads];
+const WarpWords& meet_warp(const std::array<uint32_t, 6>& given) {
+  const uint32_t own = current->thread - group_begin;
+  Warp& warp = own_block().warps[own % block_threads / warp_threads];
   // As many instructions as this thread has been through; others are at most one ahead.
   WarpWords& words = warp.words[warp.count % 2];
-  words[own_lane()] = own;
+  words[own_lane()] = given;
   if (++warp.arrived == warp_threads) {
     warp.arrived = 0;
     ++warp.count;
-    wake([&](const Fiber& fiber) { return fiber.state == State::in_warp && warp_of(fiber) == warp_of(*current); });
+    for (uint32_t i = own - own_lane(); i < own - own_lane() + warp_threads; ++i)
+      if (fibers[i] != current) wake(fibers[i]);
   } else {
     leave(State::in_warp);
   }
@@ -194,14 +206,6 @@ void land(Flight flight) {
   settle(barrier);
 }
 
-void prepare(Fiber& fiber) {
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack.get();
-  fiber.context.uc_stack.ss_size = Fiber::stack_bytes;
-  fiber.context.uc_link = &scheduler;
-  makecontext(&fiber.context, run_fiber, 0);
-}
-
 std::string why_stuck() {
   const auto some = [](State state) {
     return std::any_of(fibers.begin(), fibers.end(), [&](const Fiber* fiber) { return fiber->state == state; });
@@ -212,15 +216,30 @@ std::string why_stuck() {
   return "threads wait for what never comes";
 }
 
+void begin(Fiber& fiber) {
+  ucontext_t here, there;
+  getcontext(&there);
+  there.uc_stack.ss_sp = fiber.stack.get();
+  there.uc_stack.ss_size = Fiber::stack_bytes;
+  there.uc_link = nullptr;
+  makecontext(&there, run_fiber, 0);
+  swapcontext(&here, &there);  // never comes back here
+}
+
 void resume(Fiber& fiber) {
   current = &fiber;
   thread_index = fiber.index;
   block_index = own_block().index;
   running = {fiber.thread, own_block().phase, &fiber.view};
-  swapcontext(&scheduler, &fiber.context);
+  if (_setjmp(scheduler) == 0) {
+    if (fiber.is_new) {
+      fiber.is_new = false;
+      begin(fiber);
+    }
+    _longjmp(fiber.here, 1);
+  }
   running = {};
-  if (fiber.state != State::done) return;
-  --own_block().live;
+  if (current->state == State::done) --own_block().live;
 }
 
 void run_group(const std::vector<uint3>& indices, dim3 block, size_t shared_bytes) {
@@ -248,7 +267,7 @@ void run_group(const std::vector<uint3>& indices, dim3 block, size_t shared_byte
     fiber.state = State::ready;
     fiber.view.assign(indices.size(), 0);
     fiber.asked = nullptr;
-    prepare(fiber);
+    fiber.is_new = !fiber.waits_for_kernel;  // or it was dropped in the middle of a kernel
     ready.push_back(&fiber);
   }
   // In some groups one block seldom has its turn.
@@ -286,7 +305,7 @@ void synchronize() {
   if (++block.waiting == block_threads) {
     current->state = State::at_barrier;
     release({current->block});
-    swapcontext(&current->context, &scheduler);
+    jump_to_scheduler();
   } else {
     leave(State::at_barrier);
   }
@@ -303,7 +322,7 @@ void synchronize_cluster() {
   std::vector<uint32_t> all(blocks.size());
   std::iota(all.begin(), all.end(), 0);
   release(all);
-  swapcontext(&current->context, &scheduler);
+  jump_to_scheduler();
 }
 
 void multiply_tile(Operand operand, float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

@@ -1,0 +1,181 @@
+// What the resident schedules rest on, measured on a GPU: nvcc -std=c++20 -O3 -arch=native -Icsrc benchmarks/micro.cu
+//
+// Times are per round of a loop in one kernel, the smallest of some launches. Exchanges are those of csrc/cuda/exchange.cuh
+// with a state of bfloat16: each block of a team hands 32 units of `rows` rows to all others, and takes in theirs.
+#include <cooperative_groups.h>
+
+#include <algorithm>
+#include <cstdio>
+
+#include "cuda/exchange.cuh"
+
+using namespace fusedrnn::cuda;
+
+namespace {
+
+constexpr int rounds = 2000;
+
+template <class P>
+float microseconds(void (*kernel)(P), const Geometry& g, const P& p, int shared_bytes, Together together,
+                   uint32_t* counters) {
+  float best = 1e9f;
+  cudaEvent_t begin, end;
+  expect_success(cudaEventCreate(&begin));
+  expect_success(cudaEventCreate(&end));
+  for (int i = 0; i < 5; ++i) {
+    zero(counters, 4096, nullptr);
+    expect_success(cudaEventRecord(begin));
+    launch(kernel, g, nullptr, p, shared_bytes, together);
+    expect_success(cudaEventRecord(end));
+    expect_success(cudaEventSynchronize(end));
+    float milliseconds = 0;
+    expect_success(cudaEventElapsedTime(&milliseconds, begin, end));
+    best = std::min(best, milliseconds * 1e3f / rounds);
+  }
+  return best;
+}
+
+struct Team {
+  ResidentPlan plan;
+  ResidentLayout layout;
+  uint32_t *data, *counters;
+};
+
+__device__ Pieces pieces_of(const Team& p) { return {p.plan.units * 2 / static_cast<int>(sizeof(Words)), p.plan.rows, 1}; }
+
+__global__ void __launch_bounds__(resident_threads, 1) exchange_in_cluster(const __grid_constant__ Team p) {
+#if FUSEDRNN_HAS_CLUSTERS
+  FUSEDRNN_SHARED(memory);
+  const ClusterExchange exchange{p.plan, p.layout, memory, pieces_of(p), static_cast<int>(blockIdx.x)};
+  exchange.begin();
+  for (int round = 1; round <= rounds; ++round) {
+    exchange.send(0, round);
+    exchange.receive(0, round);
+    __syncthreads();
+  }
+#endif
+}
+
+__global__ void __launch_bounds__(resident_threads, 1) exchange_in_grid(const __grid_constant__ Team p) {
+  FUSEDRNN_SHARED(memory);
+  const Pieces pieces = pieces_of(p);
+  const int64_t data = static_cast<int64_t>(2) * p.plan.blocks * pieces.count() * 4;
+  const GridExchange exchange{p.plan, p.layout, memory, pieces, static_cast<int>(blockIdx.x),
+                              p.data + blockIdx.y * data, p.counters + blockIdx.y};
+  for (int round = 1; round <= rounds; ++round) {
+    exchange.send(0, round);
+    exchange.receive(0, round);
+  }
+}
+
+// Every word with the round that it belongs to, so that the data is its own flag.
+__global__ void __launch_bounds__(resident_threads, 1) exchange_flagged(const __grid_constant__ Team p) {
+  const int count = p.plan.units / 2 * p.plan.rows, all = count * p.plan.blocks;
+  auto* const words = reinterpret_cast<volatile unsigned long long*>(p.data) + blockIdx.y * 2 * all;
+  for (unsigned long long round = 1; round <= rounds; ++round) {
+    volatile unsigned long long* const at = words + round % 2 * all;
+    for (int i = threadIdx.x; i < count; i += resident_threads) at[blockIdx.x * count + i] = round << 32;
+    for (int i = threadIdx.x; i < all; i += resident_threads)
+      while (at[i] >> 32 != round) {
+      }
+    __syncthreads();
+  }
+}
+
+__global__ void __launch_bounds__(resident_threads, 1) synchronize_grid(const __grid_constant__ Team) {
+  const auto grid = cooperative_groups::this_grid();
+  for (int round = 0; round < rounds; ++round) grid.sync();
+}
+
+struct Pull {
+  const uint32_t* from;
+  uint32_t* to;
+  int words;
+};
+
+__global__ void __launch_bounds__(resident_threads, 1) pull(const __grid_constant__ Pull p) {
+  uint32_t sum = 0;
+  for (int round = 0; round < rounds; ++round)
+#pragma unroll 8
+    for (int i = threadIdx.x * 4; i < p.words; i += resident_threads * 4) sum += load_words_of_others(p.from + i)[round & 3];
+  if (sum == 1) *p.to = sum;
+}
+
+template <class Scalar>
+__global__ void __launch_bounds__(resident_threads, 1) multiply(const __grid_constant__ Pull p) {
+  typename TensorCores<Scalar>::Sum sums[2] = {};
+  Fragment weights[2][register_groups];
+  for (auto& slot : weights)
+    for (Fragment& a : slot) a = {load_words(p.from), load_words(p.from + 4)};
+  const Words b = load_words(p.from + 8);
+  for (int round = 0; round < rounds; ++round)
+#pragma unroll
+    for (int group = 0; group < register_groups; ++group)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) TensorCores<Scalar>::add(sums[i], weights[i][group], b);
+  if (sums[0].value[0][0] + sums[1].value[1][3] == 1) *p.to = 1;
+}
+
+Team make_team(int blocks, int rows, bool cluster, uint32_t* memory) {
+  Team team{};
+  team.plan = {blocks, 32, rows, 1, 1, cluster, 0};
+  team.layout = resident_layout(team.plan, 1, 4, true, 2);
+  team.counters = memory;
+  team.data = memory + 1024;
+  return team;
+}
+
+}  // namespace
+
+int main() {
+  cudaDeviceProp gpu;
+  expect_success(cudaGetDeviceProperties(&gpu, 0));
+  const int multiprocessors = gpu.multiProcessorCount, shared = static_cast<int>(gpu.sharedMemPerBlockOptin);
+  std::printf("%s, %d multiprocessors, %d bytes of shared memory a block\n", gpu.name, multiprocessors, shared);
+  uint32_t* memory;
+  expect_success(cudaMalloc(&memory, 64 << 20));
+  expect_success(cudaMemset(memory, 0, 64 << 20));
+
+  if (gpu.major >= 9)
+    for (int blocks = 2; blocks <= 16; blocks *= 2) {
+      const Geometry all{blocks, 1, 1, resident_threads, 1};
+      Launch<Team> kernel(exchange_in_cluster, all, nullptr, shared, {blocks, false});
+      const int active = kernel.active();
+      std::printf("clusters of %2d blocks with all shared memory: %d at once\n", blocks, active);
+      for (const int rows : {1, 4, 8}) {
+        if (!active) break;
+        const Team team = make_team(blocks, rows, true, memory);
+        const Geometry full{blocks, static_cast<unsigned>(active), 1, resident_threads, 1};
+        std::printf("  exchange of %d rows, all clusters: %.3f us\n", rows,
+                    microseconds(exchange_in_cluster, full, team, team.layout.bytes, {blocks, false}, memory));
+      }
+    }
+  for (const int blocks : {16, 32, 64, 128}) {
+    if (blocks > multiprocessors) break;
+    const unsigned teams = multiprocessors / blocks;
+    const Geometry full{blocks, teams, 1, resident_threads, 1};
+    const Together together{1, true};
+    std::printf("grid of %u teams of %d blocks: barrier of the grid %.3f us\n", teams, blocks,
+                microseconds(synchronize_grid, full, make_team(blocks, 8, false, memory), 0, together, memory));
+    for (const int rows : {1, 8}) {
+      const Team team = make_team(blocks, rows, false, memory);
+      const float counted = microseconds(exchange_in_grid, full, team, team.layout.bytes, together, memory);
+      expect_success(cudaMemset(memory, 0, 64 << 20));
+      std::printf("  exchange of %d rows: counter %.3f us, data as flag %.3f us\n", rows, counted,
+                  microseconds(exchange_flagged, full, team, 0, together, memory));
+      expect_success(cudaMemset(memory, 0, 64 << 20));
+    }
+  }
+  const Geometry every{multiprocessors, 1, 1, resident_threads, 1};
+  for (const int bytes : {16 << 10, 64 << 10, 128 << 10, 256 << 10}) {
+    const float time = microseconds(pull, every, Pull{memory + 1024, memory, bytes / 4}, 0, {}, memory);
+    std::printf("every multiprocessor reads the same %d KB of the L2: %.3f us, %.1f GB/s each\n", bytes >> 10, time,
+                bytes / time / 1e3);
+  }
+  const double products = 2.0 * resident_warps * 2 * register_groups * 2 * 16 * 8;  // times the inner dimension
+  const float half = microseconds(multiply<bfloat16>, every, Pull{memory + 1024, memory, 0}, 0, {}, memory);
+  const float tf32 = microseconds(multiply<float>, every, Pull{memory + 1024, memory, 0}, 0, {}, memory);
+  std::printf("weights of 128 KB in registers times 8 columns: bfloat16 %.3f us, %.0f TFLOP/s; TF32 %.3f us, %.0f TFLOP/s\n",
+              half, products * 16 * multiprocessors / half / 1e6, tf32, products * 8 * multiprocessors / tf32 / 1e6);
+  return 0;
+}
