@@ -4,7 +4,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fusedrnn._convert import convert, revert
 from fusedrnn._dispatch import Explanation, FallbackWarning, explain
-from fusedrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from fusedrnn.cells import GRUCell, LSTMCell, RNNCell
+from fusedrnn.modules import GRU, LSTM, RNN
 
 try:
     __version__ = version("fusedrnn")

@@ -126,8 +126,15 @@ def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-def choose(x: Tensor, projected: bool = False) -> str:
-    """The implementation for input ``x``; warns, once per reason, when it is a fallback."""
+def _instead_of_torch(found: Explanation) -> Explanation:
+    """What runs a request that torch.nn's own implementation does not know: lengths or resets."""
+    if found.implementation != "torch":
+        return found
+    return Explanation("reference", f"{found.reason}, and torch.nn has neither lengths nor resets")
+
+
+def choose(x: Tensor, projected: bool = False, more: bool = False) -> str:
+    """The implementation for input ``x``, with ``more`` than torch.nn has; warns, once per reason, of a fallback."""
     if not projected:
         if x.is_cpu:
             if extension is not None and x.dtype in KERNEL_DTYPES:
@@ -136,7 +143,8 @@ def choose(x: Tensor, projected: bool = False) -> str:
             x.is_cuda and cuda_extension is not None and x.dtype in CUDA_DTYPES and not _why_no_kernels(x.get_device())
         ):
             return "cuda"
-    implementation, reason = _explain(x.device, x.dtype, projected)
+    found = _explain(x.device, x.dtype, projected)
+    implementation, reason = _instead_of_torch(found) if more else found
     if implementation not in ("cpu", "cuda"):
         warn_once(reason, stacklevel=6)  # choose, forward, Module.__call__ (two of its own), the user's line
     return implementation
@@ -149,12 +157,18 @@ def warn_once(reason: str, stacklevel: int = 2) -> None:
         warnings.warn(f"fusedrnn runs on a fallback: {reason}", FallbackWarning, stacklevel=stacklevel)
 
 
-def explain(module: torch.nn.Module, input: Tensor | PackedSequence) -> Explanation:
+def explain(
+    module: torch.nn.Module,
+    input: Tensor | PackedSequence,
+    *,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+) -> Explanation:
     """Say which implementation would run ``module(input)``, and why not a faster one; nothing is run.
 
     Args:
         module: a fusedrnn layer or cell. For one of torch.nn's the answer is ``torch``, with the advice to convert it.
-        input: what it would be called with.
+        input: what it would be called with, as ``lengths`` and ``resets``.
 
     Raises:
         TypeError: ``module`` is no recurrent layer or cell.
@@ -164,6 +178,8 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence) -> Explanat
     if isinstance(module, modules.FUSED):
         data = input.data if isinstance(input, PackedSequence) else input
         found = _explain(data.device, data.dtype, bool(getattr(module, "proj_size", 0)))
+        if lengths is not None or resets is not None:
+            found = _instead_of_torch(found)
         path = {"cpu": _path, "cuda": _cuda_path}.get(found.implementation)
         return found if path is None else found._replace(reason=f"{found.reason}; {path(module, input)}")
     if isinstance(module, torch.nn.RNNBase | torch.nn.RNNCellBase):

@@ -119,6 +119,8 @@ def _recurrence(
         return y[steps, rows], h_n, c_n
 
     T, directions = x.size(0), hx.size(0)
+    if lengths is not None:  # padding may be NaN, and a gradient of zero times NaN would be NaN
+        x = x.masked_fill((torch.arange(T, device=x.device).unsqueeze(1) >= lengths).unsqueeze(-1), 0)
     each = len(weights) // directions
     outputs: list[Tensor] = []
     last_h: list[Tensor] = []

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedrnn import _autograd, _ops, _reference
+from fusedrnn import _autograd, _ops, _ragged, _reference
 from fusedrnn._dispatch import CONVERTED_DTYPES, KERNEL_DTYPES
 
 
@@ -37,6 +37,8 @@ def stack(
     num_layers: int = 1,
     dropout: float = 0.0,
     batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run a stack of layers.
 
@@ -49,10 +51,18 @@ def stack(
         implementation: ``cpu``, ``cuda`` or ``reference`` (see ``_dispatch``).
         num_layers: L.
         dropout: probability with which an output between layers is zeroed; 0 outside training.
+        lengths: ``[B]`` int64 from 0 to T. Past its length a row has output zero and keeps its state.
+        resets: ``[T, B]`` or ``[N]`` bool. Where set, the states of all layers are zeroed before the step.
 
     Returns:
         y ``[T, B, D*R]`` or ``[N, D*R]``, h_n like hx and c_n like cx, of x's dtype.
     """
+    if lengths is not None and implementation == "cpu" and _ragged.worth_packing(lengths, x.size(0), hx.size(-1)):
+        rows = _ragged.Rows(lengths, x.size(0))
+        x, resets = rows.pack(x), None if resets is None else rows.pack(resets)
+        hx, cx = hx.index_select(1, rows.order), None if cx is None else cx.index_select(1, rows.order)
+        y, h, c = stack(cell, x, hx, cx, weights, implementation, num_layers, dropout, rows.batch_sizes, resets=resets)
+        return rows.pad(y), h.index_select(1, rows.back), None if c is None else c.index_select(1, rows.back)
     dtype = x.dtype
     converted = implementation != "cuda" and dtype in CONVERTED_DTYPES
     if converted:  # float32 inside: products, cell state and everything kept between steps
@@ -60,8 +70,9 @@ def stack(
         if dtype != torch.bfloat16 or implementation != "cpu" or _autograd.in_transform():
             weights = [w.float() for w in weights]  # the kernels take bfloat16 weights as they are
     recurrence = _reference.recurrence if implementation == "reference" else _autograd.recurrence
+    sequence = (batch_sizes, lengths, resets)
     if num_layers == 1:
-        x, h, c = recurrence(cell, x, hx, cx, weights, batch_sizes)
+        x, h, c = recurrence(cell, x, hx, cx, weights, *sequence)
     else:
         layers = []
         for layer, (layer_hx, layer_weights) in enumerate(
@@ -74,7 +85,7 @@ def stack(
                 layer_hx,
                 layer_cx,
                 layer_weights,
-                batch_sizes,
+                *sequence,
             )
             layers.append((h, c))
         h = torch.cat([h for h, _ in layers])
