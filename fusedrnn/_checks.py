@@ -62,7 +62,8 @@ def row_lengths(name: str, lengths: Any, input: Tensor, steps: int, batch: int) 
         least, most = (int(value) for value in lengths.aminmax())
         if least < 0 or most > steps:
             raise RuntimeError(f"{name}: expected lengths between 0 and {steps}, got {least if least < 0 else most}")
-    return lengths.to(input.device, torch.int64, non_blocking=input.is_cuda)
+    moved: Tensor = lengths.to(input.device, torch.int64, non_blocking=input.is_cuda)
+    return moved
 
 
 def reset_mask(name: str, resets: Any, input: Tensor, batch_first: bool) -> Tensor:

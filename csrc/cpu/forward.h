@@ -152,6 +152,11 @@ struct Forward : Recurrence<Cell, S, N> {
       multiply<V, S, Packed>({packed, K * N, N, n, A, lda, K, count, sum, sums * N, panel_stride});
       return;
     }
+    if (is_packed && takes_groups(count)) {
+      multiply<V, S, Packed, gates>(
+          {packed, K * N, N, n * gates, A, lda, K, count, sum, sums * N, N, false, panel_stride});
+      return;
+    }
     for (int64_t i = 0; i < n; ++i, sum += panel_stride) {
       if (is_packed) {
         multiply<V, S, Packed>({packed + i * gates * K * N, K * N, N, gates, A, lda, K, count, sum, sums * N, N});
