@@ -127,10 +127,10 @@ def _index(device: torch.device) -> int:
 
 
 def _instead_of_torch(found: Explanation) -> Explanation:
-    """What runs a request that torch.nn's own implementation does not know: lengths or resets."""
+    """What runs a request that torch.nn's own implementation does not know."""
     if found.implementation != "torch":
         return found
-    return Explanation("reference", f"{found.reason}, and torch.nn has neither lengths nor resets")
+    return Explanation("reference", f"{found.reason}, and torch.nn has no lengths, resets or streams")
 
 
 def choose(x: Tensor, projected: bool = False, more: bool = False) -> str:

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import _direct, _dispatch, functional
 from fusedrnn._checks import as_pair, check_like_input, in_autocast, reset_mask, row_lengths
+from fusedrnn._stream import Stream
 from fusedrnn.cells import GRUCell, LSTMCell, RNNCell
 
 
@@ -78,6 +79,14 @@ class _Layer(torch.nn.RNNBase):
                 y = y.transpose(0, 1)
             output = y
         return output, (tuple(states) if self.mode == "LSTM" else states[0])
+
+    def stream(self, batch_size: int, hx: Any = None) -> Stream:
+        """A :class:`fusedrnn.Stream` of this layer for ``batch_size`` rows, from the state ``hx``, zero by default.
+
+        Raises:
+            ValueError: the layer is bidirectional, or ``batch_size`` is no number of rows.
+        """
+        return Stream(self, batch_size, hx)  # type: ignore[arg-type]
 
     def _states(
         self, x: Tensor, batch: int, hx: Any, rank: int, weights: list[Tensor], autocast: torch.dtype | None

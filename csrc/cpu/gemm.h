@@ -22,7 +22,7 @@ struct Product {
   int64_t lda, K, rows;
   S* C;
   int64_t ldc, c_stride;
-  bool fresh = false;  // C holds nothing yet: = in place of +=
+  bool fresh = false;        // C holds nothing yet: = in place of +=
   int64_t group_stride = 0;  // where vectors are in groups (see multiply_few): from a group of C to the next
 };
 
