@@ -82,12 +82,13 @@ struct BackwardParams : Problem {
   const void* cx;
   const void* gates;
   const void* cells;
-  const void* dy;    // [N, D*H], or nullptr for zero
-  const void* dh_n;  // [D, B, H], or nullptr for zero
-  const void* dc_n;  // [D, B, H], or nullptr for zero
-  void* dx;          // [N, I], or nullptr when nobody asks
-  void* dhx;         // [D, B, H], or nullptr when nobody asks
-  void* dcx;         // [D, B, H], cells with a cell state only, or nullptr likewise
+  const void* dy;      // [N, D*H], or nullptr for zero
+  const void* dh_n;    // [D, B, H], or nullptr for zero
+  const void* dc_n;    // [D, B, H], or nullptr for zero
+  const void* dcells;  // [D, N, H] of the cell states themselves, or nullptr for zero
+  void* dx;            // [N, I], or nullptr when nobody asks
+  void* dhx;           // [D, B, H], or nullptr when nobody asks
+  void* dcx;           // [D, B, H], cells with a cell state only, or nullptr likewise
   WeightGradients gradients[2];
 };
 

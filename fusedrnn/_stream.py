@@ -59,7 +59,7 @@ class Stream:
             )  # fmt: skip
         self.refresh()
         if hx is not None:
-            self.load_state_dict(dict(zip("hc", as_pair(hx, "LSTM") if len(sizes) == 2 else [hx], strict=True)))
+            self.load_state_dict(dict(zip("hc", as_pair(hx, "LSTM") if len(sizes) == 2 else [hx], strict=False)))
 
     def refresh(self) -> None:
         """Takes over the layer's weights as they are now; the state stays."""

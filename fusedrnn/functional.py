@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedrnn import _autograd, _ops, _ragged, _reference
+from fusedrnn import _autograd, _ops, _ragged, _recompute, _reference
 from fusedrnn._dispatch import CONVERTED_DTYPES, KERNEL_DTYPES
 
 
@@ -39,6 +41,7 @@ def stack(
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run a stack of layers.
 
@@ -53,6 +56,7 @@ def stack(
         dropout: probability with which an output between layers is zeroed; 0 outside training.
         lengths: ``[B]`` int64 from 0 to T. Past its length a row has output zero and keeps its state.
         resets: ``[T, B]`` or ``[N]`` bool. Where set, the states of all layers are zeroed before the step.
+        recompute: keep for backward little more than each layer's output, and compute the rest again.
 
     Returns:
         y ``[T, B, D*R]`` or ``[N, D*R]``, h_n like hx and c_n like cx, of x's dtype.
@@ -61,7 +65,9 @@ def stack(
         rows = _ragged.Rows(lengths, x.size(0))
         x, resets = rows.pack(x), None if resets is None else rows.pack(resets)
         hx, cx = hx.index_select(1, rows.order), None if cx is None else cx.index_select(1, rows.order)
-        y, h, c = stack(cell, x, hx, cx, weights, implementation, num_layers, dropout, rows.batch_sizes, resets=resets)
+        y, h, c = stack(
+            cell, x, hx, cx, weights, implementation, num_layers, dropout, rows.batch_sizes, None, resets, recompute
+        )
         return rows.pad(y), h.index_select(1, rows.back), None if c is None else c.index_select(1, rows.back)
     dtype = x.dtype
     converted = implementation != "cuda" and dtype in CONVERTED_DTYPES
@@ -70,6 +76,8 @@ def stack(
         if dtype != torch.bfloat16 or implementation != "cpu" or _autograd.in_transform():
             weights = [w.float() for w in weights]  # the kernels take bfloat16 weights as they are
     recurrence = _reference.recurrence if implementation == "reference" else _autograd.recurrence
+    if recompute and _autograd.needs_gradient(x, hx, cx, weights) and not _autograd.in_transform():
+        recurrence = partial(_recompute.recurrence, recurrence)
     sequence = (batch_sizes, lengths, resets)
     if num_layers == 1:
         x, h, c = recurrence(cell, x, hx, cx, weights, *sequence)

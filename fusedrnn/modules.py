@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,38 @@ from fusedrnn.cells import GRUCell, LSTMCell, RNNCell
 
 
 class _Layer(torch.nn.RNNBase):
-    """What the three layers share. ``hx`` is a tensor, or for the LSTM the pair (h_0, c_0)."""
+    """What the three layers share. ``hx`` is a tensor, or for the LSTM the pair (h_0, c_0).
+
+    ``recompute``, an argument of the constructor and an attribute, makes a training step keep each layer's input and
+    output and a state every 256 steps instead of all gates, and run forward a second time in backward.
+    """
+
+    recompute: bool = False  # also of a module that fusedrnn.convert has made
+
+    if TYPE_CHECKING:  # what torch.nn's classes take, who say *args and **kwargs themselves
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            num_layers: int = 1,
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            proj_size: int = 0,
+            device: Any = None,
+            dtype: Any = None,
+            *,
+            recompute: bool = False,
+        ) -> None: ...
+
+    else:
+
+        def __init__(self, *args, **kwargs):
+            recompute = kwargs.pop("recompute", False)
+            super().__init__(*args, **kwargs)
+            self.recompute = recompute
 
     def forward(self, input: Any, hx: Any = None, *, lengths: Any = None, resets: Any = None) -> Any:
         """torch.nn's forward, and two arguments that it lacks.
@@ -150,7 +181,18 @@ class _Layer(torch.nn.RNNBase):
         h, c = states if len(states) == 2 else (states[0], None)
         dropout = self.dropout if self.training else 0.0
         y, h, c = functional.stack(
-            self.mode.lower(), x, h, c, weights, implementation, self.num_layers, dropout, batch_sizes, lengths, resets
+            self.mode.lower(),
+            x,
+            h,
+            c,
+            weights,
+            implementation,
+            self.num_layers,
+            dropout,
+            batch_sizes,
+            lengths,
+            resets,
+            self.recompute,
         )
         return y, [h] if c is None else [h, c]
 
@@ -160,6 +202,24 @@ class RNN(_Layer, torch.nn.RNN):
 
     h' = tanh(W_ih x + b_ih + W_hh h + b_hh), or relu in place of tanh (Elman 1990).
     """
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            num_layers: int = 1,
+            nonlinearity: str = "tanh",
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            device: Any = None,
+            dtype: Any = None,
+            *,
+            recompute: bool = False,
+        ) -> None: ...
 
 
 class LSTM(_Layer, torch.nn.LSTM):

@@ -22,7 +22,7 @@ struct Forward : Recurrence<Cell, S, N> {
   // half of the first-level cache to the products.
   static constexpr int64_t rows_at_once = (16 << 10) / (panels_at_once * sums * N * sizeof(S));
   // A stream takes all panels of a step at a time, too.
-  const bool chunked = plan.chunk > 1 || (p.prepared && block_rows <= projection_rows);
+  const bool chunked = plan.chunk > 1 || (p.prepared && plan.row_blocks == 1 && B <= projection_rows);
   const int64_t capacity = chunked ? block_rows * plan.chunk : std::min(block_rows, rows_at_once);  // rows a panel
   const int64_t panels_kept = chunked ? panels : panels_at_once;
   PackedWeights<Cell, S, N, W> weights{p, plan.packed_input || p.prepared, plan.packed || p.prepared};
