@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import _direct, _dispatch, functional
+from fusedrnn import _direct, _dispatch, _dynamo, functional
 
 
 def _in_autocast(x: Tensor) -> torch.dtype | None:
@@ -250,3 +250,4 @@ class GRUCell(_Cell, torch.nn.GRUCell):
 
 
 FUSED = (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)
+_dynamo.allow(FUSED)
