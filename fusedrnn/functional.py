@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedrnn import _autograd, _ops, _ragged, _recompute, _reference
+from fusedrnn import _autograd, _ops, _ragged, _recompute, _reference, _transforms
 from fusedrnn._dispatch import CONVERTED_DTYPES, KERNEL_DTYPES
 
 
@@ -20,7 +20,7 @@ def step(
     ``cell``, ``weights`` and ``implementation`` are those of :func:`stack`.
     """
     kernel = implementation == "cpu" and x.dtype in KERNEL_DTYPES
-    if kernel and not _autograd.needs_gradient(x, h, c, weights) and not _autograd.in_transform():
+    if kernel and not _autograd.needs_gradient(x, h, c, weights) and not _transforms.active():
         h, *rest = _ops.step(cell, x, h, c, weights)
         return h, rest[0] if rest else None
     _, h, c = stack(
@@ -73,10 +73,10 @@ def stack(
     converted = implementation != "cuda" and dtype in CONVERTED_DTYPES
     if converted:  # float32 inside: products, cell state and everything kept between steps
         x, hx, cx = x.float(), hx.float(), None if cx is None else cx.float()
-        if dtype != torch.bfloat16 or implementation != "cpu" or _autograd.in_transform():
+        if dtype != torch.bfloat16 or implementation != "cpu" or _transforms.active():
             weights = [w.float() for w in weights]  # the kernels take bfloat16 weights as they are
     recurrence = _reference.recurrence if implementation == "reference" else _autograd.recurrence
-    if recompute and _autograd.needs_gradient(x, hx, cx, weights) and not _autograd.in_transform():
+    if recompute and _autograd.needs_gradient(x, hx, cx, weights) and not _transforms.active():
         recurrence = partial(_recompute.recurrence, recurrence)
     sequence = (batch_sizes, lengths, resets)
     if num_layers == 1:

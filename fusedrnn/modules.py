@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import _direct, _dispatch, functional
+from fusedrnn import _direct, _dispatch, _dynamo, functional
 from fusedrnn._checks import as_pair, check_like_input, in_autocast, reset_mask, row_lengths
 from fusedrnn._stream import Stream
 from fusedrnn.cells import GRUCell, LSTMCell, RNNCell
@@ -239,3 +239,4 @@ class GRU(_Layer, torch.nn.GRU):
 
 
 FUSED = (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)
+_dynamo.allow(FUSED)
