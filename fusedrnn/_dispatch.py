@@ -130,7 +130,7 @@ def _instead_of_torch(found: Explanation) -> Explanation:
     """What runs a request that torch.nn's own implementation does not know."""
     if found.implementation != "torch":
         return found
-    return Explanation("reference", f"{found.reason}, and torch.nn has no lengths, resets or streams")
+    return Explanation("reference", f"{found.reason}, and torch.nn has no lengths, resets, all states or streams")
 
 
 def choose(x: Tensor, projected: bool = False, more: bool = False) -> str:

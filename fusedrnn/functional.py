@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedrnn import _autograd, _ops, _ragged, _recompute, _reference, _transforms
+from fusedrnn import _autograd, _ops, _ragged, _recompute, _reference, _states, _transforms
 from fusedrnn._dispatch import CONVERTED_DTYPES, KERNEL_DTYPES
 
 
@@ -42,6 +42,7 @@ def stack(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     recompute: bool = False,
+    states: list[tuple[Tensor, Tensor | None]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run a stack of layers.
 
@@ -56,12 +57,19 @@ def stack(
         dropout: probability with which an output between layers is zeroed; 0 outside training.
         lengths: ``[B]`` int64 from 0 to T. Past its length a row has output zero and keeps its state.
         resets: ``[T, B]`` or ``[N]`` bool. Where set, the states of all layers are zeroed before the step.
-        recompute: keep for backward little more than each layer's output, and compute the rest again.
+        recompute: keep for backward little more than each layer's output, and compute the rest again. All of an LSTM's
+            states and recompute do not go together: then everything is kept.
+        states: given a padded x, is given each layer's hidden and cell states ``[D, T, B, R]`` and ``[D, T, B, H]``.
 
     Returns:
         y ``[T, B, D*R]`` or ``[N, D*R]``, h_n like hx and c_n like cx, of x's dtype.
     """
-    if lengths is not None and implementation == "cpu" and _ragged.worth_packing(lengths, x.size(0), hx.size(-1)):
+    if (
+        lengths is not None
+        and implementation == "cpu"
+        and states is None
+        and _ragged.worth_packing(lengths, x.size(0), hx.size(-1))
+    ):
         rows = _ragged.Rows(lengths, x.size(0))
         x, resets = rows.pack(x), None if resets is None else rows.pack(resets)
         hx, cx = hx.index_select(1, rows.order), None if cx is None else cx.index_select(1, rows.order)
@@ -76,9 +84,11 @@ def stack(
         if dtype != torch.bfloat16 or implementation != "cpu" or _transforms.active():
             weights = [w.float() for w in weights]  # the kernels take bfloat16 weights as they are
     recurrence = _reference.recurrence if implementation == "reference" else _autograd.recurrence
-    if recompute and _autograd.needs_gradient(x, hx, cx, weights) and not _transforms.active():
+    if recompute and _autograd.needs_gradient(x, hx, cx, weights) and not _traced():
         recurrence = partial(_recompute.recurrence, recurrence)
     sequence = (batch_sizes, lengths, resets)
+    if states is not None:
+        recurrence = partial(_with_states, recurrence, implementation != "reference", dtype, states)
     if num_layers == 1:
         x, h, c = recurrence(cell, x, hx, cx, weights, *sequence)
     else:
@@ -101,6 +111,36 @@ def stack(
     if converted:
         return x.to(dtype), h.to(dtype), None if c is None else c.to(dtype)
     return x, h, c
+
+
+def _with_states(
+    run: _recompute.Recurrence,
+    kernels: bool,
+    dtype: torch.dtype,
+    states: list[tuple[Tensor, Tensor | None]],
+    cell: str,
+    x: Tensor,
+    hx: Tensor,
+    cx: Tensor | None,
+    weights: list[Tensor],
+    batch_sizes: None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One layer, whose states are added to ``states``."""
+    if cx is None:  # the output is the states
+        y, h, c = run(cell, x, hx, cx, weights, batch_sizes, lengths, resets)
+        cells = None
+    else:
+        y, h, c, cells = _states.recurrence(kernels, x, hx, cx, weights, lengths, resets)
+        cells = cells.to(dtype)
+    states.append((torch.stack(y.to(dtype).chunk(len(hx), -1)), cells))
+    return y, h, c
+
+
+def _traced() -> bool:
+    """Whether torch.func or torch.compile sees the call, which decide themselves what is kept for backward."""
+    return torch.compiler.is_compiling() or _transforms.active()
 
 
 def _chunks(weights: list[Tensor], count: int) -> list[list[Tensor]]:

@@ -48,8 +48,10 @@ class _Layer(torch.nn.RNNBase):
             super().__init__(*args, **kwargs)
             self.recompute = recompute
 
-    def forward(self, input: Any, hx: Any = None, *, lengths: Any = None, resets: Any = None) -> Any:
-        """torch.nn's forward, and two arguments that it lacks.
+    def forward(
+        self, input: Any, hx: Any = None, *, lengths: Any = None, resets: Any = None, return_all_states: bool = False
+    ) -> Any:
+        """torch.nn's forward, and three arguments that it lacks.
 
         Args:
             input: ``[T, B, I]``, ``[B, T, I]`` with ``batch_first``, ``[T, I]``, or a PackedSequence.
@@ -61,15 +63,19 @@ class _Layer(torch.nn.RNNBase):
             resets: bool, the input's shape without its last dimension, on its device: where set, the state of every
                 layer and direction is zeroed before that step, and no gradient crosses. The reverse direction comes
                 to it from the step after.
+            return_all_states: whether to return, third, the states after every step.
 
         Returns:
-            As torch.nn's: the output, and h_n or an LSTM's (h_n, c_n).
+            As torch.nn's: the output, and h_n or an LSTM's (h_n, c_n). With ``return_all_states`` then all hidden
+            states, or an LSTM's pair of all hidden and all cell states: of the input's layout, R or H wide, behind a
+            first dimension L*D in the order of h_n's, ``[L*D, T, B, R]``. They have gradients as the output has.
 
         Raises:
-            RuntimeError: ``lengths`` or ``resets`` of another dtype, shape, range or device, or with a PackedSequence.
+            RuntimeError: ``lengths`` or ``resets`` of another dtype, shape, range or device, or any of the three with
+                a PackedSequence.
         """
         packed = isinstance(input, PackedSequence)
-        more = lengths is not None or resets is not None
+        more = lengths is not None or resets is not None or return_all_states
         if not packed and not more:
             done = _direct.layer(self, self.mode.lower(), input, hx)
             if done is not None:
@@ -81,7 +87,9 @@ class _Layer(torch.nn.RNNBase):
         autocast, weights = in_autocast(x), self._weights()
         if packed:
             if more:
-                raise RuntimeError(f"{self.mode}: expected a padded input with lengths or resets, got a PackedSequence")
+                raise RuntimeError(
+                    f"{self.mode}: expected a padded input with lengths, resets or all states, got a PackedSequence"
+                )
             _, batch_sizes, sorted_indices, unsorted_indices = input
             states = self._states(x, int(batch_sizes[0]), hx, 3, weights, autocast)
             if hx is not None and sorted_indices is not None:
@@ -103,11 +111,14 @@ class _Layer(torch.nn.RNNBase):
                 lengths = row_lengths(self.mode, lengths, input, x.size(0), x.size(1))
             if resets is not None:
                 resets = reset_mask(self.mode, resets, input, self.batch_first)
-            y, states = self._run(x, states, weights, implementation, None, autocast, lengths, resets)
+            every: list[tuple[Tensor, Tensor | None]] | None = [] if return_all_states else None
+            y, states = self._run(x, states, weights, implementation, None, autocast, lengths, resets, every)
             if rank == 2:
                 y, states = y.squeeze(1), [s.squeeze(1) for s in states]
             elif self.batch_first:
                 y = y.transpose(0, 1)
+            if every is not None:
+                return y, (tuple(states) if self.mode == "LSTM" else states[0]), self._all_states(every, rank)
             output = y
         return output, (tuple(states) if self.mode == "LSTM" else states[0])
 
@@ -118,6 +129,16 @@ class _Layer(torch.nn.RNNBase):
             ValueError: the layer is bidirectional, or ``batch_size`` is no number of rows.
         """
         return Stream(self, batch_size, hx)  # type: ignore[arg-type]
+
+    def _all_states(self, every: list[tuple[Tensor, Tensor | None]], rank: int) -> Any:
+        """The states of all layers in the input's layout."""
+
+        def whole(states: list[Tensor]) -> Tensor:
+            joined = torch.cat(states)
+            return joined.squeeze(2) if rank == 2 else joined.transpose(1, 2) if self.batch_first else joined
+
+        h = whole([h for h, _ in every])
+        return (h, whole([c for _, c in every if c is not None])) if self.mode == "LSTM" else h
 
     def _states(
         self, x: Tensor, batch: int, hx: Any, rank: int, weights: list[Tensor], autocast: torch.dtype | None
@@ -171,6 +192,7 @@ class _Layer(torch.nn.RNNBase):
         autocast: torch.dtype | None,
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
+        every: list[tuple[Tensor, Tensor | None]] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         if autocast is not None:
             x, states, weights = (
@@ -193,6 +215,7 @@ class _Layer(torch.nn.RNNBase):
             lengths,
             resets,
             self.recompute,
+            every,
         )
         return y, [h] if c is None else [h, c]
 

@@ -24,8 +24,10 @@ def flat(value) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else [t for part in value for t in flat(part)]
 
 
-def loop(module: torch.nn.RNNBase, x: Tensor, hx, lengths: Tensor | None = None, resets: Tensor | None = None):
-    """A torch.nn module, time first, a step at a time with the state zeroed and held in between."""
+def loop(module: torch.nn.RNNBase, x: Tensor, hx, lengths=None, resets=None, every: list | None = None):
+    """A torch.nn module, time first, a step at a time with the state zeroed and held in between.
+
+    ``every`` is given per layer and direction the states after every step, zero past a row's end."""
     lstm, directions = module.mode == "LSTM", 2 if module.bidirectional else 1
     states = list(hx) if lstm else [hx]
     lengths = torch.full((x.size(1),), len(x)) if lengths is None else lengths
@@ -36,7 +38,7 @@ def loop(module: torch.nn.RNNBase, x: Tensor, hx, lengths: Tensor | None = None,
         for direction in range(directions):
             k = layer * directions + direction
             state = [s[k : k + 1] for s in states]
-            output = {}
+            output, kept = {}, {}
             for t in reversed(range(len(x))) if direction else range(len(x)):
                 here = (t < lengths).view(1, -1, 1)
                 before = [torch.where(here & resets[t].view(1, -1, 1), torch.zeros_like(s), s) for s in state]
@@ -45,9 +47,12 @@ def loop(module: torch.nn.RNNBase, x: Tensor, hx, lengths: Tensor | None = None,
                     False, False,
                 )  # fmt: skip
                 state = [torch.where(here, new, old) for new, old in zip(after, state, strict=True)]
-                output[t] = torch.where(here, state[0], torch.zeros_like(state[0]))
+                kept[t] = [torch.where(here, s, torch.zeros_like(s)) for s in state]
+                output[t] = kept[t][0]
             outputs.append(torch.cat([output[t] for t in range(len(x))]))
             last.append(state)
+            if every is not None:
+                every.append([torch.cat([kept[t][i] for t in range(len(x))]) for i in range(len(states))])
         x = torch.cat(outputs, -1)
     ends = tuple(torch.cat([state[i] for state in last]) for i in range(len(states)))
     return x, ends if lstm else ends[0]
@@ -214,7 +219,7 @@ def test_a_fallback_is_said_once(monkeypatch):
     explained = fusedrnn.explain(layer, x, resets=resets)
     assert explained.implementation == "reference"
     assert fusedrnn.explain(layer, x).implementation == "torch"
-    with pytest.warns(fusedrnn.FallbackWarning, match="torch.nn has no lengths, resets") as seen:
+    with pytest.warns(fusedrnn.FallbackWarning, match="torch.nn has no lengths, resets, all states") as seen:
         y, _ = layer(x, resets=resets)
     assert len(seen) == 1
     assert seen[0].filename == __file__
@@ -246,9 +251,13 @@ MISTAKES = {
         f"packed, {name}": (
             {"input": pack_padded_sequence(X, torch.tensor([5, 4, 2])), name: value},
             RuntimeError,
-            "a padded input with lengths or resets, got a PackedSequence",
+            "a padded input with lengths, resets or all states, got a PackedSequence",
         )
-        for name, value in (("lengths", torch.tensor([5, 4, 2])), ("resets", torch.zeros(5, 3) > 0))
+        for name, value in (
+            ("lengths", torch.tensor([5, 4, 2])),
+            ("resets", torch.zeros(5, 3) > 0),
+            ("return_all_states", True),
+        )
     },
 }
 
