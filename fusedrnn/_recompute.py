@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -93,75 +93,91 @@ class Chunks:
 
 
 class Recomputed(torch.autograd.Function):
-    """A layer in chunks: forward keeps the state before each, backward runs each again."""
+    """A layer in chunks: forward keeps the state before each, backward runs each again.
+
+    What outlives a chunk is copied to memory made before the first one, and all else is let go before the next: a small
+    block between large ones would keep the C library from using their memory again.
+    """
 
     @staticmethod
     def forward(ctx: Any, chunks: Chunks, x: Tensor, h: Tensor, c: Any, *weights: Tensor) -> Any:
-        ctx.chunks, ctx.cells = chunks, c is not None
-        starts, y = [], None
-        for place in chunks.places(x):
-            starts += [h] if c is None else [h, c]
-            part, h, c = chunks.one(place, x[place[1]], h, c, list(weights))
+        ctx.chunks, ctx.states = chunks, 1 if c is None else 2
+        places = chunks.places(x)
+        starts = [[s, *(torch.empty_like(s) for _ in places)] for s in ((h,) if c is None else (h, c))]
+        y = None
+        for i, place in enumerate(places):
+            part, *states = chunks.one(
+                place, x[place[1]], starts[0][i], None if c is None else starts[1][i], list(weights)
+            )
             y = x.new_empty(*x.shape[:-1], part.size(-1)) if y is None else y
             y[place[1]] = part
+            for kept, state in zip(starts, states, strict=False):
+                assert state is not None
+                kept[i + 1].copy_(state)
+            del part, states, state
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *weights, *starts)
-        return (y, h) if c is None else (y, h, c)
+        ctx.save_for_backward(x, *weights, *(s for kept in starts for s in kept[:-1]))
+        return y, *(kept[-1] for kept in starts)
 
     @staticmethod
-    def backward(ctx: Any, dy: Any, *dstates: Any) -> Any:
-        chunks, each = ctx.chunks, 2 if ctx.cells else 1
+    def backward(ctx: Any, dy: Any, *cotangents: Any) -> Any:
+        chunks, wanted = ctx.chunks, ctx.needs_input_grad[1:]
         x, *rest = ctx.saved_tensors
-        count = len(ctx.needs_input_grad) - 4
+        count = len(wanted) - 3
         weights, starts = rest[:count], rest[count:]
-        if torch.is_grad_enabled():  # create_graph=True: the gradients will be differentiated themselves
-            return (None, *_differentiable(ctx, x, starts[:each], weights, (dy, *dstates)))
-        wanted = list(ctx.needs_input_grad[1:])
-        sums: list[Tensor | None] = [None] * count
-        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if wanted[0] else None
         places = chunks.places(x)
+        starts = [starts[k * len(places) : (k + 1) * len(places)] for k in range(ctx.states)]
+        if torch.is_grad_enabled():  # create_graph=True: the gradients will be differentiated themselves
+            return (None, *_differentiable(ctx, x, [kept[0] for kept in starts], weights, (dy, *cotangents)))
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if wanted[0] else None
+        # Of bfloat16 weights the sum is float32, as it is without chunks.
+        sums = [
+            torch.zeros_like(w, dtype=x.dtype) if want else None for w, want in zip(weights, wanted[3:], strict=True)
+        ]
+        dstates = [torch.zeros_like(s[0]) if g is None else g.clone() for s, g in zip(starts, cotangents, strict=True)]
         for i in reversed(range(len(places))):
             rows = places[i][1]
-            state = [s.detach().requires_grad_() for s in starts[i * each : (i + 1) * each]]
+            states = [kept[i].detach().requires_grad_() for kept in starts]
             own_x = x[rows].detach().requires_grad_(wanted[0])
             own = [w.detach().requires_grad_(want) for w, want in zip(weights, wanted[3:], strict=True)]
             with torch.enable_grad():
-                outputs = chunks.one(places[i], own_x, state[0], state[1] if ctx.cells else None, own)
-            cotangents = (None if dy is None else dy[rows], *dstates)
-            sources = [own_x, *state, *own]
-            found = _gradients(outputs, sources, cotangents)
-            gradient = next(found)
+                outputs = chunks.one(places[i], own_x, states[0], states[1] if len(states) == 2 else None, own)
+            found = _gradients(outputs, [own_x, *states, *own], (None if dy is None else dy[rows], *dstates))
             if dx is not None:
-                dx[rows] = 0 if gradient is None else gradient
-            dstates = tuple(next(found) for _ in range(each))
-            for k, gradient in enumerate(found):
-                if gradient is not None:
-                    gradient = gradient.to(x.dtype)  # of bfloat16 weights the sum is float32, as it is without chunks
-                    sums[k] = gradient if sums[k] is None else sums[k].add_(gradient)  # type: ignore[union-attr]
+                dx[rows] = found[0]
+            for total, gradient in zip(dstates, found[1:], strict=False):
+                total.copy_(gradient)
+            for total, gradient in zip(sums, found[1 + len(states) :], strict=True):
+                if total is not None:
+                    total.add_(gradient)
+            del outputs, found, gradient
         of_weights = [None if s is None else s.to(w.dtype) for s, w in zip(sums, weights, strict=True)]
-        return (None, dx, dstates[0], dstates[1] if ctx.cells else None, *of_weights)
+        return (None, dx, dstates[0], dstates[1] if len(dstates) == 2 else None, *of_weights)
 
 
-def _gradients(outputs: Any, sources: list[Tensor], cotangents: Any, differentiable: bool = False) -> Iterator[Any]:
-    """Of the sources that ask for one; None for the others."""
+def _gradients(outputs: Any, sources: list[Tensor], cotangents: Any, differentiable: bool = False) -> list[Any]:
+    """Of the sources that ask for one, zero where nothing depends on them; None for the others."""
     pairs = [(o, g) for o, g in zip(outputs, cotangents, strict=False) if o is not None and g is not None]
-    asking = [s for s in sources if s.requires_grad]
-    found: Iterator[Any] = iter(
+    found = iter(
         torch.autograd.grad(
-            [o for o, _ in pairs], asking, [g for _, g in pairs], create_graph=differentiable, allow_unused=True
+            [o for o, _ in pairs],
+            [s for s in sources if s.requires_grad],
+            [g for _, g in pairs],
+            create_graph=differentiable,
+            materialize_grads=True,
         )
-        if pairs
-        else [None] * len(asking)
     )
-    return iter([next(found) if s.requires_grad else None for s in sources])
+    return [next(found) if s.requires_grad else None for s in sources]
 
 
-def _differentiable(ctx: Any, x: Tensor, state: list[Tensor], weights: list[Tensor], cotangents: Any) -> list[Any]:
+def _differentiable(ctx: Any, x: Tensor, states: list[Tensor], weights: list[Tensor], cotangents: Any) -> list[Any]:
     """The gradients by running the layer as a whole, with what its Function keeps for gradients of its own."""
     whole = Chunks(**{**vars(ctx.chunks), "steps": None})
     # A view of each, so that a tensor that is used twice gets the gradient of each use, not their sum twice.
-    x, *rest = (t.view_as(t) for t in (x, *state, *weights))
-    state, weights = rest[: len(state)], rest[len(state) :]
-    outputs = whole.one(whole.places(x)[0], x, state[0], state[1] if ctx.cells else None, weights)
-    found = list(_gradients(outputs, [x, *state, *weights], cotangents, differentiable=True))
-    return found if ctx.cells else [*found[:2], None, *found[2:]]
+    x, *rest = (t.view_as(t) for t in (x, *states, *weights))
+    states, weights = rest[: len(states)], rest[len(states) :]
+    outputs = whole.one(whole.places(x)[0], x, states[0], states[1] if len(states) == 2 else None, weights)
+    if all(g is None for g in cotangents):
+        return [None] * (3 + len(weights))
+    found = _gradients(outputs, [x, *states, *weights], cotangents, differentiable=True)
+    return found if len(states) == 2 else [*found[:2], None, *found[2:]]

@@ -84,7 +84,8 @@ def stack(
         if dtype != torch.bfloat16 or implementation != "cpu" or _transforms.active():
             weights = [w.float() for w in weights]  # the kernels take bfloat16 weights as they are
     recurrence = _reference.recurrence if implementation == "reference" else _autograd.recurrence
-    if recompute and _autograd.needs_gradient(x, hx, cx, weights) and not _traced():
+    has_gates = cell in ("lstm", "gru")  # an RNN keeps its output only, as it is
+    if recompute and has_gates and _autograd.needs_gradient(x, hx, cx, weights) and not _traced():
         recurrence = partial(_recompute.recurrence, recurrence)
     sequence = (batch_sizes, lengths, resets)
     if states is not None:
