@@ -1,4 +1,4 @@
-"""Peak memory of a training step, fusedrnn (also with recompute) beside torch.nn: ``python -m benchmarks.memory --help``.
+"""Peak memory of a training step, fusedrnn (and recomputing) beside torch.nn: ``python -m benchmarks.memory --help``.
 
 Each is measured in a process of its own: how far the resident set grows above what it was before a step (forward and
 backward with every gradient) when the weights, the input and the allocator's caches are there. Linux only.

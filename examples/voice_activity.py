@@ -1,7 +1,7 @@
 """A voice-activity detector: trained on whole recordings, then fed block by block as a microphone would.
 
-The recordings are made up: noise, and in it stretches of "voice", a wandering pitch with overtones. Frames of 16 ms become
-log energies in 16 bands. Streamed, the detector says the same of every frame, bit for bit. Run with:
+The recordings are made up: noise, and in it stretches of "voice", a wandering pitch with overtones. Frames of 16 ms
+become log energies in 16 bands. Streamed, the detector says the same of every frame, bit for bit. Run with:
 python examples/voice_activity.py
 """
 
