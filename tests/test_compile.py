@@ -16,7 +16,7 @@ from fusedrnn import _autograd, _dispatch
 pytest.importorskip("fusedrnn._C", exc_type=ImportError)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated"),  # torch's own, while it compiles
-    pytest.mark.filterwarnings("ignore:isinstance.treespec, LeafSpec. is deprecated"),
+    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated"),
 ]
 
 LAYERS = pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
