@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedrnn import _ops, _reference, _transforms
+from fusedrnn import _dispatch, _ops, _reference, _transforms
 
 Results = tuple[Tensor, Tensor, Tensor | None]
 Gradients = tuple[Tensor | None, ...]
@@ -37,6 +37,21 @@ def recurrence(
     return _recurrence(cell, x, hx, cx, weights, batch_sizes, lengths, resets, _tf32(x))
 
 
+def step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: list[Tensor]) -> list[Tensor]:
+    """One step of one layer on a CPU's kernels: x ``[B, I]``, h and c ``[B, H]`` to h' and, for an LSTM, c'."""
+    results: list[Tensor] = (_ops.step if torch.compiler.is_compiling() else _step)(cell, x, h, c, weights)
+    return results
+
+
+def _step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: list[Tensor]) -> Any:
+    if not _transforms.active() and not needs_gradient(x, h, c, weights):
+        with _ops.below_autograd():
+            return _ops.step(cell, x, h, c, weights)
+    c = None if c is None else c.unsqueeze(0)
+    _, *states = _recurrence(cell, x.unsqueeze(0), h.unsqueeze(0), c, weights, None, None, None, False)
+    return [state.squeeze(0) for state in states if state is not None]
+
+
 def _recurrence(
     cell: str,
     x: Tensor,
@@ -50,6 +65,7 @@ def _recurrence(
 ) -> Results:
     if _transforms.active():
         if _transforms.needs_reference():
+            weights = [w.to(x.dtype) for w in weights]  # bfloat16 weights may go with a float32 x
             return _reference.recurrence(cell, x, hx, cx, weights, batch_sizes, lengths, resets)
         y, h_n, *c_n = _transforms.Recurrence.apply(  # type: ignore[no-untyped-call]
             cell, tf32, batch_sizes, lengths, resets, x, hx, cx, *weights
@@ -66,7 +82,12 @@ def _recurrence(
 
 def _tf32(x: Tensor) -> bool:
     """Whether torch's switches let recurrent layers round float32 factors to TF32 where x is."""
-    return x.is_cuda and x.dtype == torch.float32 and torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return x.is_cuda and x.dtype == torch.float32 and _tf32_allowed()
+
+
+@_dispatch.constant_in_graphs
+def _tf32_allowed() -> bool:
+    return torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined,no-any-return]
 
 
 def needs_gradient(x: Tensor, hx: Tensor, cx: Tensor | None, weights: list[Tensor]) -> bool:
@@ -125,16 +146,6 @@ def _forward_with_autograd(
     return [t for t in results if t is not None]
 
 
-def _step_with_autograd(cell: str, x: Tensor, hx: Tensor, cx: Tensor | None, weights: list[Tensor]) -> Any:
-    if not _transforms.active() and not needs_gradient(x, hx, cx, weights):
-        with _ops.below_autograd():
-            return _ops.step(cell, x, hx, cx, weights)
-    _, h_n, c_n = _recurrence(
-        cell, x[None], hx[None], None if cx is None else cx[None], weights, None, None, None, False
-    )
-    return [state.squeeze(0) for state in (h_n, c_n) if state is not None]
-
-
 def _backward_with_autograd(
     cell: str,
     dy: Tensor | None,
@@ -180,4 +191,4 @@ def _backward_with_autograd(
 
 _ops.differentiate("recurrence_forward", _forward_with_autograd)
 _ops.differentiate("recurrence_backward", _backward_with_autograd)
-_ops.differentiate("step", _step_with_autograd)
+_ops.differentiate("step", _step)

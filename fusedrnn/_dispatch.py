@@ -13,13 +13,16 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class FallbackWarning(UserWarning):
@@ -88,9 +91,20 @@ def built_for(architectures: str, capability: tuple[int, int]) -> bool:
     return False
 
 
-@cache
+def constant_in_graphs(function: Function) -> Function:
+    """What torch.compiler.assume_constant_result does, without importing the compiler."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_in_graphs
 def _why_no_kernels(device: int) -> str:
     """Why the CUDA kernels cannot run on this GPU, or nothing."""
+    return _find_why_no_kernels(device)
+
+
+@cache
+def _find_why_no_kernels(device: int) -> str:
     assert cuda_extension is not None
     capability = torch.cuda.get_device_capability(device)
     if built_for(cuda_extension.architectures(), capability):

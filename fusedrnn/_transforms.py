@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -102,9 +102,41 @@ class Recurrence(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-        if any(dim is not None for dim in (in_dims[2], *in_dims[8:])):  # each has weights of its own
-            return _vmap.one_by_one(Recurrence.apply, info, in_dims, arguments)
-        return _vmap.folded(Recurrence.apply, info, in_dims, arguments, 2, (5, 6, 7))
+        return _vmap_forward(Recurrence.apply, info, in_dims, arguments)
+
+
+def _vmap_forward(call: Callable[..., Any], info: Any, in_dims: Sequence[Any], arguments: Sequence[Any]) -> Any:
+    """V instances of ``call``, which takes what ``Recurrence.forward`` does."""
+    if any(dim is not None for dim in (in_dims[2], *in_dims[8:])):  # each has weights or batch_sizes of its own
+        return _vmap.one_by_one(call, info, in_dims, arguments)
+    return _vmap.folded(call, info, in_dims, arguments, 2, (5, 6, 7))
+
+
+def _vmap_operator(
+    info: Any,
+    in_dims: Sequence[Any],
+    cell: str,
+    x: Tensor,
+    hx: Tensor,
+    cx: Maybe,
+    weights: list[Tensor],
+    batch_sizes: Maybe,
+    lengths: Maybe,
+    resets: Maybe,
+    save: bool,
+    tf32: bool = False,
+) -> Any:
+    """vmap as torch.compile traces it, without gradients."""
+
+    def call(cell: str, tf32: bool, *given: Any) -> tuple[Tensor, ...]:
+        return tuple(_ops.recurrence_forward(cell, *given[3:6], given[6:], *given[:3], save, tf32))
+
+    dims = (None, None, *in_dims[5:8], *in_dims[1:4], *in_dims[4])
+    return _vmap_forward(call, info, dims, (cell, tf32, batch_sizes, lengths, resets, x, hx, cx, *weights))
+
+
+if _dispatch.extension is not None:
+    torch.library.register_vmap("fusedrnn::recurrence_forward", _vmap_operator)
 
 
 class Gradients(torch.autograd.Function):

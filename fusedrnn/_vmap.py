@@ -41,7 +41,7 @@ def folded(
         return tensor.expand(*tensor.shape[:at], V, *tensor.shape[at:][1:]).flatten(at - 1, at)
 
     given = list(arguments)
-    for i in range(sequence, sequence + 3):
+    for i in (sequence + 1, sequence + 2):
         given[i] = fold(given[i], in_dims[i], -1)
     if arguments[sequence] is not None:
         given[sequence] = arguments[sequence] * V

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedrnn import _autograd, _ops, _ragged, _recompute, _reference, _states, _transforms
+from fusedrnn import _autograd, _ragged, _recompute, _reference, _states, _transforms
 from fusedrnn._dispatch import CONVERTED_DTYPES, KERNEL_DTYPES
 
 
@@ -19,9 +19,8 @@ def step(
 
     ``cell``, ``weights`` and ``implementation`` are those of :func:`stack`.
     """
-    kernel = implementation == "cpu" and x.dtype in KERNEL_DTYPES
-    if kernel and not _autograd.needs_gradient(x, h, c, weights) and not _transforms.active():
-        h, *rest = _ops.step(cell, x, h, c, weights)
+    if implementation == "cpu" and x.dtype in KERNEL_DTYPES:
+        h, *rest = _autograd.step(cell, x, h, c, weights)
         return h, rest[0] if rest else None
     _, h, c = stack(
         cell, x.unsqueeze(0), h.unsqueeze(0), None if c is None else c.unsqueeze(0), weights, implementation
@@ -81,7 +80,7 @@ def stack(
     converted = implementation != "cuda" and dtype in CONVERTED_DTYPES
     if converted:  # float32 inside: products, cell state and everything kept between steps
         x, hx, cx = x.float(), hx.float(), None if cx is None else cx.float()
-        if dtype != torch.bfloat16 or implementation != "cpu" or _transforms.active():
+        if dtype != torch.bfloat16 or implementation != "cpu":
             weights = [w.float() for w in weights]  # the kernels take bfloat16 weights as they are
     recurrence = _reference.recurrence if implementation == "reference" else _autograd.recurrence
     has_gates = cell in ("lstm", "gru")  # an RNN keeps its output only, as it is

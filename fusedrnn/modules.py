@@ -174,13 +174,12 @@ class _Layer(torch.nn.RNNBase):
         return [s.unsqueeze(1) for s in states] if rank == 2 else states
 
     def _weights(self) -> list[Tensor]:
-        """The flat list of weights, up to date where hooks or functional_call have put others in their place."""
+        """The flat list of weights, whatever hooks, functional_call or a parametrization have put in their place."""
         parameters = self._parameters
-        if any(
-            parameters.get(name) is not w for name, w in zip(self._flat_weights_names, self._flat_weights, strict=True)
-        ):
-            self._update_flat_weights()
-        return self._flat_weights  # type: ignore[return-value]
+        try:
+            return [parameters[name] for name in self._flat_weights_names]  # type: ignore[misc]
+        except KeyError:
+            return [getattr(self, name) for name in self._flat_weights_names]
 
     def _run(
         self,
