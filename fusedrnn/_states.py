@@ -25,8 +25,8 @@ def recurrence(
     The fourth result is the cell states ``[D, T, B, H]``, zero past a row's end.
     """
     if not kernels or torch.compiler.is_compiling() or _transforms.active():
-        if kernels:
-            _dispatch.warn_once("all cell states under torch.compile and torch.func come from the PyTorch reference")
+        if kernels and not torch.compiler.is_compiling():
+            _dispatch.warn_once("all cell states under torch.func come from the PyTorch reference")
         every: list[Tensor] = []
         weights = [w.to(x.dtype) for w in weights]
         return *_reference.recurrence("lstm", x, hx, cx, weights, None, lengths, resets, cells=every), every[0]

@@ -231,6 +231,28 @@ def test_a_fallback_is_said_once(monkeypatch):
     assert fusedrnn.explain(plain, x, lengths=torch.tensor([1, 2, 3])) == fusedrnn.explain(plain, x)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:fusedrnn runs on a fallback")
+def test_compiled_and_under_vmap(name):
+    layer, x = getattr(fusedrnn, name)(4, 70, 2), torch.randn(6, 3, 4, requires_grad=True)
+    lengths, resets = torch.tensor([6, 0, 3]), torch.rand(6, 3) < 0.3
+
+    def call(x: Tensor, lengths: Tensor, resets: Tensor) -> Tensor:
+        return layer(x, lengths=lengths, resets=resets)[0]
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    ys = [f(x, lengths, resets) for f in (compiled, call)]
+    torch.testing.assert_close(*ys)
+    for one, other in zip(*(torch.autograd.grad(y.sum(), [x, *layer.parameters()]) for y in ys), strict=True):
+        torch.testing.assert_close(one, other)
+    if _dispatch.extension is not None:
+        with pytest.raises(RuntimeError, match="expected lengths between 0 and 6, got 7"):
+            compiled(x, lengths + 1, resets)
+    many = (torch.randn(5, 6, 3, 4), torch.randint(0, 7, (5, 3)), torch.rand(5, 6, 3) < 0.3)
+    one_by_one = torch.stack([call(*given) for given in zip(*many, strict=True)])
+    torch.testing.assert_close(torch.func.vmap(call)(*many), one_by_one)
+
+
 X = torch.zeros(5, 3, 4)
 MISTAKES = {
     "list": ({"lengths": [5, 3, 2]}, TypeError, "lengths to be a tensor of integers, got a list"),

@@ -114,6 +114,6 @@ def test_where_cells_come_from_the_reference_it_is_said(monkeypatch):
     expected = torch.stack([layer(part, return_all_states=True)[2][1] for part in x])
     if _dispatch.extension is None:
         return
-    with pytest.warns(fusedrnn.FallbackWarning, match="all cell states under torch.compile and torch.func"):
+    with pytest.warns(fusedrnn.FallbackWarning, match="all cell states under torch.func"):
         mapped = torch.func.vmap(lambda part: layer(part, return_all_states=True)[2][1])(x)
     torch.testing.assert_close(mapped, expected)
