@@ -162,12 +162,15 @@ def _backward_with_autograd(
     resets: Tensor | None,
     wanted: list[bool],
     tf32: bool = False,
+    dcells: Tensor | None = None,
 ) -> Any:
     if not torch.is_grad_enabled() and not _transforms.active():
         with _ops.below_autograd():
             return _ops.recurrence_backward(
-                cell, dy, dh_n, dc_n, x, y, hx, cx, saved, weights, batch_sizes, lengths, resets, wanted, tf32
+                cell, dy, dh_n, dc_n, x, y, hx, cx, saved, weights, batch_sizes, lengths, resets, wanted, tf32, dcells
             )
+    if dcells is not None:
+        raise RuntimeError("fusedrnn: expected no dcells where the gradients will be differentiated themselves")
     found = _transforms.Gradients.apply(  # type: ignore[no-untyped-call]
         cell,
         tf32,

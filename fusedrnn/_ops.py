@@ -55,6 +55,7 @@ def _backward_shapes(
     resets: Tensor | None,  # noqa: ARG001
     wanted: list[bool],
     tf32: bool = False,  # noqa: ARG001
+    dcells: Tensor | None = None,  # noqa: ARG001
 ) -> list[Tensor]:
     inputs = [x, hx, *([] if cx is None else [cx]), *weights]
     return [x.new_empty(t.shape) for t, want in zip(inputs, wanted, strict=True) if want]

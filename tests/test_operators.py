@@ -281,6 +281,7 @@ BACKWARD_MISTAKES = {
     "dy size": ({"dy": zeros(5, 3, 8)}, "expected dy " + SHAPE("5, 3, 7", "5, 3, 8")),
     "dh_n size": ({"dh_n": zeros(3, 7)}, "expected dh_n " + SHAPE("1, 3, 7", "3, 7")),
     "dc_n dtype": ({"dc_n": zeros(1, 3, 7).double()}, "expected dc_n " + INPUT_DTYPE),
+    "dcells size": ({"dcells": zeros(1, 15, 8)}, "expected dcells " + SHAPE("1, 15, 7", "1, 15, 8")),
     "nothing saved": ({"saved": []}, "expected 2 saved tensors, got 0"),
     "gates size": ({"saved": weights((1, 15, 21), (1, 15, 7))}, "expected gates " + SHAPE("1, 15, 28", "1, 15, 21")),
     "cells size": ({"saved": weights((1, 15, 28), (1, 15, 8))}, "expected cells " + SHAPE("1, 15, 7", "1, 15, 8")),
