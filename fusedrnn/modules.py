@@ -194,28 +194,14 @@ class _Layer(torch.nn.RNNBase):
         every: list[tuple[Tensor, Tensor | None]] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         if autocast is not None:
-            x, states, weights = (
-                x.to(autocast),
-                [s.to(autocast) for s in states],
-                [w.to(autocast) for w in weights],
-            )
+            x, *states = (t.to(autocast) for t in (x, *states))
+            weights = [w.to(autocast) for w in weights]
         h, c = states if len(states) == 2 else (states[0], None)
         dropout = self.dropout if self.training else 0.0
         y, h, c = functional.stack(
-            self.mode.lower(),
-            x,
-            h,
-            c,
-            weights,
-            implementation,
-            self.num_layers,
-            dropout,
-            batch_sizes,
-            lengths,
-            resets,
-            self.recompute,
-            every,
-        )
+            self.mode.lower(), x, h, c, weights, implementation, self.num_layers, dropout,
+            batch_sizes, lengths, resets, self.recompute, every,
+        )  # fmt: skip
         return y, [h] if c is None else [h, c]
 
 
