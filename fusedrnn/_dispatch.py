@@ -151,7 +151,7 @@ def choose(x: Tensor, projected: bool = False) -> str:
         ):
             return "cuda"
     implementation, reason = _explain(x.device, x.dtype, projected)
-    if implementation not in ("cpu", "cuda"):
+    if implementation not in ("cpu", "cuda") and not x.is_meta:  # of a meta tensor nothing is computed
         warn_once(reason, stacklevel=6)  # choose, forward, Module.__call__ (two of its own), the user's line
     return implementation
 
