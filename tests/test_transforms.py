@@ -138,6 +138,8 @@ def test_vmap_over_batches(name, options):
     torch.testing.assert_close(moved, expected.movedim(0, 1))
     nested = vmap(vmap(lambda row: ours(row.unsqueeze(1))[0].squeeze(1), in_dims=1, out_dims=1))(x)
     torch.testing.assert_close(nested, expected)
+    with pytest.raises(RuntimeError, match="Batching rule not implemented"):
+        vmap(lambda batch: theirs(batch)[0])(x)
 
 
 def test_vmap_over_packed_sequences():
@@ -166,6 +168,9 @@ def test_per_sample_gradients(name, options):
     summed = grad(lambda p: vmap(lambda x: loss(ours, p, x))(x).sum())(parameters_of(ours))
     for key, value in summed.items():
         torch.testing.assert_close(value, sum(each[key] for each in expected))
+    if name != "LSTM":
+        with pytest.raises(RuntimeError, match="broadcast shape"):
+            vmap(grad(lambda p, x: loss(theirs, p, x)), (None, 0))(parameters_of(theirs), x)
 
 
 @NAMES
