@@ -8,15 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import _direct, _dispatch, _dynamo, functional
-
-
-def _in_autocast(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast wants for recurrent layers on x's device; None outside autocast and for float64."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-        return None
-    return torch.get_autocast_dtype(device)
+from fusedrnn import _autocast, _direct, _dispatch, _dynamo, functional
 
 
 def _check_like_input(tensor: Tensor, name: str, x: Tensor, any_dtype: bool) -> None:
@@ -52,7 +44,7 @@ class _Layer(torch.nn.RNNBase):
         implementation = _dispatch.choose(x, self.proj_size > 0)
         if implementation == "torch":
             return super().forward(input, hx)
-        autocast, weights = _in_autocast(x), self._weights()
+        autocast, weights = _autocast.dtype(x), self._weights()
         if packed:
             _, batch_sizes, sorted_indices, unsorted_indices = input
             states = self._states(x, int(batch_sizes[0]), hx, 3, weights, autocast)
@@ -130,11 +122,7 @@ class _Layer(torch.nn.RNNBase):
         autocast: torch.dtype | None,
     ) -> tuple[Tensor, list[Tensor]]:
         if autocast is not None:
-            x, states, weights = (
-                x.to(autocast),
-                [s.to(autocast) for s in states],
-                [w.to(autocast) for w in weights],
-            )
+            x, states, weights = _autocast.cast(x, states, weights, autocast, implementation, self.mode == "GRU")
         h, c = states if len(states) == 2 else (states[0], None)
         dropout = self.dropout if self.training else 0.0
         y, h, c = functional.stack(
@@ -177,7 +165,7 @@ class _Cell(torch.nn.RNNCellBase):
         if implementation == "torch":
             return super().forward(input, hx)
         lstm = isinstance(self, torch.nn.LSTMCell)
-        autocast = _in_autocast(input)
+        autocast = _autocast.dtype(input)
         h, c = (None, None) if hx is None else _as_pair(hx, "LSTMCell") if lstm else (hx, None)
         weights = self._weights()
         self._check(input, [] if hx is None else [h, c] if lstm else [h], weights[0], autocast)
@@ -186,12 +174,10 @@ class _Cell(torch.nn.RNNCellBase):
         if lstm:
             c = torch.zeros_like(h) if c is None else c if c.dim() == 2 else c.unsqueeze(0)
         if autocast is not None:
-            x, h, c, weights = (
-                x.to(autocast),
-                h.to(autocast),
-                c if c is None else c.to(autocast),
-                [w.to(autocast) for w in weights],
-            )
+            keeps_state = not isinstance(self, torch.nn.RNNCell)
+            states = [h] if c is None else [h, c]
+            x, states, weights = _autocast.cast(x, states, weights, autocast, implementation, keeps_state)
+            h, c = states if len(states) == 2 else (states[0], None)
         h, c = functional.step(self._mode(), x, h, c, weights, implementation)
         if input.dim() == 1:
             h, c = h.squeeze(0), c if c is None else c.squeeze(0)
