@@ -31,9 +31,16 @@ def needs_reference() -> bool:
     return needed
 
 
+def _followed(tensors: Sequence[Maybe]) -> tuple[bool, ...] | None:
+    """Which of them torch.func.grad differentiates by, where it is at work: there a Function is asked for all."""
+    if _innermost() is None:
+        return None
+    return tuple(t is not None and t.requires_grad for t in tensors)
+
+
 def save(ctx: Any, cell: str, tf32: bool, inputs: Sequence[Maybe], y: Tensor, saved: Sequence[Tensor]) -> None:
     """Keeps for :func:`gradients` what forward was given, from batch_sizes on, and what it gave."""
-    ctx.cell, ctx.tf32, ctx.weights = cell, tf32, len(inputs) - 6
+    ctx.cell, ctx.tf32, ctx.weights, ctx.followed = cell, tf32, len(inputs) - 6, None
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs, y, *saved)
 
@@ -55,7 +62,7 @@ def gradients(ctx: Any, dy: Maybe, dh_n: Maybe = None, dc_n: Maybe = None, *_: M
         dc_n = None  # what stands there is of something saved
     if dy is None and dh_n is None and dc_n is None:
         return (None,) * (8 + len(weights))
-    wanted = ctx.needs_input_grad[5:]
+    wanted = ctx.needs_input_grad[5:] if ctx.followed is None else ctx.followed
     # cx is no argument of the operator for cells without a cell state.
     asked = wanted if cx is not None else (*wanted[:2], *wanted[3:])
     cotangents = (dy, dh_n, dc_n)
@@ -106,6 +113,7 @@ class Recurrence(torch.autograd.Function):
         results = 2 if tensors[5] is None else 3
         ctx.mark_non_differentiable(*output[results:])
         save(ctx, cell, tf32, tensors, output[0], output[results:])
+        ctx.followed = _followed(tensors[3:])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
