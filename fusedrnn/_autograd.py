@@ -6,6 +6,7 @@ one operator, whose kernel for autograd is that same Function. Under torch.func 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,12 +45,14 @@ def step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: list[Tensor
 
 
 def _step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: list[Tensor]) -> Any:
-    if not _transforms.active() and not needs_gradient(x, h, c, weights):
-        with _ops.below_autograd():
-            return _ops.step(cell, x, h, c, weights)
-    c = None if c is None else c.unsqueeze(0)
-    _, *states = _recurrence(cell, x.unsqueeze(0), h.unsqueeze(0), c, weights, None, None, None, False)
-    return [state.squeeze(0) for state in states if state is not None]
+    if _transforms.active():
+        x, h, c = _transforms.with_step(x, h, c)
+        _, *states = _recurrence(cell, x, h, c, weights, None, None, None, False)
+        return [state.squeeze(0) for state in states if state is not None]
+    if needs_gradient(x, h, c, weights):
+        return list(_apply(cell, False, None, None, None, x, h, c, *weights))
+    with _ops.below_autograd():
+        return _ops.step(cell, x, h, c, weights)
 
 
 def _recurrence(
@@ -71,9 +74,7 @@ def _recurrence(
             cell, tf32, batch_sizes, lengths, resets, x, hx, cx, *weights
         )
     elif needs_gradient(x, hx, cx, weights):
-        y, h_n, *c_n = Recurrence.apply(  # type: ignore[no-untyped-call]
-            cell, tf32, batch_sizes, lengths, resets, x, hx, cx, *weights
-        )
+        y, h_n, *c_n = _apply(cell, tf32, batch_sizes, lengths, resets, x, hx, cx, *weights)
     else:
         with _ops.below_autograd():
             y, h_n, *c_n = _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, False, tf32)
@@ -101,7 +102,10 @@ def needs_gradient(x: Tensor, hx: Tensor, cx: Tensor | None, weights: list[Tenso
 
 
 class Recurrence(torch.autograd.Function):
-    """One layer, all directions, with gradients for x, hx, cx and every weight that asks for one."""
+    """One layer, all directions, with gradients for x, hx, cx and every weight that asks for one.
+
+    Or one step, of x ``[B, I]``, hx and cx ``[B, H]`` to h' and c': a view outside would be a node of the graph.
+    """
 
     @staticmethod
     def forward(
@@ -116,15 +120,24 @@ class Recurrence(torch.autograd.Function):
         cx: Any,
         *weights: Tensor,
     ) -> Any:
-        states = 1 if cx is None else 2
+        states, given = 1 if cx is None else 2, (x, hx, cx)
+        step = hx.dim() == 2
+        if step:
+            x, hx, cx = _transforms.with_step(x, hx, cx)
         with _ops.below_autograd():
             y, *results = _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, True, tf32)
-        _transforms.save(ctx, cell, tf32, (batch_sizes, lengths, resets, x, hx, cx, *weights), y, results[states:])
+        _transforms.save(ctx, cell, tf32, (batch_sizes, lengths, resets, *given, *weights), y, results[states:])
+        if step:
+            return tuple(state.squeeze(0) for state in results[:states])
         return y, *results[:states]
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
         return _transforms.gradients(ctx, *cotangents)
+
+
+# Recurrence.apply, without what Function.apply does for torch.func first: a tenth of a small layer's call.
+_apply: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, Recurrence).apply
 
 
 def _forward_with_autograd(

@@ -8,14 +8,6 @@ import torch
 from torch import Tensor
 
 
-def in_autocast(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast wants for recurrent layers on x's device; None outside autocast and for float64."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-        return None
-    return torch.get_autocast_dtype(device)
-
-
 def check_like_input(tensor: Tensor, name: str, x: Tensor, any_dtype: bool) -> None:
     if tensor.dtype != x.dtype and not any_dtype:
         raise RuntimeError(f"expected {name} of the input's dtype {x.dtype}, got {tensor.dtype}")

@@ -159,7 +159,7 @@ def choose(x: Tensor, projected: bool = False, more: bool = False) -> str:
             return "cuda"
     found = _explain(x.device, x.dtype, projected)
     implementation, reason = _instead_of_torch(found) if more else found
-    if implementation not in ("cpu", "cuda"):
+    if implementation not in ("cpu", "cuda") and not x.is_meta:  # of a meta tensor nothing is computed
         warn_once(reason, stacklevel=6)  # choose, forward, Module.__call__ (two of its own), the user's line
     return implementation
 

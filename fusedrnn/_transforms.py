@@ -31,29 +31,44 @@ def needs_reference() -> bool:
     return needed
 
 
+def _followed(tensors: Sequence[Maybe]) -> tuple[bool, ...] | None:
+    """Which of them torch.func.grad differentiates by, where it is at work: there a Function is asked for all."""
+    if _innermost() is None:
+        return None
+    return tuple(t is not None and t.requires_grad for t in tensors)
+
+
 def save(ctx: Any, cell: str, tf32: bool, inputs: Sequence[Maybe], y: Tensor, saved: Sequence[Tensor]) -> None:
     """Keeps for :func:`gradients` what forward was given, from batch_sizes on, and what it gave."""
-    ctx.cell, ctx.tf32, ctx.weights = cell, tf32, len(inputs) - 6
+    ctx.cell, ctx.tf32, ctx.weights, ctx.followed = cell, tf32, len(inputs) - 6, None
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs, y, *saved)
 
 
-def gradients(ctx: Any, dy: Maybe, dh_n: Maybe, dc_n: Maybe = None, *_: Maybe) -> tuple[Maybe, ...]:
+def with_step(*tensors: Maybe) -> Any:
+    """Tensors of one step, with their dimension of steps or directions."""
+    return tuple(None if t is None else t.unsqueeze(0) for t in tensors)
+
+
+def gradients(ctx: Any, dy: Maybe, dh_n: Maybe = None, dc_n: Maybe = None, *_: Maybe) -> tuple[Maybe, ...]:
     """The backward pass of both Functions of a layer: what they return for each argument."""
     batch_sizes, lengths, resets, x, hx, cx, *rest = ctx.saved_tensors
     weights, y, saved = rest[: ctx.weights], rest[ctx.weights], rest[ctx.weights + 1 :]
+    step = hx.dim() == 2
+    if step:
+        dh_n, dc_n, x, hx, cx = with_step(dy, dh_n, x, hx, cx)
+        dy = None
     if cx is None:
         dc_n = None  # what stands there is of something saved
     if dy is None and dh_n is None and dc_n is None:
         return (None,) * (8 + len(weights))
-    wanted = ctx.needs_input_grad[5:]
+    wanted = ctx.needs_input_grad[5:] if ctx.followed is None else ctx.followed
     # cx is no argument of the operator for cells without a cell state.
     asked = wanted if cx is not None else (*wanted[:2], *wanted[3:])
     cotangents = (dy, dh_n, dc_n)
     if any(c is not None and _is_old_batch(c) for c in cotangents):
-        found = _reference_gradients(
-            ctx.cell, (batch_sizes, lengths, resets), (*cotangents, x, hx, cx, *weights), asked
-        )
+        inputs = (*cotangents, x, hx, cx, *weights)
+        found = _reference_gradients(ctx.cell, (batch_sizes, lengths, resets), inputs, asked)
     elif torch.is_grad_enabled() or active():  # the gradients will be differentiated themselves, or are batched
         found = Gradients.apply(  # type: ignore[no-untyped-call]
             ctx.cell, ctx.tf32, asked, len(weights), batch_sizes, lengths, resets,
@@ -65,10 +80,13 @@ def gradients(ctx: Any, dy: Maybe, dh_n: Maybe, dc_n: Maybe = None, *_: Maybe) -
                 ctx.cell, dy, dh_n, dc_n, x, y, hx, cx, saved, weights, batch_sizes, lengths, resets, asked, ctx.tf32
             )
     next_one = iter(found)
-    return (None,) * 5 + tuple(
+    results = [
         next(next_one).to(like.dtype) if want else None
         for like, want in zip((x, hx, cx, *weights), wanted, strict=True)
-    )
+    ]
+    if step:
+        results[:3] = [None if t is None else t.squeeze(0) for t in results[:3]]
+    return (None,) * 5 + tuple(results)
 
 
 class Recurrence(torch.autograd.Function):
@@ -95,6 +113,7 @@ class Recurrence(torch.autograd.Function):
         results = 2 if tensors[5] is None else 3
         ctx.mark_non_differentiable(*output[results:])
         save(ctx, cell, tf32, tensors, output[0], output[results:])
+        ctx.followed = _followed(tensors[3:])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedrnn import _direct, _dispatch, functional
-from fusedrnn._checks import as_pair, check_like_input, in_autocast
+from fusedrnn import _autocast, _direct, _dispatch, functional
+from fusedrnn._checks import as_pair, check_like_input
 
 
 class _Cell(torch.nn.RNNCellBase):
@@ -22,7 +22,7 @@ class _Cell(torch.nn.RNNCellBase):
         if implementation == "torch":
             return super().forward(input, hx)
         lstm = isinstance(self, torch.nn.LSTMCell)
-        autocast = in_autocast(input)
+        autocast = _autocast.dtype(input)
         h, c = (None, None) if hx is None else as_pair(hx, "LSTMCell") if lstm else (hx, None)
         weights = self._weights()
         self._check(input, [] if hx is None else [h, c] if lstm else [h], weights[0], autocast)
@@ -31,12 +31,10 @@ class _Cell(torch.nn.RNNCellBase):
         if lstm:
             c = torch.zeros_like(h) if c is None else c if c.dim() == 2 else c.unsqueeze(0)
         if autocast is not None:
-            x, h, c, weights = (
-                x.to(autocast),
-                h.to(autocast),
-                c if c is None else c.to(autocast),
-                [w.to(autocast) for w in weights],
-            )
+            keeps_state = not isinstance(self, torch.nn.RNNCell)
+            states = [h] if c is None else [h, c]
+            x, states, weights = _autocast.cast(x, states, weights, autocast, implementation, keeps_state)
+            h, c = states if len(states) == 2 else (states[0], None)
         h, c = functional.step(self._mode(), x, h, c, weights, implementation)
         if input.dim() == 1:
             h, c = h.squeeze(0), c if c is None else c.squeeze(0)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import _direct, _dispatch, _dynamo, functional
-from fusedrnn._checks import as_pair, check_like_input, in_autocast, reset_mask, row_lengths
+from fusedrnn import _autocast, _direct, _dispatch, _dynamo, functional
+from fusedrnn._checks import as_pair, check_like_input, reset_mask, row_lengths
 from fusedrnn._stream import Stream
 from fusedrnn.cells import GRUCell, LSTMCell, RNNCell
 
@@ -84,7 +84,7 @@ class _Layer(torch.nn.RNNBase):
         implementation = _dispatch.choose(x, self.proj_size > 0, more)
         if implementation == "torch":
             return super().forward(input, hx)
-        autocast, weights = in_autocast(x), self._weights()
+        autocast, weights = _autocast.dtype(x), self._weights()
         if packed:
             if more:
                 raise RuntimeError(
@@ -194,8 +194,7 @@ class _Layer(torch.nn.RNNBase):
         every: list[tuple[Tensor, Tensor | None]] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         if autocast is not None:
-            x, *states = (t.to(autocast) for t in (x, *states))
-            weights = [w.to(autocast) for w in weights]
+            x, states, weights = _autocast.cast(x, states, weights, autocast, implementation, self.mode == "GRU")
         h, c = states if len(states) == 2 else (states[0], None)
         dropout = self.dropout if self.training else 0.0
         y, h, c = functional.stack(

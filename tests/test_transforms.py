@@ -10,6 +10,7 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fusedrnn
+from fusedrnn import _vmap
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated"),  # torch's own, at its first forward mode
@@ -138,6 +139,8 @@ def test_vmap_over_batches(name, options):
     torch.testing.assert_close(moved, expected.movedim(0, 1))
     nested = vmap(vmap(lambda row: ours(row.unsqueeze(1))[0].squeeze(1), in_dims=1, out_dims=1))(x)
     torch.testing.assert_close(nested, expected)
+    with pytest.raises(RuntimeError, match="Batching rule not implemented"):
+        vmap(lambda batch: theirs(batch)[0])(x)
 
 
 def test_vmap_over_packed_sequences():
@@ -166,6 +169,9 @@ def test_per_sample_gradients(name, options):
     summed = grad(lambda p: vmap(lambda x: loss(ours, p, x))(x).sum())(parameters_of(ours))
     for key, value in summed.items():
         torch.testing.assert_close(value, sum(each[key] for each in expected))
+    if name != "LSTM":
+        with pytest.raises(RuntimeError, match="broadcast shape"):
+            vmap(grad(lambda p, x: loss(theirs, p, x)), (None, 0))(parameters_of(theirs), x)
 
 
 @NAMES
@@ -183,7 +189,9 @@ def test_ensemble(name):
 
 
 @NAMES
-def test_jacobians_and_hessians(name):
+def test_jacobians_and_hessians(name, monkeypatch):
+    """By x alone, though the weights require a gradient too: every pass of vmap is one call."""
+    monkeypatch.delattr(_vmap, "one_by_one")
     ours, theirs = pair(name)
     x = randn(3, 1, 4)
     torch.testing.assert_close(
