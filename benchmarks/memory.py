@@ -1,4 +1,4 @@
-"""Peak memory of a training step, fusedrnn beside torch.nn: ``python -m benchmarks.memory --help``.
+"""Peak memory of a training step, fusedrnn (and recomputing) beside torch.nn: ``python -m benchmarks.memory --help``.
 
 Each is measured in a process of its own: how far the resident set grows above what it was before a step (forward and
 backward with every gradient) when the weights, the input and the allocator's caches are there. Linux only.
@@ -19,6 +19,7 @@ from benchmarks.shapes import SETS, Case, distinct
 from benchmarks.timing import OURS, TORCH, fused_module
 
 STATUS = Path("/proc/self/status")
+RECOMPUTED = "recompute"
 
 
 def _kilobytes(field: str) -> int:
@@ -38,10 +39,13 @@ def _train(module: torch.nn.Module, workload: Workload) -> None:
 def step_growth(case: Case, implementation: str, steps: int = 3) -> tuple[int, int]:
     """How far, in bytes, some steps rise above the memory before them at their peak, and how much they leave behind."""
     workload = torch_workload(case)
-    module = fused_module(case, workload) if implementation == OURS else workload.module
+    module: torch.nn.Module = workload.module
+    if implementation != TORCH:
+        module = fused_module(case, workload)
+        module.recompute = implementation == RECOMPUTED  # type: ignore[assignment]
     small_case = Case("warm-up", case.cell, 2, 30, case.input, 128)
     small = torch_workload(small_case)
-    _train(fused_module(small_case, small) if implementation == OURS else small.module, small)  # threads and code
+    _train(fused_module(small_case, small) if implementation != TORCH else small.module, small)  # threads and code
     before = _kilobytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     for _ in range(steps):
@@ -70,11 +74,12 @@ def main() -> int:
         torch.set_num_threads(request["threads"])
         print(json.dumps(step_growth(Case(**request["case"]), request["implementation"])))
         return 0
-    print(f"{'peak of a training step, MB':55} {OURS:>10} {TORCH:>10} {'ratio':>6}")
+    print(f"{'peak of a training step, MB':55} {OURS:>10} {RECOMPUTED:>10} {TORCH:>10} {'ratios':>12}")
     for case in distinct(case for name in args.set for case in SETS[name] if not case.step):
-        peaks = {name: in_process(case, name, args.threads)[0] for name in (OURS, TORCH)}
-        ratio = peaks[OURS] / max(1, peaks[TORCH])
-        print(f"{case.id:55} {peaks[OURS] / 1e6:10.1f} {peaks[TORCH] / 1e6:10.1f} {ratio:6.2f}", flush=True)
+        peaks = {name: in_process(case, name, args.threads)[0] for name in (OURS, RECOMPUTED, TORCH)}
+        numbers = " ".join(f"{peak / 1e6:10.1f}" for peak in peaks.values())
+        ratios = " ".join(f"{peaks[name] / max(1, peaks[TORCH]):5.2f}" for name in (OURS, RECOMPUTED))
+        print(f"{case.id:55} {numbers}  {ratios}", flush=True)
         if args.out:
             with args.out.open("a") as out:
                 print(json.dumps({"id": case.id, "peak_bytes": peaks, "threads": args.threads}), file=out)

@@ -58,6 +58,13 @@ struct ForwardParams : Problem {
   void* c_n;       // [D, B, H], cells with a cell state only
   void* gates;     // [D, N, saved*H] activated gates for backward, or nullptr when no backward will follow
   void* cells;     // [D, N, H] cell state after every step, or nullptr likewise
+  void* prepared;  // what PrepareParams filled for this problem, or nullptr; CPU only. hx may be h_n then, and cx c_n
+};
+
+// Asks for all weights of a layer in the form that forward reads them in, of whatever T.
+struct PrepareParams : Problem {
+  void* memory;    // at the start of a cache line, or nullptr to ask how much is needed
+  int64_t* bytes;  // is given the size, or nullptr
 };
 
 // Gradients of one direction's weights, shaped like them; nullptr where nobody asks.
@@ -75,12 +82,13 @@ struct BackwardParams : Problem {
   const void* cx;
   const void* gates;
   const void* cells;
-  const void* dy;    // [N, D*H], or nullptr for zero
-  const void* dh_n;  // [D, B, H], or nullptr for zero
-  const void* dc_n;  // [D, B, H], or nullptr for zero
-  void* dx;          // [N, I], or nullptr when nobody asks
-  void* dhx;         // [D, B, H], or nullptr when nobody asks
-  void* dcx;         // [D, B, H], cells with a cell state only, or nullptr likewise
+  const void* dy;      // [N, D*H], or nullptr for zero
+  const void* dh_n;    // [D, B, H], or nullptr for zero
+  const void* dc_n;    // [D, B, H], or nullptr for zero
+  const void* dcells;  // [D, N, H] of the cell states themselves, or nullptr for zero
+  void* dx;            // [N, I], or nullptr when nobody asks
+  void* dhx;           // [D, B, H], or nullptr when nobody asks
+  void* dcx;           // [D, B, H], cells with a cell state only, or nullptr likewise
   WeightGradients gradients[2];
 };
 

@@ -4,7 +4,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fusedrnn._convert import convert, revert
 from fusedrnn._dispatch import Explanation, FallbackWarning, explain
-from fusedrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from fusedrnn._stream import Stream
+from fusedrnn.cells import GRUCell, LSTMCell, RNNCell
+from fusedrnn.modules import GRU, LSTM, RNN
 
 try:
     __version__ = version("fusedrnn")
@@ -20,6 +22,7 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "Stream",
     "convert",
     "explain",
     "revert",

@@ -1,13 +1,21 @@
-"""The autograd function of one layer, on the compiled kernels."""
+"""One layer with its gradients, on the compiled kernels: eager, compiled, exported and under torch.func.
+
+Eager calls go to an ``autograd.Function`` around the operators. Where torch.compile or torch.export traces, the call is
+one operator, whose kernel for autograd is that same Function. Under torch.func it is ``_transforms.Recurrence``.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedrnn import _dispatch, _ops, _reference
+from fusedrnn import _dispatch, _ops, _reference, _transforms
+
+Results = tuple[Tensor, Tensor, Tensor | None]
+Gradients = tuple[Tensor | None, ...]
 
 
 def recurrence(
@@ -19,30 +27,58 @@ def recurrence(
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> Results:
     """:func:`fusedrnn._reference.recurrence` on the compiled kernels, without projection.
 
     float32 or float64, on a GPU bfloat16 and float16 too; on a CPU the weights of a float32 x may be bfloat16.
     """
-    if in_transform():
-        return _reference.recurrence(cell, x, hx, cx, weights, batch_sizes, lengths, resets)
-    if needs_gradient(x, hx, cx, weights):
-        y, h_n, *c_n = Recurrence.apply(  # type: ignore[no-untyped-call]
-            cell, batch_sizes, lengths, resets, x, hx, cx, *weights
-        )
-    else:
-        y, h_n, *c_n = _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, False, _dispatch.use_tf32(x))
-    return y, h_n, c_n[0] if c_n else None
-
-
-def in_transform() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work, which see through the reference only."""
     if torch.compiler.is_compiling():
-        return False
-    active = torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
-    if active:
-        _dispatch.warn_once("torch.func and forward-mode differentiation see through the PyTorch reference only")
-    return active
+        results = _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, False, _dispatch.use_tf32(x))
+        return results[0], results[1], results[2] if cx is not None else None
+    return _recurrence(cell, x, hx, cx, weights, batch_sizes, lengths, resets, _dispatch.use_tf32(x))
+
+
+def step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: list[Tensor]) -> list[Tensor]:
+    """One step of one layer on a CPU's kernels: x ``[B, I]``, h and c ``[B, H]`` to h' and, for an LSTM, c'."""
+    results: list[Tensor] = (_ops.step if torch.compiler.is_compiling() else _step)(cell, x, h, c, weights)
+    return results
+
+
+def _step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: list[Tensor]) -> Any:
+    if _transforms.active():
+        x, h, c = _transforms.with_step(x, h, c)
+        _, *states = _recurrence(cell, x, h, c, weights, None, None, None, False)
+        return [state.squeeze(0) for state in states if state is not None]
+    if needs_gradient(x, h, c, weights):
+        return list(_apply(cell, False, None, None, None, x, h, c, *weights))
+    with _ops.below_autograd():
+        return _ops.step(cell, x, h, c, weights)
+
+
+def _recurrence(
+    cell: str,
+    x: Tensor,
+    hx: Tensor,
+    cx: Tensor | None,
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    tf32: bool,
+) -> Results:
+    if _transforms.active():
+        if _transforms.needs_reference():
+            weights = [w.to(x.dtype) for w in weights]  # bfloat16 weights may go with a float32 x
+            return _reference.recurrence(cell, x, hx, cx, weights, batch_sizes, lengths, resets)
+        y, h_n, *c_n = _transforms.Recurrence.apply(  # type: ignore[no-untyped-call]
+            cell, tf32, batch_sizes, lengths, resets, x, hx, cx, *weights
+        )
+    elif needs_gradient(x, hx, cx, weights):
+        y, h_n, *c_n = _apply(cell, tf32, batch_sizes, lengths, resets, x, hx, cx, *weights)
+    else:
+        with _ops.below_autograd():
+            y, h_n, *c_n = _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, False, tf32)
+    return y, h_n, c_n[0] if cx is not None else None
 
 
 def needs_gradient(x: Tensor, hx: Tensor, cx: Tensor | None, weights: list[Tensor]) -> bool:
@@ -56,12 +92,16 @@ def needs_gradient(x: Tensor, hx: Tensor, cx: Tensor | None, weights: list[Tenso
 
 
 class Recurrence(torch.autograd.Function):
-    """One layer, all directions, with gradients for x, hx, cx and every weight that asks for one."""
+    """One layer, all directions, with gradients for x, hx, cx and every weight that asks for one.
+
+    Or one step, of x ``[B, I]``, hx and cx ``[B, H]`` to h' and c': a view outside would be a node of the graph.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         cell: str,
+        tf32: bool,
         batch_sizes: Any,
         lengths: Any,
         resets: Any,
@@ -70,59 +110,91 @@ class Recurrence(torch.autograd.Function):
         cx: Any,
         *weights: Tensor,
     ) -> Any:
-        states = 1 if cx is None else 2
-        ctx.cell, ctx.tf32 = cell, _dispatch.use_tf32(x)
-        y, *results = _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, True, ctx.tf32)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(batch_sizes, lengths, resets, x, hx, cx, *weights, y, *results[states:])
-        ctx.weights = len(weights)
+        states, given = 1 if cx is None else 2, (x, hx, cx)
+        step = hx.dim() == 2
+        if step:
+            x, hx, cx = _transforms.with_step(x, hx, cx)
+        with _ops.below_autograd():
+            y, *results = _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, True, tf32)
+        _transforms.save(ctx, cell, tf32, (batch_sizes, lengths, resets, *given, *weights), y, results[states:])
+        if step:
+            return tuple(state.squeeze_(0) for state in results[:states])  # in place: a view could not be written to
         return y, *results[:states]
 
     @staticmethod
-    def backward(ctx: Any, dy: Any, dh_n: Any, dc_n: Any = None) -> Any:
-        batch_sizes, lengths, resets, x, hx, cx, *rest = ctx.saved_tensors
-        weights, y, saved = rest[: ctx.weights], rest[ctx.weights], rest[ctx.weights + 1 :]
-        if dy is None and dh_n is None and dc_n is None:
-            return (None,) * (7 + len(weights))
-        wanted = ctx.needs_input_grad[4:]
-        sequence = (batch_sizes, lengths, resets)
-        if torch.is_grad_enabled():  # create_graph=True: the gradients will be differentiated themselves
-            return (None,) * 4 + _differentiable_gradients(
-                ctx.cell, sequence, (x, hx, cx, *weights), wanted, (dy, dh_n, dc_n)
-            )
-
-        # cx is no argument of the operator for cells without a cell state.
-        asked = list(wanted) if cx is not None else [*wanted[:2], *wanted[3:]]
-        gradients = iter(
-            _ops.recurrence_backward(ctx.cell, dy, dh_n, dc_n, x, y, hx, cx, saved, weights, *sequence, asked, ctx.tf32)
-        )
-        inputs = (x, hx, cx, *weights)
-        return (
-            None,
-            None,
-            None,
-            None,
-            *(next(gradients).to(like.dtype) if want else None for like, want in zip(inputs, wanted, strict=True)),
-        )
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        return _transforms.gradients(ctx, *cotangents)
 
 
-def _differentiable_gradients(
+# Recurrence.apply, without what Function.apply does for torch.func first: a tenth of a small layer's call.
+_apply: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, Recurrence).apply
+
+
+def _forward_with_autograd(
     cell: str,
-    sequence: tuple[Tensor | None, Tensor | None, Tensor | None],
-    inputs: tuple[Tensor | None, ...],
-    wanted: tuple[bool, ...],
-    cotangents: tuple[Tensor | None, ...],
-) -> tuple[Tensor | None, ...]:
-    """The gradients of ``inputs`` by running the reference again; they can be differentiated any number of times."""
-    # A view of each, so that a tensor that is used twice gets the gradient of each use, not their sum twice.
-    x, hx, cx, *weights = (None if t is None else t.view_as(t) for t in inputs)
-    assert x is not None
-    assert hx is not None
-    # bfloat16 weights go with a float32 x.
-    outputs = _reference.recurrence(cell, x, hx, cx, [w.to(x.dtype) for w in weights if w is not None], *sequence)
-    pairs = [(o, g) for o, g in zip(outputs, cotangents, strict=True) if o is not None and g is not None]
-    sources = [t for t, want in zip((x, hx, cx, *weights), wanted, strict=True) if want and t is not None]
-    gradients = iter(
-        torch.autograd.grad([o for o, _ in pairs], sources, [g for _, g in pairs], create_graph=True, allow_unused=True)
+    x: Tensor,
+    hx: Tensor,
+    cx: Tensor | None,
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    save: bool,
+    tf32: bool = False,
+) -> Any:
+    if save:  # what Recurrence asks for, who knows about gradients
+        with _ops.below_autograd():
+            return _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, save, tf32)
+    results = _recurrence(cell, x, hx, cx, weights, batch_sizes, lengths, resets, tf32)
+    return [t for t in results if t is not None]
+
+
+def _backward_with_autograd(
+    cell: str,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    x: Tensor,
+    y: Tensor,
+    hx: Tensor,
+    cx: Tensor | None,
+    saved: list[Tensor],
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    wanted: list[bool],
+    tf32: bool = False,
+    dcells: Tensor | None = None,
+) -> Any:
+    if not torch.is_grad_enabled() and not _transforms.active():
+        with _ops.below_autograd():
+            return _ops.recurrence_backward(
+                cell, dy, dh_n, dc_n, x, y, hx, cx, saved, weights, batch_sizes, lengths, resets, wanted, tf32, dcells
+            )
+    if dcells is not None:
+        raise RuntimeError("fusedrnn: expected no dcells where the gradients will be differentiated themselves")
+    found = _transforms.Gradients.apply(  # type: ignore[no-untyped-call]
+        cell,
+        tf32,
+        tuple(wanted),
+        len(weights),
+        batch_sizes,
+        lengths,
+        resets,
+        dy,
+        dh_n,
+        dc_n,
+        x,
+        hx,
+        cx,
+        *weights,
+        y,
+        *saved,
     )
-    return tuple(next(gradients) if want else None for want in wanted)
+    return list(found)
+
+
+_ops.differentiate("recurrence_forward", _forward_with_autograd)
+_ops.differentiate("recurrence_backward", _backward_with_autograd)
+_ops.differentiate("step", _step)

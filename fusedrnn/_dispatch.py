@@ -13,13 +13,16 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class FallbackWarning(UserWarning):
@@ -88,9 +91,20 @@ def built_for(architectures: str, capability: tuple[int, int]) -> bool:
     return False
 
 
-@cache
+def constant_in_graphs(function: Function) -> Function:
+    """What torch.compiler.assume_constant_result does, without importing the compiler."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_in_graphs
 def _why_no_kernels(device: int) -> str:
     """Why the CUDA kernels cannot run on this GPU, or nothing."""
+    return _find_why_no_kernels(device)
+
+
+@cache
+def _find_why_no_kernels(device: int) -> str:
     assert cuda_extension is not None
     capability = torch.cuda.get_device_capability(device)
     if built_for(cuda_extension.architectures(), capability):
@@ -126,8 +140,15 @@ def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-def choose(x: Tensor, projected: bool = False) -> str:
-    """The implementation for input ``x``; warns, once per reason, when it is a fallback."""
+def _instead_of_torch(found: Explanation) -> Explanation:
+    """What runs a request that torch.nn's own implementation does not know."""
+    if found.implementation != "torch":
+        return found
+    return Explanation("reference", f"{found.reason}, and torch.nn has no lengths, resets, all states or streams")
+
+
+def choose(x: Tensor, projected: bool = False, more: bool = False) -> str:
+    """The implementation for input ``x``, with ``more`` than torch.nn has; warns, once per reason, of a fallback."""
     if not projected:
         if x.is_cpu:
             if extension is not None and x.dtype in KERNEL_DTYPES:
@@ -136,15 +157,21 @@ def choose(x: Tensor, projected: bool = False) -> str:
             x.is_cuda and cuda_extension is not None and x.dtype in CUDA_DTYPES and not _why_no_kernels(x.get_device())
         ):
             return "cuda"
-    implementation, reason = _explain(x.device, x.dtype, projected)
-    if implementation not in ("cpu", "cuda"):
+    found = _explain(x.device, x.dtype, projected)
+    implementation, reason = _instead_of_torch(found) if more else found
+    if implementation not in ("cpu", "cuda") and not x.is_meta:  # of a meta tensor nothing is computed
         warn_once(reason, stacklevel=6)  # choose, forward, Module.__call__ (two of its own), the user's line
     return implementation
 
 
 def use_tf32(x: Tensor) -> bool:
     """Whether torch's switches let recurrent layers round float32 factors to TF32 where x is."""
-    return x.is_cuda and x.dtype == torch.float32 and torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return x.is_cuda and x.dtype == torch.float32 and _tf32_allowed()
+
+
+@constant_in_graphs
+def _tf32_allowed() -> bool:
+    return torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined,no-any-return]
 
 
 def warn_once(reason: str, stacklevel: int = 2) -> None:
@@ -154,12 +181,18 @@ def warn_once(reason: str, stacklevel: int = 2) -> None:
         warnings.warn(f"fusedrnn runs on a fallback: {reason}", FallbackWarning, stacklevel=stacklevel)
 
 
-def explain(module: torch.nn.Module, input: Tensor | PackedSequence) -> Explanation:
+def explain(
+    module: torch.nn.Module,
+    input: Tensor | PackedSequence,
+    *,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+) -> Explanation:
     """Say which implementation would run ``module(input)``, and why not a faster one; nothing is run.
 
     Args:
         module: a fusedrnn layer or cell. For one of torch.nn's the answer is ``torch``, with the advice to convert it.
-        input: what it would be called with.
+        input: what it would be called with, as ``lengths`` and ``resets``.
 
     Raises:
         TypeError: ``module`` is no recurrent layer or cell.
@@ -169,6 +202,8 @@ def explain(module: torch.nn.Module, input: Tensor | PackedSequence) -> Explanat
     if isinstance(module, modules.FUSED):
         data = input.data if isinstance(input, PackedSequence) else input
         found = _explain(data.device, data.dtype, bool(getattr(module, "proj_size", 0)))
+        if lengths is not None or resets is not None:
+            found = _instead_of_torch(found)
         path = {"cpu": _path, "cuda": _cuda_path}.get(found.implementation)
         return found if path is None else found._replace(reason=f"{found.reason}; {path(module, input)}")
     if isinstance(module, torch.nn.RNNBase | torch.nn.RNNCellBase):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +55,7 @@ def _backward_shapes(
     resets: Tensor | None,  # noqa: ARG001
     wanted: list[bool],
     tf32: bool = False,  # noqa: ARG001
+    dcells: Tensor | None = None,  # noqa: ARG001
 ) -> list[Tensor]:
     inputs = [x, hx, *([] if cx is None else [cx]), *weights]
     return [x.new_empty(t.shape) for t, want in zip(inputs, wanted, strict=True) if want]
@@ -62,6 +65,15 @@ def _step_shapes(cell: str, x: Tensor, hx: Tensor, cx: Tensor | None, weights: l
     return [x.new_empty(hx.shape) for _ in range(1 if cx is None else 2)]
 
 
+def differentiate(name: str, kernel: Callable[..., Any]) -> None:
+    """Makes ``kernel`` what torch calls for an operator where autograd may have an interest in the call."""
+    if _dispatch.extension is not None:
+        _library.impl(name, kernel, "Autograd")  # type: ignore[no-untyped-call]
+
+
+_library = torch.library.Library("fusedrnn", "IMPL")  # type: ignore[no-untyped-call]
+# Inside, the operators have no gradients of their own: a call goes to the kernels.
+below_autograd = torch._C._AutoDispatchBelowAutograd
 if _dispatch.extension is not None:
     torch.library.register_fake("fusedrnn::recurrence_forward", _forward_shapes)
     torch.library.register_fake("fusedrnn::recurrence_backward", _backward_shapes)

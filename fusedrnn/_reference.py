@@ -78,6 +78,8 @@ def recurrence(
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
+    *,
+    cells: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One layer, all directions.
 
@@ -90,12 +92,13 @@ def recurrence(
         batch_sizes: ``[T]`` int64 on the CPU, the rows that each step of a packed x has.
         lengths: ``[B]`` integers from 0 to T. Past its length a row has output zero and keeps its state.
         resets: bool, x's shape without the last dimension. Where set, the state is zeroed before the step.
+        cells: given an LSTM's padded x, is given the cell state after every step, ``[D, T, B, H]``, zero past a length.
 
     Returns:
         y ``[T, B, D*R]`` or ``[N, D*R]``, h_n ``[D, B, R]`` and, for an LSTM, c_n ``[D, B, H]``.
     """
     with torch.autocast(x.device.type, enabled=False):  # whoever calls has done the casts that autocast asks for
-        return _recurrence(cell, x, hx, cx, weights, batch_sizes, lengths, resets)
+        return _recurrence(cell, x, hx, cx, weights, batch_sizes, lengths, resets, cells)
 
 
 def _recurrence(
@@ -107,6 +110,7 @@ def _recurrence(
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
+    cells: list[Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     if batch_sizes is not None:
         steps, rows = (index.to(x.device) for index in packed_rows(batch_sizes))
@@ -114,20 +118,24 @@ def _recurrence(
         padded = x.new_zeros(T, B, x.size(-1)).index_put((steps, rows), x)
         if resets is not None:
             resets = resets.new_zeros(T, B).index_put((steps, rows), resets)
-        lengths = packed_lengths(batch_sizes).to(x.device)
-        y, h_n, c_n = _recurrence(cell, padded, hx, cx, weights, None, lengths, resets)
+        lengths = packed_lengths(batch_sizes)
+        lengths = F.pad(lengths, (0, B - len(lengths))).to(x.device)  # the last rows may have no step
+        y, h_n, c_n = _recurrence(cell, padded, hx, cx, weights, None, lengths, resets, None)
         return y[steps, rows], h_n, c_n
 
     T, directions = x.size(0), hx.size(0)
+    if lengths is not None:  # padding may be NaN, and a gradient of zero times NaN would be NaN
+        x = x.masked_fill((torch.arange(T, device=x.device).unsqueeze(1) >= lengths).unsqueeze(-1), 0)
     each = len(weights) // directions
     outputs: list[Tensor] = []
     last_h: list[Tensor] = []
     last_c: list[Tensor] = []
+    every_c: list[Tensor] = []
     for direction in range(directions):
         w_ih, w_hh, b_ih, b_hh, w_hr = split_weights(weights[direction * each : (direction + 1) * each])
         igates = F.linear(x, w_ih, b_ih)
         h, c = hx[direction], None if cx is None else cx[direction]
-        output = []
+        output, kept = [], []
         for t in reversed(range(T)) if direction else range(T):
             if resets is not None:
                 reset = (resets[t] if lengths is None else resets[t] & (t < lengths)).unsqueeze(-1)
@@ -144,8 +152,14 @@ def _recurrence(
                 h = torch.where(inside, new_h, h)
                 c = None if new_c is None or c is None else torch.where(inside, new_c, c)
                 output.append(new_h.masked_fill(~inside, 0))
+            if cells is not None and c is not None:
+                kept.append(c if lengths is None else c.masked_fill((t >= lengths).unsqueeze(-1), 0))
         outputs.append(torch.stack(output[::-1] if direction else output))
+        if kept:
+            every_c.append(torch.stack(kept[::-1] if direction else kept))
         last_h.append(h)
         if c is not None:
             last_c.append(c)
+    if cells is not None:
+        cells.append(torch.stack(every_c))
     return torch.cat(outputs, -1), torch.stack(last_h), torch.stack(last_c) if last_c else None

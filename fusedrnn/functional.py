@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedrnn import _autograd, _ops, _reference
+from fusedrnn import _autograd, _ragged, _recompute, _reference, _states, _transforms
 from fusedrnn._dispatch import CONVERTED_DTYPES, KERNEL_DTYPES
 
 
@@ -17,9 +19,8 @@ def step(
 
     ``cell``, ``weights`` and ``implementation`` are those of :func:`stack`.
     """
-    kernel = implementation == "cpu" and x.dtype in KERNEL_DTYPES
-    if kernel and not _autograd.needs_gradient(x, h, c, weights) and not _autograd.in_transform():
-        h, *rest = _ops.step(cell, x, h, c, weights)
+    if implementation == "cpu" and x.dtype in KERNEL_DTYPES:
+        h, *rest = _autograd.step(cell, x, h, c, weights)
         return h, rest[0] if rest else None
     _, h, c = stack(
         cell, x.unsqueeze(0), h.unsqueeze(0), None if c is None else c.unsqueeze(0), weights, implementation
@@ -37,6 +38,10 @@ def stack(
     num_layers: int = 1,
     dropout: float = 0.0,
     batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    recompute: bool = False,
+    states: list[tuple[Tensor, Tensor | None]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run a stack of layers.
 
@@ -49,19 +54,43 @@ def stack(
         implementation: ``cpu``, ``cuda`` or ``reference`` (see ``_dispatch``).
         num_layers: L.
         dropout: probability with which an output between layers is zeroed; 0 outside training.
+        lengths: ``[B]`` int64 from 0 to T. Past its length a row has output zero and keeps its state.
+        resets: ``[T, B]`` or ``[N]`` bool. Where set, the states of all layers are zeroed before the step.
+        recompute: keep for backward little more than each layer's output, and compute the rest again. All of an LSTM's
+            states and recompute do not go together: then everything is kept.
+        states: given a padded x, is given each layer's hidden and cell states ``[D, T, B, R]`` and ``[D, T, B, H]``.
 
     Returns:
         y ``[T, B, D*R]`` or ``[N, D*R]``, h_n like hx and c_n like cx, of x's dtype.
     """
+    if (
+        lengths is not None
+        and implementation == "cpu"
+        and states is None
+        and _ragged.worth_packing(lengths, x.size(0), hx.size(-1))
+    ):
+        rows = _ragged.Rows(lengths, x.size(0))
+        x, resets = rows.pack(x), None if resets is None else rows.pack(resets)
+        hx, cx = hx.index_select(1, rows.order), None if cx is None else cx.index_select(1, rows.order)
+        y, h, c = stack(
+            cell, x, hx, cx, weights, implementation, num_layers, dropout, rows.batch_sizes, None, resets, recompute
+        )
+        return rows.pad(y), h.index_select(1, rows.back), None if c is None else c.index_select(1, rows.back)
     dtype = x.dtype
     converted = implementation != "cuda" and dtype in CONVERTED_DTYPES
     if converted:  # float32 inside: products, cell state and everything kept between steps
         x, hx, cx = x.float(), hx.float(), None if cx is None else cx.float()
-        if dtype != torch.bfloat16 or implementation != "cpu" or _autograd.in_transform():
+        if dtype != torch.bfloat16 or implementation != "cpu":
             weights = [w.float() for w in weights]  # the kernels take bfloat16 weights as they are
     recurrence = _reference.recurrence if implementation == "reference" else _autograd.recurrence
+    has_gates = cell in ("lstm", "gru")  # an RNN keeps its output only, as it is
+    if recompute and has_gates and _autograd.needs_gradient(x, hx, cx, weights) and not _traced():
+        recurrence = partial(_recompute.recurrence, recurrence)
+    sequence = (batch_sizes, lengths, resets)
+    if states is not None:
+        recurrence = partial(_with_states, recurrence, implementation != "reference", dtype, states)
     if num_layers == 1:
-        x, h, c = recurrence(cell, x, hx, cx, weights, batch_sizes)
+        x, h, c = recurrence(cell, x, hx, cx, weights, *sequence)
     else:
         layers = []
         for layer, (layer_hx, layer_weights) in enumerate(
@@ -74,7 +103,7 @@ def stack(
                 layer_hx,
                 layer_cx,
                 layer_weights,
-                batch_sizes,
+                *sequence,
             )
             layers.append((h, c))
         h = torch.cat([h for h, _ in layers])
@@ -82,6 +111,36 @@ def stack(
     if converted:
         return x.to(dtype), h.to(dtype), None if c is None else c.to(dtype)
     return x, h, c
+
+
+def _with_states(
+    run: _recompute.Recurrence,
+    kernels: bool,
+    dtype: torch.dtype,
+    states: list[tuple[Tensor, Tensor | None]],
+    cell: str,
+    x: Tensor,
+    hx: Tensor,
+    cx: Tensor | None,
+    weights: list[Tensor],
+    batch_sizes: None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One layer, whose states are added to ``states``."""
+    if cx is None:  # the output is the states
+        y, h, c = run(cell, x, hx, cx, weights, batch_sizes, lengths, resets)
+        cells = None
+    else:
+        y, h, c, cells = _states.recurrence(kernels, x, hx, cx, weights, lengths, resets)
+        cells = cells.to(dtype)
+    states.append((torch.stack(y.to(dtype).chunk(len(hx), -1)), cells))
+    return y, h, c
+
+
+def _traced() -> bool:
+    """Whether torch.func or torch.compile sees the call, which decide themselves what is kept for backward."""
+    return torch.compiler.is_compiling() or _transforms.active()
 
 
 def _chunks(weights: list[Tensor], count: int) -> list[list[Tensor]]:

@@ -1,59 +1,95 @@
-"""torch.nn's recurrent modules with another forward; constructor, parameters, init and state_dict are inherited."""
+"""torch.nn's recurrent layers with another forward; constructor, parameters, init and state_dict are inherited."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import _direct, _dispatch, functional
-
-
-def _in_autocast(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast wants for recurrent layers on x's device; None outside autocast and for float64."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-        return None
-    return torch.get_autocast_dtype(device)
-
-
-def _check_like_input(tensor: Tensor, name: str, x: Tensor, any_dtype: bool) -> None:
-    if tensor.dtype != x.dtype and not any_dtype:
-        raise RuntimeError(f"expected {name} of the input's dtype {x.dtype}, got {tensor.dtype}")
-    if tensor.device != x.device:
-        raise RuntimeError(f"expected {name} on the input's device {x.device}, got {tensor.device}")
-
-
-def _as_pair(hx: Any, name: str) -> list[Tensor]:
-    """An LSTM's (h_0, c_0) from what was given for it; fails with the type of error that torch.nn gives."""
-    if not isinstance(hx, Tensor) and len(hx) == 2:
-        return list(hx)
-    given = f"a tensor of shape {list(hx.shape)}" if isinstance(hx, Tensor) else f"a tuple of {len(hx)}"
-    error: type[Exception]
-    if name == "LSTM":  # torch.nn.LSTM takes the first two rows or elements, whatever they are
-        error = IndexError if len(hx) < 2 else RuntimeError
-    else:
-        error = TypeError if isinstance(hx, Tensor) else RuntimeError
-    raise error(f"{name}: expected hx to be a pair of two tensors (h_0, c_0), got {given}")
+from fusedrnn import _autocast, _direct, _dispatch, _dynamo, functional
+from fusedrnn._checks import as_pair, check_like_input, reset_mask, row_lengths
+from fusedrnn._stream import Stream
+from fusedrnn.cells import GRUCell, LSTMCell, RNNCell
 
 
 class _Layer(torch.nn.RNNBase):
-    """What the three layers share. ``hx`` is a tensor, or for the LSTM the pair (h_0, c_0)."""
+    """What the three layers share. ``hx`` is a tensor, or for the LSTM the pair (h_0, c_0).
 
-    def forward(self, input: Any, hx: Any = None) -> Any:
+    ``recompute``, an argument of the constructor and an attribute, makes a training step keep each layer's input and
+    output and a state every 256 steps instead of all gates, and run forward a second time in backward.
+    """
+
+    recompute: bool = False  # also of a module that fusedrnn.convert has made
+
+    if TYPE_CHECKING:  # what torch.nn's classes take, who say *args and **kwargs themselves
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            num_layers: int = 1,
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            proj_size: int = 0,
+            device: Any = None,
+            dtype: Any = None,
+            *,
+            recompute: bool = False,
+        ) -> None: ...
+
+    else:
+
+        def __init__(self, *args, **kwargs):
+            recompute = kwargs.pop("recompute", False)
+            super().__init__(*args, **kwargs)
+            self.recompute = recompute
+
+    def forward(
+        self, input: Any, hx: Any = None, *, lengths: Any = None, resets: Any = None, return_all_states: bool = False
+    ) -> Any:
+        """torch.nn's forward, and three arguments that it lacks.
+
+        Args:
+            input: ``[T, B, I]``, ``[B, T, I]`` with ``batch_first``, ``[T, I]``, or a PackedSequence.
+            hx: the initial state ``[L*D, B, R]`` (``[L*D, R]`` without a batch), zero by default; an LSTM's pair.
+            lengths: ``[B]`` int32 or int64 on any device, in any order: row b has ``lengths[b]`` steps, 0 to T, and
+                the rest is padding of any value. There the output is zero; h_n and c_n are those of each row's last
+                step (hx itself where there is none), and the reverse direction begins at that step. Values outside
+                0 to T are refused on the CPU, and clamped on a device, which nobody waits for.
+            resets: bool, the input's shape without its last dimension, on its device: where set, the state of every
+                layer and direction is zeroed before that step, and no gradient crosses. The reverse direction comes
+                to it from the step after.
+            return_all_states: whether to return, third, the states after every step.
+
+        Returns:
+            As torch.nn's: the output, and h_n or an LSTM's (h_n, c_n). With ``return_all_states`` then all hidden
+            states, or an LSTM's pair of all hidden and all cell states: of the input's layout, R or H wide, behind a
+            first dimension L*D in the order of h_n's, ``[L*D, T, B, R]``. They have gradients as the output has.
+
+        Raises:
+            RuntimeError: ``lengths`` or ``resets`` of another dtype, shape, range or device, or any of the three with
+                a PackedSequence.
+        """
         packed = isinstance(input, PackedSequence)
-        if not packed:
+        more = lengths is not None or resets is not None or return_all_states
+        if not packed and not more:
             done = _direct.layer(self, self.mode.lower(), input, hx)
             if done is not None:
                 return done
         x = input.data if packed else input
-        implementation = _dispatch.choose(x, self.proj_size > 0)
+        implementation = _dispatch.choose(x, self.proj_size > 0, more)
         if implementation == "torch":
             return super().forward(input, hx)
-        autocast, weights = _in_autocast(x), self._weights()
+        autocast, weights = _autocast.dtype(x), self._weights()
         if packed:
+            if more:
+                raise RuntimeError(
+                    f"{self.mode}: expected a padded input with lengths, resets or all states, got a PackedSequence"
+                )
             _, batch_sizes, sorted_indices, unsorted_indices = input
             states = self._states(x, int(batch_sizes[0]), hx, 3, weights, autocast)
             if hx is not None and sorted_indices is not None:
@@ -71,13 +107,38 @@ class _Layer(torch.nn.RNNBase):
             elif self.batch_first:
                 x = x.transpose(0, 1)
             states = self._states(x, x.size(1), hx, rank, weights, autocast)
-            y, states = self._run(x, states, weights, implementation, None, autocast)
+            if lengths is not None:
+                lengths = row_lengths(self.mode, lengths, input, x.size(0), x.size(1))
+            if resets is not None:
+                resets = reset_mask(self.mode, resets, input, self.batch_first)
+            every: list[tuple[Tensor, Tensor | None]] | None = [] if return_all_states else None
+            y, states = self._run(x, states, weights, implementation, None, autocast, lengths, resets, every)
             if rank == 2:
                 y, states = y.squeeze(1), [s.squeeze(1) for s in states]
             elif self.batch_first:
                 y = y.transpose(0, 1)
+            if every is not None:
+                return y, (tuple(states) if self.mode == "LSTM" else states[0]), self._all_states(every, rank)
             output = y
         return output, (tuple(states) if self.mode == "LSTM" else states[0])
+
+    def stream(self, batch_size: int, hx: Any = None) -> Stream:
+        """A :class:`fusedrnn.Stream` of this layer for ``batch_size`` rows, from the state ``hx``, zero by default.
+
+        Raises:
+            ValueError: the layer is bidirectional, or ``batch_size`` is no number of rows.
+        """
+        return Stream(self, batch_size, hx)  # type: ignore[arg-type]
+
+    def _all_states(self, every: list[tuple[Tensor, Tensor | None]], rank: int) -> Any:
+        """The states of all layers in the input's layout."""
+
+        def whole(states: list[Tensor]) -> Tensor:
+            joined = torch.cat(states)
+            return joined.squeeze(2) if rank == 2 else joined.transpose(1, 2) if self.batch_first else joined
+
+        h = whole([h for h, _ in every])
+        return (h, whole([c for _, c in every if c is not None])) if self.mode == "LSTM" else h
 
     def _states(
         self, x: Tensor, batch: int, hx: Any, rank: int, weights: list[Tensor], autocast: torch.dtype | None
@@ -93,12 +154,12 @@ class _Layer(torch.nn.RNNBase):
             # torch.nn.LSTM leaves a packed input to its kernels, which say RuntimeError
             error = RuntimeError if self.mode == "LSTM" and x.dim() == 2 else ValueError
             raise error(f"{self.mode}: expected input of the weights' dtype {weights[0].dtype}, got {x.dtype}")
-        _check_like_input(weights[0], "the weights", x, any_dtype=True)
+        check_like_input(weights[0], "the weights", x, any_dtype=True)
         lstm, rows = self.mode == "LSTM", self.num_layers * (2 if self.bidirectional else 1)
         sizes = (self.proj_size or self.hidden_size, self.hidden_size)[: 2 if lstm else 1]
         if hx is None:
             return [x.new_zeros(rows, batch, size) for size in sizes]
-        states = _as_pair(hx, self.mode) if lstm else [hx]
+        states = as_pair(hx, self.mode) if lstm else [hx]
         for i, (state, size) in enumerate(zip(states, sizes, strict=True)):
             name = ("h_0", "c_0")[i] if lstm else "hx"
             if state.dim() != rank:
@@ -109,17 +170,16 @@ class _Layer(torch.nn.RNNBase):
             expected = (rows, batch, size) if rank == 3 else (rows, size)
             if state.shape != expected:
                 raise RuntimeError(f"{self.mode}: expected {name} of shape {list(expected)}, got {list(state.shape)}")
-            _check_like_input(state, name, x, any_dtype=autocast is not None)
+            check_like_input(state, name, x, any_dtype=autocast is not None)
         return [s.unsqueeze(1) for s in states] if rank == 2 else states
 
     def _weights(self) -> list[Tensor]:
-        """The flat list of weights, up to date where hooks or functional_call have put others in their place."""
+        """The flat list of weights, whatever hooks, functional_call or a parametrization have put in their place."""
         parameters = self._parameters
-        if any(
-            parameters.get(name) is not w for name, w in zip(self._flat_weights_names, self._flat_weights, strict=True)
-        ):
-            self._update_flat_weights()
-        return self._flat_weights  # type: ignore[return-value]
+        try:
+            return [parameters[name] for name in self._flat_weights_names]  # type: ignore[misc]
+        except KeyError:
+            return [getattr(self, name) for name in self._flat_weights_names]
 
     def _run(
         self,
@@ -129,18 +189,18 @@ class _Layer(torch.nn.RNNBase):
         implementation: str,
         batch_sizes: Tensor | None,
         autocast: torch.dtype | None,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        every: list[tuple[Tensor, Tensor | None]] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         if autocast is not None:
-            x, states, weights = (
-                x.to(autocast),
-                [s.to(autocast) for s in states],
-                [w.to(autocast) for w in weights],
-            )
+            x, states, weights = _autocast.cast(x, states, weights, autocast, implementation, self.mode == "GRU")
         h, c = states if len(states) == 2 else (states[0], None)
         dropout = self.dropout if self.training else 0.0
         y, h, c = functional.stack(
-            self.mode.lower(), x, h, c, weights, implementation, self.num_layers, dropout, batch_sizes
-        )
+            self.mode.lower(), x, h, c, weights, implementation, self.num_layers, dropout,
+            batch_sizes, lengths, resets, self.recompute, every,
+        )  # fmt: skip
         return y, [h] if c is None else [h, c]
 
 
@@ -149,6 +209,24 @@ class RNN(_Layer, torch.nn.RNN):
 
     h' = tanh(W_ih x + b_ih + W_hh h + b_hh), or relu in place of tanh (Elman 1990).
     """
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            num_layers: int = 1,
+            nonlinearity: str = "tanh",
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            device: Any = None,
+            dtype: Any = None,
+            *,
+            recompute: bool = False,
+        ) -> None: ...
 
 
 class LSTM(_Layer, torch.nn.LSTM):
@@ -167,86 +245,5 @@ class GRU(_Layer, torch.nn.GRU):
     """
 
 
-class _Cell(torch.nn.RNNCellBase):
-    """What the three cells share: one step is a sequence of one."""
-
-    def forward(self, input: Tensor, hx: Any = None) -> Any:
-        done = _direct.cell(self, self._mode(), input, hx)
-        if done is not None:
-            return done
-        implementation = _dispatch.choose(input)
-        if implementation == "torch":
-            return super().forward(input, hx)
-        lstm = isinstance(self, torch.nn.LSTMCell)
-        autocast = _in_autocast(input)
-        h, c = (None, None) if hx is None else _as_pair(hx, "LSTMCell") if lstm else (hx, None)
-        weights = self._weights()
-        self._check(input, [] if hx is None else [h, c] if lstm else [h], weights[0], autocast)
-        x = input if input.dim() == 2 else input.unsqueeze(0)
-        h = x.new_zeros(x.size(0), self.hidden_size) if h is None else h if h.dim() == 2 else h.unsqueeze(0)
-        if lstm:
-            c = torch.zeros_like(h) if c is None else c if c.dim() == 2 else c.unsqueeze(0)
-        if autocast is not None:
-            x, h, c, weights = (
-                x.to(autocast),
-                h.to(autocast),
-                c if c is None else c.to(autocast),
-                [w.to(autocast) for w in weights],
-            )
-        h, c = functional.step(self._mode(), x, h, c, weights, implementation)
-        if input.dim() == 1:
-            h, c = h.squeeze(0), c if c is None else c.squeeze(0)
-        return h if c is None else (h, c)
-
-    def _weights(self) -> list[Tensor]:
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if self.bias else 2]
-        try:  # the attribute lookup of a Module takes half a µs a name
-            return [self._parameters[name] for name in names]  # type: ignore[misc]
-        except KeyError:  # a parametrization or weight norm has made it something else than a Parameter
-            return [getattr(self, name) for name in names]
-
-    def _mode(self) -> str:
-        raise NotImplementedError
-
-    def _check(self, input: Tensor, states: list[Any], weight: Tensor, autocast: torch.dtype | None) -> None:
-        name = type(self).__name__
-        if input.dim() not in (1, 2):
-            raise ValueError(f"{name}: expected input of 1 or 2 dimensions (unbatched or batched), got {input.dim()}")
-        if input.size(-1) != self.input_size:
-            raise RuntimeError(
-                f"{name}: expected input of size {self.input_size} in its last dimension, got {input.size(-1)}"
-            )
-        if autocast is None and input.dtype != weight.dtype:
-            raise RuntimeError(f"{name}: expected input of the weights' dtype {weight.dtype}, got {input.dtype}")
-        _check_like_input(weight, "the weights", input, any_dtype=True)
-        expected = (*input.shape[:-1], self.hidden_size)
-        for state in states:
-            if state.dim() not in (1, 2):
-                raise ValueError(f"{name}: expected hx of 1 or 2 dimensions, got {state.dim()}")
-            if state.shape != expected:
-                raise RuntimeError(f"{name}: expected hx of shape {list(expected)}, got {list(state.shape)}")
-            _check_like_input(state, "hx", input, any_dtype=autocast is not None)
-
-
-class RNNCell(_Cell, torch.nn.RNNCell):
-    """:class:`torch.nn.RNNCell` on fused kernels; one step of :class:`RNN`."""
-
-    def _mode(self) -> str:
-        return "rnn_" + self.nonlinearity
-
-
-class LSTMCell(_Cell, torch.nn.LSTMCell):
-    """:class:`torch.nn.LSTMCell` on fused kernels; one step of :class:`LSTM`."""
-
-    def _mode(self) -> str:
-        return "lstm"
-
-
-class GRUCell(_Cell, torch.nn.GRUCell):
-    """:class:`torch.nn.GRUCell` on fused kernels; one step of :class:`GRU`."""
-
-    def _mode(self) -> str:
-        return "gru"
-
-
 FUSED = (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)
+_dynamo.allow(FUSED)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from cases import CELLS, FEATURE, LOW_PRECISION, Case, expected, for_all_cells, make_data, run_module, sizes
 from hostcuda import Schedules
-from numerics import assert_all_as_good
+from numerics import assert_all_as_good, assert_scenario
 from test_reference import Call, run_oracle, run_recurrence
+from test_states import scenario_of
 
 import fusedrnn
 from fusedrnn import _autograd, _direct, _dispatch, _ops, _reference
@@ -50,6 +51,15 @@ def test_modules(monkeypatch, case, schedules):
     monkeypatch.setattr(_dispatch, "choose", lambda *_: "cuda")
     ours = run_module(case.module(fusedrnn), case, make_data(case))
     assert_all_as_good(ours, *expected(case), case.torch_dtype)
+
+
+@pytest.mark.parametrize("multiprocessors", [0, 100], ids=["step", "best"])
+@pytest.mark.parametrize("form", ["stack", "both directions, lengths", "resets"])
+def test_cell_states(monkeypatch, form, multiprocessors):
+    """Gradients that come in through the cell states themselves."""
+    monkeypatch.setattr(hostcuda, "multiprocessors", multiprocessors)
+    monkeypatch.setattr(_dispatch, "choose", lambda *_: "cuda")
+    assert_scenario(scenario_of("LSTM", form), fusedrnn)
 
 
 # Odd and even sizes, and multiples of what a thread takes at once (4 units, 2 of float64); more units than a block has

@@ -48,6 +48,15 @@ print(*(in_process(case, name, 2)[0] for name in (OURS, TORCH)))
     assert ours <= theirs, f"peak {ours / MIB:.1f} MiB, torch.nn {theirs / MIB:.1f} MiB"
 
 
+@pytest.mark.parametrize("case", ["'LSTM', 8, 4096, 32, 128", "'GRU', 8, 4096, 32, 128"])
+def test_recompute_halves_it(case):
+    ours, theirs = run(f"""
+case = Case("memory", {case})
+print(*(in_process(case, name, 2)[0] for name in (RECOMPUTED, TORCH)))
+""")
+    assert ours <= theirs / 2, f"peak {ours / MIB:.1f} MiB, torch.nn {theirs / MIB:.1f} MiB"
+
+
 @pytest.mark.parametrize("case", CASES[:2])
 def test_nothing_grows_from_step_to_step(case):
     early, late = run(f"""

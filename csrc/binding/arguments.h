@@ -257,7 +257,7 @@ template <class Run>
 Tensors backward(const Backend& backend, const std::string& cell_name, MaybeTensor dy, MaybeTensor dh_n,
                  MaybeTensor dc_n, Tensor x, Tensor y, Tensor hx, MaybeTensor cx, Tensors saved, Tensors weights,
                  MaybeTensor batch_sizes, MaybeTensor lengths, MaybeTensor resets, const std::vector<bool>& wanted,
-                 const Run& run) {
+                 MaybeTensor dcells, const Run& run) {
   const CellInfo cell = cell_info(cell_name);
   expect_ranks(x, hx, batch_sizes);
   const ScalarType dtype = x.scalar_type();
@@ -282,6 +282,8 @@ Tensors backward(const Backend& backend, const std::string& cell_name, MaybeTens
   if (dh_n) check(*dh_n, "dh_n", x, dtype, shape(hx));
   FUSEDRNN_EXPECT(!dc_n || cell.has_cell, "expected dc_n for lstm and for no other cell");
   if (dc_n) check(*dc_n, "dc_n", x, dtype, shape(hx));
+  FUSEDRNN_EXPECT(!dcells || cell.has_cell, "expected dcells for lstm and for no other cell");
+  if (dcells) check(*dcells, "dcells", x, dtype, {D, N, H});
   const size_t states = cell.has_cell ? 3 : 2;  // x, hx and perhaps cx come before the weights
   FUSEDRNN_EXPECT(wanted.size() == states + weights.size(), "expected wanted to hold ", states + weights.size(),
                   " values, got ", wanted.size());
@@ -298,6 +300,7 @@ Tensors backward(const Backend& backend, const std::string& cell_name, MaybeTens
   p.dy = data(dy);
   p.dh_n = data(dh_n);
   p.dc_n = data(dc_n);
+  p.dcells = data(dcells);
   p.dx = result(0, x);
   p.dhx = result(1, hx);
   if (cx) p.dcx = result(2, *cx);

@@ -71,9 +71,10 @@ Tensors forward_on_gpu(std::string cell, Tensor x, Tensor hx, MaybeTensor cx, Te
 
 Tensors backward_on_gpu(std::string cell, MaybeTensor dy, MaybeTensor dh_n, MaybeTensor dc_n, Tensor x, Tensor y,
                         Tensor hx, MaybeTensor cx, Tensors saved, Tensors weights, MaybeTensor batch_sizes,
-                        MaybeTensor lengths, MaybeTensor resets, std::vector<bool> wanted, bool tf32) {
+                        MaybeTensor lengths, MaybeTensor resets, std::vector<bool> wanted, bool tf32,
+                        MaybeTensor dcells) {
   return backward(backend, cell, dy, dh_n, dc_n, x, y, hx, cx, saved, weights, batch_sizes, lengths, resets, wanted,
-                  [&](const BackwardParams& p) { run(&cuda::backward, p, x, true, tf32); });
+                  dcells, [&](const BackwardParams& p) { run(&cuda::backward, p, x, true, tf32); });
 }
 
 std::string schedule(const std::string& cell, const std::string& dtype, int64_t T, int64_t B, int64_t H, int directions,

@@ -12,6 +12,7 @@
 
 #include "arguments.h"
 #include "cpu/cpu.h"
+#include "stack.h"
 #include "threads.h"
 
 namespace {
@@ -44,9 +45,7 @@ void forward_at(const std::string& cell_name, const std::string& dtype, int64_t 
   const CellInfo cell = cell_info(cell_name);
   ForwardParams p{};
   p.cell = cell.kind;
-  p.scalar = dtype == "float32"   ? ScalarKind::float32
-             : dtype == "float64" ? ScalarKind::float64
-                                  : ScalarKind::float32_of_bfloat16;
+  p.scalar = binding::scalar_named(dtype);
   p.sequence.T = T;
   p.sequence.B = B;
   p.I = I;
@@ -185,6 +184,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("forward_at", &forward_at,
         "forward_at(cell, dtype, T, B, I, H, directions, x, hx, cx, weights, y, h_n, c_n): a forward pass on the "
         "addresses of contiguous memory, unchecked.");
+  py::class_<binding::Stack>(m, "Stack",
+                             "Layers in one direction with weights packed once and a state in place, unchecked.")
+      .def(py::init<const std::string&, const std::string&, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t>(),
+           py::arg("cell"), py::arg("dtype"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("layers"), py::arg("h"),
+           py::arg("c"))
+      .def("prepare", &binding::Stack::prepare, py::arg("weights"), "Pack the weights of these addresses, per layer.")
+      .def("forward", &binding::Stack::forward, py::arg("T"), py::arg("x"), py::arg("y"), py::arg("resets"),
+           "T steps: x [T, B, I] to y [T, B, H], by address.");
   m.def("evaluate", &evaluate_function, py::arg("function"), py::arg("x"),
         "sigmoid or tanh as the kernels compute them, of a float32 or float64 array.");
 }

@@ -52,9 +52,9 @@ Tensors forward_on_cpu(std::string cell, Tensor x, Tensor hx, MaybeTensor cx, Te
 
 Tensors backward_on_cpu(std::string cell, MaybeTensor dy, MaybeTensor dh_n, MaybeTensor dc_n, Tensor x, Tensor y,
                         Tensor hx, MaybeTensor cx, Tensors saved, Tensors weights, MaybeTensor batch_sizes,
-                        MaybeTensor lengths, MaybeTensor resets, std::vector<bool> wanted, bool) {
+                        MaybeTensor lengths, MaybeTensor resets, std::vector<bool> wanted, bool, MaybeTensor dcells) {
   return backward(backend, cell, dy, dh_n, dc_n, x, y, hx, cx, saved, weights, batch_sizes, lengths, resets, wanted,
-                  [](const BackwardParams& p) { cpu::kernels().backward(p, threads()); });
+                  dcells, [](const BackwardParams& p) { cpu::kernels().backward(p, threads()); });
 }
 
 Tensors step(std::string cell_name, Tensor x, Tensor hx, MaybeTensor cx, Tensors weights) {
@@ -86,7 +86,8 @@ Tensors step(std::string cell_name, Tensor x, Tensor hx, MaybeTensor cx, Tensors
 }  // namespace
 
 // recurrence_forward gives y, h_n, c_n (lstm), and with save what backward asks for as `saved`: gates (lstm, gru), cells
-// (lstm). recurrence_backward: the gradients of x, hx, cx (lstm) and every weight, of those that are wanted. tf32: whether
+// (lstm). recurrence_backward: the gradients of x, hx, cx (lstm) and every weight, of those that are wanted; dcells is the
+// gradient of `cells`, where somebody used them. tf32: whether
 // a GPU may round float32 factors to TF32. step is recurrence_forward for one step of [B, I], for inference: h and c
 // (lstm).
 STABLE_TORCH_LIBRARY(fusedrnn, m) {
@@ -96,7 +97,7 @@ STABLE_TORCH_LIBRARY(fusedrnn, m) {
   m.def(
       "recurrence_backward(str cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor y, Tensor hx, "
       "Tensor? cx, Tensor[] saved, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, "
-      "bool[] wanted, bool tf32=False) -> Tensor[]");
+      "bool[] wanted, bool tf32=False, Tensor? dcells=None) -> Tensor[]");
   m.def("step(str cell, Tensor x, Tensor hx, Tensor? cx, Tensor[] weights) -> Tensor[]");
 }
 

@@ -111,6 +111,7 @@ struct Backward : Recurrence<Cell, S, N> {
         h_before = this->state_before(job, t, b, outputs, y_width, static_cast<const S*>(p.hx));
       if (valid && Cell::has_cell) c_before = this->state_before(job, t, b, all_cells, H, static_cast<const S*>(p.cx));
       const S* gates_in = static_cast<const S*>(p.gates) + this->sequence_at(job, row, saved * H);
+      const S* dcells = p.dcells ? static_cast<const S*>(p.dcells) + this->sequence_at(job, row, H) : nullptr;
       const S* dy = p.dy ? static_cast<const S*>(p.dy) + row * y_width + y_at : nullptr;
       for (int64_t panel = member.begin; panel < member.end; ++panel) {
         const int count = this->units(panel);
@@ -128,6 +129,7 @@ struct Backward : Recurrence<Cell, S, N> {
           if (c_before) c = V::load(c_before + unit, count);
           c_next = V::load(all_cells + row * H + unit, count);
           dc = V::load(dc_carry + at);
+          if (dcells) dc = dc + V::load(dcells + unit, count);
         }
         V dh = V::load(dh_carry + at);
         if (dy) dh = dh + V::load(dy + unit, count);

@@ -21,6 +21,7 @@ struct Kernels {
   const char* name;
   void (*forward)(const ForwardParams&, const Threads&);
   void (*backward)(const BackwardParams&, const Threads&);
+  void (*prepare)(const PrepareParams&, const Threads&);
   void (*functions_float)(int function, const float* x, float* y, int64_t n);
   void (*functions_double)(int function, const double* x, double* y, int64_t n);
   PlanInfo (*plan)(const Problem&, bool backward, int64_t threads);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "recurrence.h"
+#include "weights.h"
 
 namespace fusedrnn::cpu {
 namespace {
@@ -20,47 +21,22 @@ struct Forward : Recurrence<Cell, S, N> {
   // Pre-activations are kept for the steps of a chunk and all panels, or else for as many rows of a few panels as leave
   // half of the first-level cache to the products.
   static constexpr int64_t rows_at_once = (16 << 10) / (panels_at_once * sums * N * sizeof(S));
-  const int64_t capacity =
-      plan.chunk > 1 ? block_rows * plan.chunk : std::min(block_rows, rows_at_once);  // rows a panel
-  const int64_t panels_kept = plan.chunk > 1 ? panels : panels_at_once;
-  Scratch<S> w_ih = scratch<S>(plan.packed_input ? p.directions * panels * gates * I * N : 0);
-  const bool narrow = B <= narrow_rows;  // packed w_hh stays of its type
-  Scratch<S> w_hh = scratch<S>(plan.packed ? p.directions * panels * gates * H * N : 0);  // of W, where it is narrow
-  Scratch<S> bias = scratch<S>(p.directions * panels * sums * N);
+  // A stream takes all panels of a step at a time, too.
+  const bool chunked = plan.chunk > 1 || (p.prepared && plan.row_blocks == 1 && B <= projection_rows);
+  const int64_t capacity = chunked ? block_rows * plan.chunk : std::min(block_rows, rows_at_once);  // rows a panel
+  const int64_t panels_kept = chunked ? panels : panels_at_once;
+  PackedWeights<Cell, S, N, W> weights{p, plan.packed_input || p.prepared, plan.packed || p.prepared};
+  Scratch<S> room = scratch<S>(p.prepared ? 0 : weights.numbers);
   Scratch<S> h_state = scratch<S>(plan.groups * 2 * block_rows * padded_H);
   Scratch<S> c_state = scratch<S>(Cell::has_cell ? plan.groups * block_rows * padded_H : 0);
   Scratch<S> pre_activations = scratch<S>(plan.groups * plan.slices * panels_kept * capacity * sums * N);
 
   Forward(const ForwardParams& params, const Threads& threads) : Base(params, threads, Pass::forward), p(params) {
-    const int64_t packed = gates * H * ((plan.packed_input ? I : 0) + (plan.packed ? H : 0));
-    const bool small = packed < packing_for_team;
-    (small ? Threads{1, nullptr} : threads).parallel(p.directions * panels, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) pack(i / panels, i % panels);
-    });
+    weights.place(p.prepared ? static_cast<S*>(p.prepared) : room.get());
+    if (!p.prepared) weights.pack(threads);
     this->run(threads,
               [&](const Job& job, Member& member, int64_t team, int64_t slice) { steps(job, member, team, slice); });
   }
-
-  void pack(int64_t direction, int64_t panel) {
-    const Weights& w = p.weights[direction];
-    const int64_t at = direction * panels + panel;
-    const int count = this->units(panel);
-    S* sum = bias.get() + at * sums * N;
-    for (int k = 0; k < sums; ++k) V(S(0)).store(sum + k * N);
-    for (int g = 0; g < gates; ++g) {
-      const int64_t input_row = g * H + panel * N, hidden_row = Cell::hidden_gate(g) * H + panel * N;
-      const W* hidden = static_cast<const W*>(w.w_hh);
-      const int64_t to = (at * gates + g) * H * N;
-      if (plan.packed_input)
-        pack_rows<V>(static_cast<const W*>(w.w_ih), input_row, count, I, w_ih.get() + (at * gates + g) * I * N);
-      if (plan.packed)
-        narrow ? pack_rows<V>(hidden, hidden_row, count, H, reinterpret_cast<W*>(w_hh.get()) + to)
-               : pack_rows<V>(hidden, hidden_row, count, H, w_hh.get() + to);
-      if (w.b_ih) add(sum + (Cell::input_sum + g) * N, static_cast<const W*>(w.b_ih) + input_row, count);
-      if (w.b_hh) add(sum + g * N, static_cast<const W*>(w.b_hh) + hidden_row, count);
-    }
-  }
-  static void add(S* sum, const W* bias, int count) { (V::load(sum) + load<V>(bias, count)).store(sum); }
 
   // The initial state of the member's units, in both halves of the double buffer: a reverse direction starts
   // late in short rows.
@@ -93,7 +69,7 @@ struct Forward : Recurrence<Cell, S, N> {
       const int64_t t = job.step(s), row = sequence.start(t) + job.row_begin, count = job.rows_end(t) - job.row_begin;
       const S* h_in = h + (s % 2) * block_rows * padded_H;
       S* h_out = h + ((s + 1) % 2) * block_rows * padded_H;
-      if (plan.chunk > 1) {
+      if (chunked) {
         const int64_t n = member.end - member.begin;
         if (s % plan.chunk == 0) {
           const int64_t t_end = job.step(std::min(s + plan.chunk, sequence.T) - 1);
@@ -118,11 +94,11 @@ struct Forward : Recurrence<Cell, S, N> {
   void step(const Job& job, int64_t t, int64_t panel, int64_t n, int64_t b, int64_t count, S* sum, const S* h_in,
             S* h_out, S* c) {
     const S* A = h_in + (b - job.row_begin) * padded_H;
-    const void* weights = p.weights[job.direction].w_hh;
-    narrow ? product<Cell::hidden_gate>(job, panel, n, reinterpret_cast<const W*>(w_hh.get()), weights, A, padded_H, H,
-                                        count, sum)
-           : product<Cell::hidden_gate>(job, panel, n, static_cast<const S*>(w_hh.get()), weights, A, padded_H, H,
-                                        count, sum);
+    const void* w_hh = p.weights[job.direction].w_hh;
+    weights.narrow ? product<Cell::hidden_gate>(job, panel, n, reinterpret_cast<const W*>(weights.w_hh), w_hh, A,
+                                                padded_H, H, count, sum)
+                   : product<Cell::hidden_gate>(job, panel, n, static_cast<const S*>(weights.w_hh), w_hh, A, padded_H,
+                                                H, count, sum);
     activate(n, count, sum);
     cell(job, t, panel, n, b, b + count, sum, h_in, h_out, c);
   }
@@ -130,11 +106,11 @@ struct Forward : Recurrence<Cell, S, N> {
   // pre-activations = bias + x·W_ih for n panels and some rows of the sequence.
   void project(const Job& job, int64_t panel, int64_t n, int64_t row, int64_t count, S* sum) {
     for (int64_t i = 0; i < n; ++i) {
-      const S* b = bias.get() + (job.direction * panels + panel + i) * sums * N;
+      const S* b = weights.bias + (job.direction * panels + panel + i) * sums * N;
       for (int64_t r = 0; r < count; ++r)
         for (int k = 0; k < sums; ++k) V::load(b + k * N).store(sum + ((i * capacity + r) * sums + k) * N);
     }
-    product<same_gate>(job, panel, n, static_cast<const S*>(w_ih.get()), p.weights[job.direction].w_ih,
+    product<same_gate>(job, panel, n, static_cast<const S*>(weights.w_ih), p.weights[job.direction].w_ih,
                        static_cast<const S*>(p.x) + row * I, I, I, count, sum + Cell::input_sum * N);
   }
 
@@ -150,6 +126,11 @@ struct Forward : Recurrence<Cell, S, N> {
     if (is_packed) packed += (job.direction * panels + panel) * gates * K * N;
     if (is_packed && gates == 1) {
       multiply<V, S, Packed>({packed, K * N, N, n, A, lda, K, count, sum, sums * N, panel_stride});
+      return;
+    }
+    if (is_packed && takes_groups(count)) {
+      multiply<V, S, Packed, gates>(
+          {packed, K * N, N, n * gates, A, lda, K, count, sum, sums * N, N, false, panel_stride});
       return;
     }
     for (int64_t i = 0; i < n; ++i, sum += panel_stride) {

@@ -22,19 +22,26 @@ struct Product {
   int64_t lda, K, rows;
   S* C;
   int64_t ldc, c_stride;
-  bool fresh = false;  // C holds nothing yet: = in place of +=
+  bool fresh = false;        // C holds nothing yet: = in place of +=
+  int64_t group_stride = 0;  // where vectors are in groups (see multiply_few): from a group of C to the next
 };
 
-template <class V, class S, class Stored, int MB, int NV, bool transposed>
+// An element's sum has one order, that of k, whatever tile it falls into: a step alone gives the same bits as among others.
+template <class V, class S, class Stored, int MB, int NV, bool transposed, int group = 1>
 __attribute__((noinline)) void tile(const Product<S, Stored>& p, int64_t row, int64_t vector) {
-  // A lone fused multiply-add waits four cycles for the one before: few accumulators are split over several k.
-  constexpr int split = MB * NV >= 8 ? 1 : MB * NV >= 4 ? 2 : 4;
+  // A lone fused multiply-add waits four cycles for the one before: few accumulators are split over several k, where nobody
+  // asks for one order.
+  constexpr int split = !transposed || MB * NV >= 8 ? 1 : MB * NV >= 4 ? 2 : 4;
   const int64_t w_stride = p.w_stride, k_stride = p.k_stride, lda = p.lda;
   const Stored* W = p.W + vector * w_stride;
   const S* A = p.A + (transposed ? row : row * lda);
-  S* C = p.C + row * p.ldc + vector * p.c_stride;
+  S* C = p.C + row * p.ldc;
+  const auto place = [&](int v) __attribute__((always_inline)) {
+    const int64_t i = vector + v;
+    return group == 1 ? i * p.c_stride : i / group * p.group_stride + i % group * p.c_stride;
+  };
   if constexpr (transposed)  // such a C is a whole weight gradient, far from the core
-    for (int b = 0; b < MB; ++b) __builtin_prefetch(C + b * p.ldc, 1);
+    for (int b = 0; b < MB; ++b) __builtin_prefetch(C + b * p.ldc + place(0), 1);
   V sum[split][MB][NV];
   const auto broadcast = [&](int64_t k, int b)
                              __attribute__((always_inline)) { return V(transposed ? A[k * lda + b] : A[b * lda + k]); };
@@ -44,19 +51,19 @@ __attribute__((noinline)) void tile(const Product<S, Stored>& p, int64_t row, in
   const auto step = [&](int64_t k, int s) __attribute__((always_inline)) {
     if constexpr (NV <= MB) {
       V w[NV];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) w[v] = weights(k, v);
 #pragma GCC unroll 16
       for (int b = 0; b < MB; ++b) {
         const V a = broadcast(k, b);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) sum[s][b][v] = w[v] * a + sum[s][b][v];
       }
     } else {
       V a[MB];
 #pragma GCC unroll 16
       for (int b = 0; b < MB; ++b) a[b] = broadcast(k, b);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) {
         const V w = weights(k, v);
 #pragma GCC unroll 16
@@ -70,25 +77,25 @@ __attribute__((noinline)) void tile(const Product<S, Stored>& p, int64_t row, in
   do {
     const bool fresh = p.fresh && k == 0;
     const int64_t end = std::min(k + summation_block, p.K);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int s = 0; s < split; ++s)
 #pragma GCC unroll 16
       for (int b = 0; b < MB; ++b)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) sum[s][b][v] = V(S(0));
     for (; k + split <= end; k += split) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int s = 0; s < split; ++s) step(k + s, s);
     }
     for (; k < end; ++k) step(k, 0);
 #pragma GCC unroll 16
     for (int b = 0; b < MB; ++b)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) {
         V total = sum[0][b][v];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int s = 1; s < split; ++s) total = total + sum[s][b][v];
-        S* c = C + b * p.ldc + v * p.c_stride;
+        S* c = C + b * p.ldc + place(v);
         (fresh ? total : V::load(c) + total).store(c);
       }
   } while (k < p.K);
@@ -115,8 +122,26 @@ void multiply_vectors(const Product<S, Stored>& p, int64_t vector) {
   }
 }
 
-template <class V, class S, class Stored = S>
+// One or two rows: as many vectors together as a fused multiply-add has cycles to wait for the one before. `group` of them
+// are neighbours in C.
+template <class V, class S, class Stored, int MB, int group, int... NV>
+void multiply_few(const Product<S, Stored>& p, std::integer_sequence<int, NV...>) {
+  static constexpr std::array<Tile<S, Stored>, sizeof...(NV)> tiles = {
+      &tile<V, S, Stored, MB, NV + 1, false, group>...};
+  const int64_t most = sizeof...(NV), count = (p.vectors + most - 1) / most;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t begin = p.vectors * i / count, end = p.vectors * (i + 1) / count;
+    tiles[end - begin - 1](p, 0, begin);
+  }
+}
+
+// Whether multiply takes groups of vectors.
+constexpr bool takes_groups(int64_t rows) { return rows <= 2; }
+
+template <class V, class S, class Stored = S, int group = 1>
 void multiply(const Product<S, Stored>& p) {
+  if (p.rows == 1) return multiply_few<V, S, Stored, 1, group>(p, std::make_integer_sequence<int, 8>());
+  if (p.rows == 2) return multiply_few<V, S, Stored, 2, group>(p, std::make_integer_sequence<int, 6>());
   const int64_t most = tile_vectors(p.rows, p.vectors, sizeof(V));
   for (int64_t vector = 0; vector < p.vectors;) {
     const int64_t n = std::min(most, p.vectors - vector);

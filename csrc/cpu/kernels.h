@@ -28,7 +28,7 @@ void evaluate(int function, const S* x, S* y, int64_t n) {
 template <class Cell, class S, int N, class W>
 struct ForwardOrStep {
   ForwardOrStep(const ForwardParams& p, const Threads& threads) {
-    is_step(p) ? void(Step<Cell, S, N, W>(p, threads)) : void(Forward<Cell, S, N, W>(p, threads));
+    is_step(p) && !p.prepared ? void(Step<Cell, S, N, W>(p, threads)) : void(Forward<Cell, S, N, W>(p, threads));
   }
 };
 
@@ -98,6 +98,7 @@ constexpr Kernels make_kernels(const char* name) {
   return {name,
           &run_pass<ForwardOrStep, bytes, ForwardParams>,
           &run_pass<Backward, bytes, BackwardParams>,
+          &run_pass<Prepare, bytes, PrepareParams>,
           &evaluate<float, bytes>,
           &evaluate<double, bytes>,
           &plan_of<bytes>,

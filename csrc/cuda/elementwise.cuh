@@ -164,6 +164,7 @@ struct BackwardStep {
   const S* gates;                        // [D, N, saved*H]
   const S* cells;                        // [D, N, H]
   const S* dy;                           // [N, D*H], or nullptr
+  const S* dcells;                       // [D, N, H], or nullptr
   A* product;                            // [D, B, H] what comes back through W_hh from the later step
   A* dh;                                 // [D, B, H] the rest of the gradient of the state, in and out
   A* dc;                                 // [D, B, H] the gradient of the cell state, in and out
@@ -174,7 +175,7 @@ struct BackwardStep {
 // What forward left for some units of one step, and what comes from above.
 template <class Cell, class A, int width>
 struct ForBackward {
-  Values<A, width> dy, h, c, c_next, output, gates[Cell::saved + 1];
+  Values<A, width> dy, dc, h, c, c_next, output, gates[Cell::saved + 1];
   bool reset;
 };
 
@@ -193,6 +194,7 @@ FUSEDRNN_DEVICE ForBackward<Cell, Accumulator<S>, width> load_for_backward(const
   if constexpr (Cell::has_cell) {
     if (!v.reset) v.c = load<width>(given ? p.cx + state : p.cells + (d * p.N + row_before) * H + j);
     v.c_next = load<width>(p.cells + (d * p.N + row) * H + j);
+    if (p.dcells) v.dc = load<width>(p.dcells + (d * p.N + row) * H + j);
   }
   if constexpr (Cell::needs_output) v.output = load<width>(p.y + (row * p.directions + d) * H + j);
 #pragma unroll
@@ -210,12 +212,13 @@ FUSEDRNN_DEVICE void store_gradients(const BackwardStep<S>& p, const Place& here
   if (p.h_previous[at.d]) store<width>(p.h_previous[at.d] + row * p.H + at.j, h_previous);
 }
 
-// One step of some units of a row that takes part in it: from dh and dc of the state after it, all told but dy, to da and
+// One step of some units of a row that takes part in it: from dh and dc of the state after it, all told but dy and dcells, to da and
 // to those of the state before it, but for what goes through W_hh. No gradient crosses a reset.
 template <class Cell, class A, int width>
 FUSEDRNN_DEVICE void backward_units(const ForBackward<Cell, A, width>& v, Values<A, width>& dh, Values<A, width>& dc,
                                     Values<A, width> (&da)[Cell::sums]) {
   dh += v.dy;
+  if constexpr (Cell::has_cell) dc += v.dc;
 #pragma unroll
   for (int i = 0; i < width; ++i) {
     A gate[Cell::saved + 1], gradient[Cell::sums];

@@ -82,6 +82,7 @@ class Recurrence : Layer<Cell, S> {
     step.gates = as<S>(p.gates);
     step.cells = as<S>(p.cells);
     step.dy = as<S>(p.dy);
+    step.dcells = as<S>(p.dcells);
     for (int d = 0; d < D_; ++d) {
       step.da[d] = room.gradients.da[d];
       step.h_previous[d] = p.gradients[d].w_hh ? room.gradients.h_previous[d] : nullptr;
@@ -89,7 +90,7 @@ class Recurrence : Layer<Cell, S> {
     step.product = room.product;
     step.dh = room.dh;
     step.dc = room.dc;
-    const bool vectors = vectors_for({p.y, p.hx, p.cx, p.gates, p.cells, p.dy});
+    const bool vectors = vectors_for({p.y, p.hx, p.cx, p.gates, p.cells, p.dy, p.dcells});
     for (int64_t end = p.sequence.T; end > 0;) {
       const Chunk chunk = chunk_up_to(p.sequence, D_, end, room.gradients.rows);
       for (int d = 0; d < D_; ++d) step.first[d] = chunk.first[d];

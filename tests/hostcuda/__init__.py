@@ -189,9 +189,18 @@ def forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, save, tf32) 
 
 
 def backward(
-    cell, dy, dh_n, dc_n, x, y, hx, cx, saved, weights, batch_sizes, lengths, resets, wanted, tf32
+    cell, dy, dh_n, dc_n, x, y, hx, cx, saved, weights, batch_sizes, lengths, resets, wanted, tf32, dcells=None
 ) -> list[Tensor]:
-    inputs = {"y": y, "cx": cx, "dy": dy, "dh_n": dh_n, "dc_n": dc_n, "lengths": lengths, "resets": resets}
+    inputs = {
+        "y": y,
+        "cx": cx,
+        "dy": dy,
+        "dh_n": dh_n,
+        "dc_n": dc_n,
+        "dcells": dcells,
+        "lengths": lengths,
+        "resets": resets,
+    }
     inputs |= dict(zip(("gates", "cells"), saved)) | _named_weights(weights, hx)  # noqa: B905
     like = {"dx": x, "dhx": hx} | ({} if cx is None else {"dcx": cx}) | _named_weights(weights, hx, "d")
     results = {

@@ -197,7 +197,7 @@ auto backward(uint64_t seed, const Sizes& sizes, bool tf32, const std::optional<
   set_problem(p, sizes, offsets, device);
   p.x = device["x"], p.y = device["y"], p.hx = device["hx"], p.cx = device["cx"];
   p.gates = device["gates"], p.cells = device["cells"];
-  p.dy = device["dy"], p.dh_n = device["dh_n"], p.dc_n = device["dc_n"];
+  p.dy = device["dy"], p.dh_n = device["dh_n"], p.dc_n = device["dc_n"], p.dcells = device["dcells"];
   p.dx = device["dx"], p.dhx = device["dhx"], p.dcx = device["dcx"];
   for (int d = 0; d < p.directions; ++d) {
     const std::string suffix = std::to_string(d);

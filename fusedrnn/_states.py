@@ -1,0 +1,105 @@
+"""A layer of an LSTM with the cell states after every step, and gradients of theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedrnn import _autograd, _dispatch, _ops, _reference, _transforms
+
+
+def recurrence(
+    kernels: bool,
+    x: Tensor,
+    hx: Tensor,
+    cx: Tensor,
+    weights: list[Tensor],
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """A layer of an LSTM over a padded batch, on the kernels or as :func:`fusedrnn._reference.recurrence` has it.
+
+    The fourth result is the cell states ``[D, T, B, H]``, zero past a row's end.
+    """
+    if not kernels or torch.compiler.is_compiling() or _transforms.active():
+        if kernels and not torch.compiler.is_compiling():
+            _dispatch.warn_once("all cell states under torch.func come from the PyTorch reference")
+        every: list[Tensor] = []
+        weights = [w.to(x.dtype) for w in weights]
+        return *_reference.recurrence("lstm", x, hx, cx, weights, None, lengths, resets, cells=every), every[0]
+    tf32 = _dispatch.use_tf32(x)
+    if _autograd.needs_gradient(x, hx, cx, weights):
+        y, h_n, c_n, cells = AllCells.apply(tf32, lengths, resets, x, hx, cx, *weights)  # type: ignore[no-untyped-call]
+    else:
+        with _ops.below_autograd():
+            y, h_n, c_n, _, cells = _ops.recurrence_forward(
+                "lstm", x, hx, cx, weights, None, lengths, resets, True, tf32
+            )
+    cells = cells.view(len(hx), *x.shape[:2], -1)
+    if lengths is not None:  # nobody has written what is past a row's end
+        past = torch.arange(len(x), device=x.device).unsqueeze(1) >= lengths
+        cells = cells.masked_fill(past.unsqueeze(-1), 0)
+    return y, h_n, c_n, cells
+
+
+class AllCells(torch.autograd.Function):
+    """An LSTM's layer as ``_autograd.Recurrence`` runs it, with the cell states for a fourth output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, tf32: bool, lengths: Any, resets: Any, x: Tensor, hx: Tensor, cx: Tensor, *weights: Tensor
+    ) -> Any:
+        with _ops.below_autograd():
+            y, h_n, c_n, gates, cells = _ops.recurrence_forward(
+                "lstm", x, hx, cx, weights, None, lengths, resets, True, tf32
+            )
+        ctx.tf32 = tf32
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(lengths, resets, x, hx, cx, y, gates, cells, *weights)
+        return y, h_n, c_n, cells
+
+    @staticmethod
+    def backward(ctx: Any, dy: Any, dh_n: Any, dc_n: Any, dcells: Any) -> Any:
+        lengths, resets, x, hx, cx, y, gates, cells, *weights = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[3:]
+        inputs = (x, hx, cx, *weights)
+        if torch.is_grad_enabled():  # create_graph=True: the gradients will be differentiated themselves
+            found = _differentiable(inputs, wanted, lengths, resets, (dy, dh_n, dc_n, dcells))
+        else:
+            with _ops.below_autograd():
+                found = iter(
+                    _ops.recurrence_backward(
+                        *("lstm", dy, dh_n, dc_n, x, y, hx, cx, [gates, cells], weights),
+                        *(None, lengths, resets, wanted, ctx.tf32, dcells),
+                    )
+                )
+        return (None,) * 3 + tuple(
+            next(found).to(like.dtype) if want else None for like, want in zip(inputs, wanted, strict=True)
+        )
+
+
+def _differentiable(
+    inputs: tuple[Tensor, ...],
+    wanted: tuple[bool, ...],
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    cotangents: tuple[Tensor | None, ...],
+) -> Iterator[Tensor]:
+    """The gradients that are wanted, by running the reference again."""
+    # A view of each, so that a tensor that is used twice gets the gradient of each use, not their sum twice.
+    x, hx, cx, *weights = (t.view_as(t) for t in inputs)
+    cells: list[Tensor] = []
+    wide = [w.to(x.dtype) for w in weights]
+    outputs = (
+        *_reference.recurrence("lstm", x, hx, cx, wide, None, lengths, resets, cells=cells),
+        cells[0].flatten(1, 2),
+    )
+    pairs = [(o, g) for o, g in zip(outputs, cotangents, strict=True) if o is not None and g is not None]
+    sources = [t for t, want in zip((x, hx, cx, *weights), wanted, strict=True) if want]
+    found = torch.autograd.grad(
+        [o for o, _ in pairs], sources, [g for _, g in pairs], create_graph=True, materialize_grads=True
+    )
+    return iter(found)

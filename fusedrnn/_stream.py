@@ -1,0 +1,176 @@
+"""A stack of layers that is given its input bit by bit and keeps its state."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fusedrnn import _dispatch, functional
+from fusedrnn._checks import as_pair, check_like_input, reset_mask
+
+if TYPE_CHECKING:
+    from fusedrnn.modules import GRU, LSTM, RNN
+
+_STORED = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float32"}
+
+
+class Stream:
+    """Inference over a sequence that comes in steps or chunks; made by a layer's ``stream(batch_size)``.
+
+    A call takes a step ``[B, I]`` to its output ``[B, R]``, or a chunk ``[T, B, I]`` to ``[T, B, R]`` (``[B, T, I]`` to
+    ``[B, T, R]`` with ``batch_first``), and goes on from the state that the call before left. It computes in the dtype
+    of the weights, whatever autocast says, without dropout and without gradients.
+
+    On a CPU the weights are copied once, in the kernels' order: they are those of the moment in which the stream was
+    made, or of the last :meth:`refresh`. A step is then one call for all layers, and however a sequence is divided, its
+    outputs have the same bits. The layer itself gives these bits too, where it packs all its weights: up to 511 units
+    from 16 rows × steps on, above from 128, and for a single row from 30 steps on.
+
+    On other devices weights are read at every call. Nothing waits for the device and the state keeps its place in
+    memory, so that a graph may capture a call.
+    """
+
+    def __init__(self, module: RNN | LSTM | GRU, batch_size: int, hx: Any = None) -> None:
+        self._module, self._name = module, module.mode
+        if module.bidirectional:
+            raise ValueError(f"{self._name}: expected a stream of a layer with one direction, got a bidirectional one")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"{self._name}: expected a batch_size of at least 1, got {batch_size!r}")
+        weight = module._weights()[0]
+        self._dtype, self._device = weight.dtype, weight.device
+        self._implementation = _dispatch.choose(weight, module.proj_size > 0, True)
+        kernels = self._implementation == "cpu"
+        # The kernels keep float32 between steps whatever comes in and goes out.
+        state_dtype = torch.float32 if kernels and weight.dtype in _dispatch.CONVERTED_DTYPES else weight.dtype
+        sizes = [module.proj_size or module.hidden_size, module.hidden_size][: 2 if module.mode == "LSTM" else 1]
+        self._states = [
+            torch.zeros(module.num_layers, batch_size, size, dtype=state_dtype, device=weight.device) for size in sizes
+        ]
+        self._step, self._step_out = (batch_size, module.input_size), (batch_size, sizes[0])
+        self._stack: Any = None
+        if kernels:
+            assert _dispatch.extension is not None
+            places = [s.data_ptr() for s in self._states]
+            self._stack = _dispatch.extension.Stack(
+                module.mode.lower(), _STORED[weight.dtype], batch_size, module.input_size, module.hidden_size,
+                module.num_layers, places[0], places[-1],
+            )  # fmt: skip
+        self.refresh()
+        if hx is not None:
+            self.load_state_dict(dict(zip("hc", as_pair(hx, "LSTM") if len(sizes) == 2 else [hx], strict=False)))
+
+    def refresh(self) -> None:
+        """Takes over the layer's weights as they are now; the state stays."""
+        module, groups = self._module, []
+        weights = [w.detach() for w in module._weights()]
+        each = len(weights) // module.num_layers
+        for layer in range(module.num_layers):
+            group = weights[layer * each : (layer + 1) * each]
+            inputs = module.hidden_size if layer else module.input_size
+            rows = group[0].size(0)
+            for i, weight in enumerate(group):
+                shape = (
+                    ((rows, inputs), (rows, module.hidden_size), (rows,), (rows,))[i] if self._stack else weight.shape
+                )
+                if weight.shape != shape or weight.dtype != self._dtype or weight.device != self._device:
+                    raise RuntimeError(
+                        f"{self._name}: expected a weight of shape {list(shape)}, {self._dtype} on {self._device} as "
+                        f"when the stream was made, got {list(weight.shape)}, {weight.dtype} on {weight.device}"
+                    )
+            groups.append([w.float().contiguous() if w.dtype == torch.float16 else w.contiguous() for w in group])
+        if self._stack is not None:
+            self._stack.prepare([[w.data_ptr() for w in group] for group in groups])
+
+    def __call__(self, x: Tensor, resets: Tensor | None = None) -> Tensor:
+        """The outputs of a step or a chunk.
+
+        ``resets`` is bool and of x's shape without the last dimension: where set, the state of that row is zeroed
+        before that step.
+
+        Raises:
+            RuntimeError: ``x`` or ``resets`` of another shape, dtype or device than the stream's.
+        """
+        if x.shape != self._step or resets is not None or self._stack is None or x.dtype is not self._states[0].dtype:
+            return self._general(x, resets)
+        if not x.is_cpu or not x.is_contiguous():
+            return self._general(x, resets)
+        y = torch.empty(self._step_out, dtype=x.dtype, device="cpu")
+        self._stack.forward(1, x.data_ptr(), y.data_ptr(), 0)
+        return y
+
+    def _general(self, x: Tensor, resets: Tensor | None) -> Tensor:
+        module, batch = self._module, self._step[0]
+        step, batch_first = x.dim() == 2, module.batch_first and x.dim() == 3
+        chunk = x.unsqueeze(0) if step else x.transpose(0, 1) if batch_first else x
+        if chunk.dim() != 3 or chunk.shape[1:] != self._step:
+            steps = f"[{batch}, steps, {self._step[1]}]" if module.batch_first else f"[steps, {batch}, {self._step[1]}]"
+            raise RuntimeError(
+                f"{self._name}: expected a step of shape {list(self._step)} or a chunk {steps}, got {list(x.shape)}"
+            )
+        if x.dtype != self._dtype:
+            raise RuntimeError(f"{self._name}: expected input of the weights' dtype {self._dtype}, got {x.dtype}")
+        check_like_input(self._states[0], "the stream", x, any_dtype=True)
+        if resets is not None:
+            resets = reset_mask(self._name, resets, x, batch_first)
+            resets = resets.transpose(0, 1) if step else resets
+        y = self._run(chunk, resets)
+        return y.squeeze(0) if step else y.transpose(0, 1) if batch_first else y
+
+    @torch.no_grad()
+    def _run(self, x: Tensor, resets: Tensor | None) -> Tensor:
+        """``[T, B, I]`` to ``[T, B, R]``."""
+        steps, module = x.size(0), self._module
+        if self._stack is not None or steps == 0:
+            x = x.to(self._states[0].dtype).contiguous()
+            y = x.new_empty(steps, *self._step_out)
+            if steps:
+                resets = None if resets is None else resets.contiguous()
+                self._stack.forward(steps, x.data_ptr(), y.data_ptr(), 0 if resets is None else resets.data_ptr())
+            return y.to(self._dtype)
+        h, c = self._states if len(self._states) == 2 else (self._states[0], None)
+        y, *states = functional.stack(
+            module.mode.lower(), x, h, c, module._weights(), self._implementation, module.num_layers, resets=resets
+        )
+        for kept, new in zip(self._states, states, strict=False):
+            assert new is not None
+            kept.copy_(new)
+        return y
+
+    @torch.no_grad()
+    def reset(self, rows: Any = None) -> None:
+        """Zeroes the state of some rows, or of all: a bool mask ``[B]``, row numbers, or one."""
+        for state in self._states:
+            if rows is None:
+                state.zero_()
+            elif isinstance(rows, Tensor) and rows.dtype == torch.bool:
+                state.masked_fill_(rows.view(1, -1, 1), 0)  # unlike an index, nothing that a device is waited for
+            else:
+                state[:, rows] = 0
+
+    @property
+    def state(self) -> Any:
+        """A copy of the state in the form that the layer takes as ``hx``."""
+        copies = [s.to(self._dtype, copy=True) for s in self._states]
+        return tuple(copies) if len(copies) == 2 else copies[0]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """A copy of the state: ``h [L, B, R]`` and an LSTM's ``c [L, B, H]``, float32 where weights are halves."""
+        return {name: s.clone() for name, s in zip("hc", self._states, strict=False)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Goes on from a state that :meth:`state_dict` gave, or another of its shapes."""
+        names = "hc"[: len(self._states)]
+        if sorted(state) != sorted(names):
+            raise RuntimeError(
+                f"{self._name}: expected a state of {', '.join(names)}, got {', '.join(state) or 'nothing'}"
+            )
+        for name, kept in zip(names, self._states, strict=True):
+            if state[name].shape != kept.shape:
+                raise RuntimeError(
+                    f"{self._name}: expected {name} of shape {list(kept.shape)}, got {list(state[name].shape)}"
+                )
+        for name, kept in zip(names, self._states, strict=True):
+            kept.copy_(state[name])

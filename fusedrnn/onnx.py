@@ -1,0 +1,94 @@
+"""ONNX's own RNN, LSTM and GRU nodes for this package's layers and cells; needs onnxscript.
+
+torch.onnx.export(model, inputs, "model.onnx", custom_translation_table=fusedrnn.onnx.TRANSLATIONS)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import onnxscript
+import torch
+from onnxscript import opset18
+
+Value = Any  # a tensor of the ONNX graph
+op: Any = opset18  # its types know constants as tensors only
+
+# Of torch's gates, in the order of ONNX's: LSTM i, o, f, c; GRU z, r, h (the operators' specification, opset 14).
+_GATES = {"rnn_tanh": (0,), "rnn_relu": (0,), "lstm": (0, 3, 1, 2), "gru": (1, 0, 2)}
+
+
+def _in_order(cell: str, hidden: int, weight: Value) -> Value:
+    """A weight or bias with its blocks of rows in ONNX's order."""
+    gates = _GATES[cell]
+    if len(gates) == 1:
+        return weight
+    blocks = [op.Slice(weight, [g * hidden], [(g + 1) * hidden], [0]) for g in gates]
+    return op.Concat(*blocks, axis=0)
+
+
+def _joined(tensors: Sequence[Value]) -> Value:
+    """One tensor per direction, as one tensor."""
+    rows = [op.Unsqueeze(t, [0]) for t in tensors]
+    return rows[0] if len(rows) == 1 else op.Concat(*rows, axis=0)
+
+
+def _node(
+    cell: str,
+    x: Value,
+    hx: Value,
+    cx: Value,
+    weights: Sequence[Value],
+    lengths: Value,
+    directions: int,
+    hidden: int,
+) -> list[Value]:
+    """y ``[T, D, B, H]``, h_n and, for an LSTM, c_n ``[D, B, H]``."""
+    each = len(weights) // directions
+    of_direction = [[_in_order(cell, hidden, w) for w in weights[d * each : (d + 1) * each]] for d in range(directions)]
+    w_ih, w_hh = (_joined([w[i] for w in of_direction]) for i in range(2))
+    bias = _joined([op.Concat(w[2], w[3], axis=0) for w in of_direction]) if each == 4 else None
+    lengths = None if lengths is None else op.Cast(lengths, to=onnxscript.INT32.dtype)
+    options: dict[str, Any] = {
+        "hidden_size": hidden,
+        "direction": "bidirectional" if directions == 2 else "forward",
+    }
+    if cell == "lstm":
+        return list(op.LSTM(x, w_ih, w_hh, bias, lengths, hx, cx, **options))
+    if cell == "gru":
+        return list(op.GRU(x, w_ih, w_hh, bias, lengths, hx, linear_before_reset=1, **options))
+    activations = ["Relu" if cell == "rnn_relu" else "Tanh"] * directions
+    return list(op.RNN(x, w_ih, w_hh, bias, lengths, hx, activations=activations, **options))
+
+
+def _recurrence(
+    cell: str,
+    x: Value,
+    hx: Value,
+    cx: Value,
+    weights: Sequence[Value],
+    batch_sizes: Value = None,
+    lengths: Value = None,
+    resets: Value = None,
+    save: bool = False,  # noqa: ARG001
+    tf32: bool = False,  # noqa: ARG001
+) -> list[Value]:
+    if batch_sizes is not None:
+        raise NotImplementedError("ONNX has no packed sequences: expected a padded batch and its lengths")
+    if resets is not None:
+        raise NotImplementedError("ONNX's recurrent nodes cannot reset their state inside a sequence")
+    directions, hidden = hx.shape[0], hx.shape[2]
+    y, *states = _node(cell, x, hx, cx, weights, lengths, directions, hidden)
+    return [op.Reshape(op.Transpose(y, perm=[0, 2, 1, 3]), [0, 0, directions * hidden]), *states]
+
+
+def _step(cell: str, x: Value, hx: Value, cx: Value, weights: Sequence[Value]) -> list[Value]:
+    x, h, c = (None if t is None else op.Unsqueeze(t, [0]) for t in (x, hx, cx))
+    return [op.Squeeze(state, [0]) for state in _node(cell, x, h, c, weights, None, 1, hx.shape[1])[1:]]
+
+
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.fusedrnn.recurrence_forward.default: _recurrence,
+    torch.ops.fusedrnn.step.default: _step,
+}

@@ -1,0 +1,171 @@
+"""Layers and cells under torch.compile: one graph, one node a layer, the numbers of an eager call."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import fusedrnn
+from fusedrnn import _autograd, _dispatch
+
+pytest.importorskip("fusedrnn._C", exc_type=ImportError)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated"),  # torch's own, while it compiles
+    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated"),
+]
+
+LAYERS = pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+CELLS = pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Model(torch.nn.Module):
+    """A recurrent layer between two operations whose result is the same number however they are compiled."""
+
+    def __init__(self, library, name: str, **options) -> None:
+        super().__init__()
+        self.layers = getattr(library, name)(4, 7, **options)
+
+    def forward(self, x: torch.Tensor, hx=None) -> torch.Tensor:
+        return torch.relu(self.layers(torch.relu(x), hx)[0])
+
+
+def results(call, model: torch.nn.Module, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    """The output, and the gradients of inputs and parameters."""
+    inputs = [t.clone().requires_grad_() for t in inputs]
+    y = call(*inputs)
+    y = y if isinstance(y, torch.Tensor) else y[-1]
+    return [y, *torch.autograd.grad(y.square().sum(), [*inputs, *model.parameters()])]
+
+
+def assert_same(one: list[torch.Tensor], other: list[torch.Tensor]) -> None:
+    assert len(one) == len(other)
+    for mine, theirs in zip(one, other, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def operators(graph: torch.fx.GraphModule) -> list[str]:
+    targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    return [target for target in targets if target.startswith("fusedrnn.")]
+
+
+@LAYERS
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}], ids=str)
+def test_one_graph_with_one_node_a_layer(name, options):
+    """Two graphs at most for any T and B: torch makes sizes dynamic when it sees them change."""
+    model = Model(fusedrnn, name, **options)
+    compiler = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=compiler)
+    for T, B in ((5, 3), (9, 2), (300, 4), (2, 6)):
+        x = torch.randn(T, B, 4)
+        assert_same(results(compiled, model, x), results(model, model, x))
+    assert compiler.frame_count <= 2
+    for graph in compiler.graphs:
+        assert operators(graph) == ["fusedrnn.recurrence_forward.default"] * options.get("num_layers", 1)
+
+
+@LAYERS
+def test_torch_breaks_the_graph_at_its_own(name):
+    """Then as before: what is allowed to fusedrnn's layers changes nothing for others."""
+    x = torch.randn(5, 3, 4)
+    torch.compile(Model(fusedrnn, name), fullgraph=True, backend="eager")(x)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="RNN, GRU"):
+        torch.compile(Model(torch.nn, name), fullgraph=True, backend="eager")(x)
+
+
+@CELLS
+def test_cells(name):
+    cell, x = getattr(fusedrnn, name)(4, 7), torch.randn(3, 4)
+    compiler = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(cell, fullgraph=True, backend=compiler)
+    assert_same(results(compiled, cell, x), results(cell, cell, x))
+    assert operators(compiler.graphs[0]) == ["fusedrnn.step.default"]
+
+
+def test_machine_code():
+    """inductor, torch.compile's default, forward and in training."""
+    model = Model(fusedrnn, "LSTM", dropout=0.5, num_layers=2).eval()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    for T, B in ((5, 3), (9, 2)):
+        x = torch.randn(T, B, 4)
+        assert_same(results(compiled, model, x), results(model, model, x))
+        with torch.no_grad():
+            assert torch.equal(compiled(x), model(x))
+
+
+@LAYERS
+def test_given_state(name):
+    model, x, h = Model(fusedrnn, name), torch.randn(5, 3, 4), torch.randn(1, 3, 7)
+
+    def call(module):
+        return lambda x, h: module(x, (h, torch.zeros_like(h)) if name == "LSTM" else h)
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_same(results(call(compiled), model, x, h), results(call(model), model, x, h))
+
+
+def test_unbatched_and_autocast():
+    model, x = Model(fusedrnn, "GRU"), torch.randn(5, 4)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same(results(compiled, model, x), results(model, model, x))
+
+
+def test_packed():
+    """Its batch is a number in a tensor, at which torch.compile breaks the graph; what it gives stays right."""
+    layer = fusedrnn.LSTM(4, 7)
+    packed = pack_padded_sequence(torch.randn(5, 3, 4), torch.tensor([5, 3, 1]))
+    compiled = torch.compile(layer, backend="aot_eager")
+    assert torch.equal(compiled(packed)[0].data, layer(packed)[0].data)
+
+
+def test_subclass():
+    class Residual(fusedrnn.GRU):
+        def forward(self, input, hx=None):
+            y, h_n = super().forward(input, hx)
+            return y + input, h_n
+
+    layer, x = Residual(4, 4), torch.randn(5, 3, 4)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x)[0], layer(x)[0])
+
+
+def test_torch_func_inside():
+    layer, x = fusedrnn.GRU(4, 7), torch.randn(6, 5, 3, 4)
+
+    def batch(x: torch.Tensor) -> torch.Tensor:
+        return torch.func.vmap(lambda sequence: layer(sequence)[0])(x)
+
+    assert torch.equal(torch.compile(batch, fullgraph=True, backend="aot_eager")(x), batch(x))
+
+
+def test_questions_about_the_gpu_are_answered_while_tracing(monkeypatch):
+    class Extension:
+        def architectures(self) -> str:
+            return "9.0a"
+
+    monkeypatch.setattr(_dispatch, "cuda_extension", Extension())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+
+    def ask(x: torch.Tensor) -> torch.Tensor:
+        return x * (2 if _autograd._tf32_allowed() else 3) * (5 if _dispatch._why_no_kernels(0) else 7)
+
+    x = torch.ones(1)
+    assert torch.equal(torch.compile(ask, fullgraph=True, backend="eager")(x), ask(x))
+
+
+def test_import_does_not_import_the_compiler():
+    """It takes seconds."""
+    code = "import sys, fusedrnn; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

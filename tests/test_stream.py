@@ -1,0 +1,231 @@
+"""Streams: the bits of the whole sequence however it is divided, and a state that can be reset, saved and restored."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+import fusedrnn
+from fusedrnn import _dispatch
+
+LAYERS = ("RNN", "LSTM", "GRU")
+needs_kernels = pytest.mark.skipif(_dispatch.extension is None, reason="without the extension, weights are not copied")
+
+
+def flat(value) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else list(value)
+
+
+def make(name: str, *sizes: int, steps: int = 40, rows: int = 2, **options):
+    torch.manual_seed(0)
+    layer = getattr(fusedrnn, name)(*(sizes or (4, 9, 2)), **options)
+    x = torch.randn(steps, rows, layer.input_size, dtype=layer.weight_ih_l0.dtype)
+    return layer, x
+
+
+def assert_bits(one, other) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(flat(one), flat(other), strict=True))
+
+
+# Rows: one, two, those of a tile with a rest, more than a chunk takes. Units: a rest of a vector, an odd number
+# of vectors, enough for two threads.
+SHAPES = (
+    (1, 5, 18, 1),
+    (1, 33, 65, 2),
+    (2, 20, 70, 2),
+    (3, 16, 40, 3),
+    (7, 9, 100, 1),
+    (30, 5, 33, 2),
+    (1, 64, 256, 2),
+)
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.usefixtures("isa")
+def test_any_division_gives_the_same_bits(dtype, name, shape):
+    rows, *sizes = shape
+    layer, x = make(name, *sizes, rows=rows, dtype=dtype, bias=rows != 3)
+    y, last = layer(x)  # with gradients: that training and inference agree is tested elsewhere
+    step_by_step, by_chunks, whole = (layer.stream(rows) for _ in range(3))
+    assert_bits(torch.stack([step_by_step(step) for step in x]), y)
+    assert_bits(torch.cat([by_chunks(chunk) for chunk in x.split([1, 7, 2, 0, 29, 1])]), y)
+    assert_bits(whole(x), y)
+    for stream in (step_by_step, by_chunks, whole):
+        assert_bits(stream.state, last)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.parametrize("name", LAYERS)
+def test_halves_keep_float32_between_steps(name, rows, dtype):
+    layer, x = make(name, 16, 70, 2, rows=rows, dtype=dtype)
+    stream = layer.stream(rows)
+    y, last = layer(x)
+    assert_bits(torch.stack([stream(step) for step in x]), y)
+    assert_bits(stream.state, last)
+    assert all(value.dtype == torch.float32 for value in stream.state_dict().values())
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.filterwarnings("ignore:fusedrnn runs on a fallback")
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "reference"])
+def test_batch_first_strides_and_a_first_state(name, kernels, monkeypatch):
+    if not kernels:
+        monkeypatch.setattr(_dispatch, "extension", None)
+    layer, x = make(name, batch_first=True, rows=40, steps=3)
+    hx = torch.randn(2, 2, 3, 9).unbind()
+    hx = tuple(hx) if name == "LSTM" else hx[0]
+    x = x.transpose(0, 1).contiguous().transpose(0, 1)[:, :, :]
+    y, last = layer(x.contiguous(), hx)
+    stream = layer.stream(3, hx)
+    outputs = [stream(x[:, :10]), stream(x[:, 10]).unsqueeze(1), stream(x[:, 11:])]
+    torch.testing.assert_close(torch.cat(outputs, 1), y)
+    for one, other in zip(flat(stream.state), flat(last), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_resets_by_row_and_within_a_chunk(name):
+    layer, x = make(name)
+    resets = torch.rand(40, 2) < 0.2
+    y, _ = layer(x, resets=resets)
+    by_mask, by_step, by_chunk = (layer.stream(2) for _ in range(3))
+    stepped = []
+    for step, mask in zip(x, resets, strict=True):
+        by_mask.reset(mask)
+        stepped.append(by_mask(step))
+    assert_bits(torch.stack(stepped), torch.stack([by_step(*both) for both in zip(x, resets, strict=True)]))
+    assert_bits(torch.stack(stepped), by_chunk(x, resets))
+    assert_bits(torch.stack(stepped), y)
+    for rows, kept in ((1, [0]), ([0], [1]), (torch.tensor([0, 1]), []), (None, [])):
+        by_chunk(x)
+        before = by_chunk.state_dict()
+        by_chunk.reset(rows)
+        for key, value in by_chunk.state_dict().items():
+            assert torch.equal(value[:, kept], before[key][:, kept])
+            assert not value[:, [row for row in range(2) if row not in kept]].any()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_state_saved_and_restored(name):
+    layer, x = make(name)
+    stream = layer.stream(2)
+    stream(x[:10])
+    saved, kept = stream.state_dict(), copy.deepcopy(stream.state_dict())
+    expected = stream(x[10:])
+    assert all(torch.equal(saved[key], kept[key]) for key in kept), "what was saved changes with the stream"
+    for other in (stream, layer.stream(2)):
+        other.load_state_dict(saved)
+        assert_bits(other(x[10:]), expected)
+    stream.load_state_dict(saved)
+    y, _ = layer(x[10:], stream.state)
+    torch.testing.assert_close(y, expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", LAYERS)
+def test_weights_are_those_of_the_last_refresh(name):
+    layer, x = make(name)
+    stream, saved = layer.stream(2), layer.stream(2).state_dict()
+    before = stream(x)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(0.5)
+    stream.load_state_dict(saved)
+    assert_bits(stream(x), before)
+    stream.refresh()
+    stream.load_state_dict(saved)
+    assert_bits(stream(x), layer(x)[0])
+    del layer
+    stream.reset()
+    stream(x)  # the layer lives on with the stream
+
+
+@pytest.mark.filterwarnings("ignore:fusedrnn runs on a fallback")
+def test_projection_runs_on_the_reference():
+    layer, x = make("LSTM", 4, 9, 2, proj_size=3, steps=8)
+    stream = layer.stream(2)
+    outputs = torch.stack([stream(step) for step in x])
+    torch.testing.assert_close(outputs, layer(x)[0])
+    assert not outputs.requires_grad
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_neither_dropout_nor_gradients_nor_autocast(name):
+    layer, x = make(name, dropout=0.5)
+    expected, _ = layer.eval()(x)
+    layer.train()
+    stream = layer.stream(2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = stream(x.requires_grad_())
+    assert_bits(y, expected)
+    assert not y.requires_grad
+
+
+def test_the_instruction_set_may_change_behind_a_stream():
+    extension = pytest.importorskip("fusedrnn._C", exc_type=ImportError)
+    layer, x = make("LSTM")
+    stream, saved = layer.stream(2), layer.stream(2).state_dict()
+    expected = stream(x)
+    try:
+        for name in extension.instruction_sets():
+            extension.use(name)
+            stream.load_state_dict(saved)
+            assert_bits(stream(x), expected)
+    finally:
+        extension.use("")
+
+
+Z = torch.zeros
+MISTAKES = {
+    "two directions": (lambda: fusedrnn.GRU(4, 9, bidirectional=True).stream(2), ValueError, "with one direction"),
+    "no rows": (lambda: fusedrnn.GRU(4, 9).stream(0), ValueError, "batch_size of at least 1, got 0"),
+    "half a row": (lambda: fusedrnn.GRU(4, 9).stream(1.5), ValueError, "batch_size of at least 1, got 1.5"),
+    "rows": (lambda: fusedrnn.GRU(4, 9).stream(2)(Z(3, 4)), RuntimeError, r"step of shape \[2, 4\].*got \[3, 4\]"),
+    "chunk": (
+        lambda: fusedrnn.GRU(4, 9).stream(2)(Z(5, 2, 3)),
+        RuntimeError,
+        r"chunk \[steps, 2, 4\], got \[5, 2, 3\]",
+    ),
+    "dtype": (lambda: fusedrnn.GRU(4, 9).stream(2)(Z(2, 4).double()), RuntimeError, "float32, got torch.float64"),
+    "device": (lambda: fusedrnn.GRU(4, 9).stream(2)(Z(2, 4, device="meta")), RuntimeError, "device meta, got cpu"),
+    "mask": (lambda: fusedrnn.GRU(4, 9).stream(2)(Z(2, 4), Z(2)), RuntimeError, "resets of dtype bool"),
+    "mask shape": (lambda: fusedrnn.GRU(4, 9).stream(2)(Z(2, 4), Z(3) > 0), RuntimeError, r"shape \[2\], .*got \[3\]"),
+    "state": (lambda: fusedrnn.LSTM(4, 9).stream(2, Z(1, 2, 9)), IndexError, "a pair of two tensors"),
+    "state shape": (
+        lambda: fusedrnn.GRU(4, 9).stream(2, Z(1, 3, 9)),
+        RuntimeError,
+        r"h of shape \[1, 2, 9\], got \[1, 3",
+    ),
+    "no cell": (
+        lambda: fusedrnn.LSTM(4, 9).stream(2).load_state_dict({"h": Z(1, 2, 9)}),
+        RuntimeError,
+        "a state of h, c, got h",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(mistake):
+    call, error, says = MISTAKES[mistake]
+    with pytest.raises(error, match=f"expected .*{says}"):
+        call()
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l1", "bias_ih_l1"])
+def test_weights_of_a_wrong_shape_are_refused(name):
+    """An address says nothing of how much memory is there."""
+    layer, _ = make("GRU")
+    stream = layer.stream(2)
+    parameter = layer._parameters[name]
+    parameter.data = parameter.data[:-1]
+    with pytest.raises(RuntimeError, match="expected a weight of shape"):
+        stream.refresh()
