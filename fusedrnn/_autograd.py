@@ -33,9 +33,11 @@ def recurrence(
     float32 or float64, on a GPU bfloat16 and float16 too; on a CPU the weights of a float32 x may be bfloat16.
     """
     if torch.compiler.is_compiling():
-        results = _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, False, _tf32(x))
+        results = _ops.recurrence_forward(
+            cell, x, hx, cx, weights, batch_sizes, lengths, resets, False, _dispatch.use_tf32(x)
+        )
         return results[0], results[1], results[2] if cx is not None else None
-    return _recurrence(cell, x, hx, cx, weights, batch_sizes, lengths, resets, _tf32(x))
+    return _recurrence(cell, x, hx, cx, weights, batch_sizes, lengths, resets, _dispatch.use_tf32(x))
 
 
 def step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: list[Tensor]) -> list[Tensor]:
@@ -79,16 +81,6 @@ def _recurrence(
         with _ops.below_autograd():
             y, h_n, *c_n = _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, False, tf32)
     return y, h_n, c_n[0] if cx is not None else None
-
-
-def _tf32(x: Tensor) -> bool:
-    """Whether torch's switches let recurrent layers round float32 factors to TF32 where x is."""
-    return x.is_cuda and x.dtype == torch.float32 and _tf32_allowed()
-
-
-@_dispatch.constant_in_graphs
-def _tf32_allowed() -> bool:
-    return torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined,no-any-return]
 
 
 def needs_gradient(x: Tensor, hx: Tensor, cx: Tensor | None, weights: list[Tensor]) -> bool:

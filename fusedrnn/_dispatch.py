@@ -156,6 +156,16 @@ def choose(x: Tensor, projected: bool = False) -> str:
     return implementation
 
 
+def use_tf32(x: Tensor) -> bool:
+    """Whether torch's switches let recurrent layers round float32 factors to TF32 where x is."""
+    return x.is_cuda and x.dtype == torch.float32 and _tf32_allowed()
+
+
+@constant_in_graphs
+def _tf32_allowed() -> bool:
+    return torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined,no-any-return]
+
+
 def warn_once(reason: str, stacklevel: int = 2) -> None:
     """Say that something runs on a fallback, the first time that it does so for this reason."""
     if reason not in _warned:
@@ -213,11 +223,17 @@ def _cuda_path(module: torch.nn.Module, input: Tensor | PackedSequence) -> str:
     cell, steps, batch, directions = _call(module, input)
     dtype = str(data.dtype).removeprefix("torch.")
     hidden: int = module.hidden_size  # type: ignore[assignment]
-    schedule = cuda_extension.schedule(cell, dtype, steps, batch, hidden, directions, _index(data.device))
-    if schedule == "block":
-        return "block schedule: all steps in one kernel, the recurrent weights in shared memory"
-    reason = "float64" if dtype == "float64" else "few steps, a large batch or a large layer"
-    return f"step schedule: a product and a kernel per time step ({reason})"
+    tf32 = use_tf32(data)
+    schedule = cuda_extension.schedule(cell, dtype, steps, batch, hidden, directions, _index(data.device), tf32)
+    if schedule == "step":
+        reason = "float64" if dtype == "float64" else "few steps, a large batch or a large layer"
+        return f"step schedule: a product and a kernel per time step ({reason})"
+    where = {
+        "block": "shared memory",
+        "cluster": "the registers of a cluster of thread blocks",
+        "grid": "the registers of the whole GPU",
+    }[schedule]
+    return f"{schedule} schedule: all steps in one kernel, the recurrent weights in {where}"
 
 
 def _path(module: torch.nn.Module, input: Tensor | PackedSequence) -> str:

@@ -36,10 +36,14 @@ ScalarKind scalar_kind(ScalarType x, ScalarType weights) {
 
 Tensor make(const Tensor& like, const std::vector<int64_t>& sizes) { return torch::stable::new_empty(like, sizes); }
 
-// For tests: the step schedule even where another would do.
-std::atomic<bool> steps_only{false};
+// For tests.
+std::atomic<unsigned> allowed_schedules{cuda::all_schedules};
 
-cuda::Limits limits_of(int device) { return steps_only ? cuda::Limits{} : cuda::limits_of(device); }
+cuda::Limits limits_of(int device) {
+  cuda::Limits limits = cuda::limits_of(device);
+  limits.schedules &= allowed_schedules;
+  return limits;
+}
 
 constexpr Backend backend{&scalar_kind, &make, false};
 
@@ -53,7 +57,7 @@ void run(void (*pass)(const Params&, const cuda::Context&), const Params& p, con
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
   cuda::CublasBlas blas(handle, tf32);
-  cuda::Context context{stream, &blas, nullptr, limits_of(x.get_device_index())};
+  cuda::Context context{stream, &blas, nullptr, limits_of(x.get_device_index()), tf32};
   const Tensor workspace = torch::stable::new_empty(x, {cuda::workspace_bytes(p, backward, context)}, ScalarType::Byte);
   context.workspace = workspace.mutable_data_ptr();
   pass(p, context);
@@ -73,7 +77,7 @@ Tensors backward_on_gpu(std::string cell, MaybeTensor dy, MaybeTensor dh_n, Mayb
 }
 
 std::string schedule(const std::string& cell, const std::string& dtype, int64_t T, int64_t B, int64_t H, int directions,
-                     int device) {
+                     int device, bool tf32) {
   Problem p{};
   p.cell = cell_info(cell).kind;
   p.scalar = dtype == "float32"   ? ScalarKind::float32
@@ -84,7 +88,8 @@ std::string schedule(const std::string& cell, const std::string& dtype, int64_t 
   p.sequence.B = B;
   p.H = H;
   p.directions = directions;
-  return cuda::schedule(p, limits_of(device));
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  return cuda::schedule(p, limits_of(device), tf32);
 }
 
 }  // namespace
@@ -97,10 +102,10 @@ STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CUDA, m) {
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "fusedrnn's GPU kernels: importing it gives torch.ops.fusedrnn its implementations for CUDA tensors.";
   m.def(
-      "use_steps_only", [](bool yes) { steps_only = yes; }, py::arg("yes"),
-      "For tests: run the step schedule even where another would do.");
+      "use_schedules", [](unsigned which) { allowed_schedules = which; }, py::arg("which"),
+      "For tests: which schedules may run besides the step schedule (block 1, cluster 2, grid 4, added up).");
   m.def("schedule", &schedule, py::arg("cell"), py::arg("dtype"), py::arg("T"), py::arg("B"), py::arg("H"),
-        py::arg("directions"), py::arg("device"), "How the time steps of a layer would be run.");
+        py::arg("directions"), py::arg("device"), py::arg("tf32"), "How the time steps of a layer would be run.");
   m.def(
       "architectures", [] { return std::string(FUSEDRNN_CUDA_ARCHITECTURES); }, "What the kernels were compiled for.");
 }

@@ -157,8 +157,10 @@ __global__ void __launch_bounds__(most_block_threads, 1) block_forward(const __g
     for_items([&](int i, int r, const Position& at) {
       if (at.b >= here.rows) return;
       if (!step.rows.has(here, at.b)) return forward_nothing<S, 1>(step, here, at);
-      forward_units<Cell, S, 1>(step, here, at, input[i], hidden + r * Cell::gates * padded + at.j, padded,
-                                h + r * padded + at.j, c + r * padded + at.j);
+      const auto product = [&](int gate) { return load<1>(hidden + (r * Cell::gates + gate) * padded + at.j); };
+      const auto made =
+          forward_units<Cell, S, 1>(step, here, at, input[i], product, h + r * padded + at.j, c + r * padded + at.j);
+      store_forward<Cell, S, 1>(step, here, at, made);
     });
     __syncthreads();
   }
@@ -217,7 +219,8 @@ __global__ void __launch_bounds__(most_block_threads, 1) block_backward(const __
       if (step.rows.has(here, at.b)) {
         V cell{};
         if constexpr (Cell::has_cell) cell = load<1>(dc + r * padded + at.j);
-        backward_units<Cell, S, 1>(step, here, at, values[i], carried, cell, gradient);
+        backward_units<Cell>(values[i], carried, cell, gradient);
+        store_gradients<S, 1>(step, here, at, gradient, values[i].h);
         if constexpr (Cell::has_cell) store<1>(dc + r * padded + at.j, cell);
       } else if (at.b < here.rows) {
         backward_nothing<Cell, S, 1>(step, here, at);

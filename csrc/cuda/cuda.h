@@ -15,13 +15,14 @@ struct Context {
   Blas* blas;       // on the same stream
   void* workspace;  // as many bytes as workspace_bytes says, aligned to 256
   Limits limits;
+  bool tf32;  // whether float32 factors may be rounded to TF32
   int64_t chunk_bytes = cuda::chunk_bytes;
 };
 
 Limits limits_of(int device);
 
-// How the steps of a problem would be run: "block" or "step".
-const char* schedule(const Problem& problem, const Limits& limits);
+// How the steps of a problem would be run forward: "block", "cluster", "grid" or "step".
+const char* schedule(const Problem& problem, const Limits& limits, bool tf32);
 
 // For a pass with this context, whose workspace may be missing yet.
 int64_t workspace_bytes(const Problem& problem, bool backward, const Context& context);

@@ -62,56 +62,68 @@ FUSEDRNN_DEVICE void load_input(const ForwardStep<S>& p, const Place& here, cons
   for (int k = 0; k < Cell::gates; ++k) input[k] = load<width>(from + k * p.H);
 }
 
-// One step of some units of a row that takes part in it. `hidden` has h·W_hh of gate g at g * hidden_stride; h and c are
-// the units' state, wherever it lies.
-template <class Cell, class S, int width, class T>
-FUSEDRNN_DEVICE void forward_units(const ForwardStep<S>& p, const Place& here, const Position& at,
-                                   const Values<Accumulator<S>, width> (&input)[Cell::gates],
-                                   const Accumulator<S>* hidden, int64_t hidden_stride, T* h_state,
-                                   Accumulator<S>* c_state) {
+// What a step makes of some units.
+template <class Cell, class A, int width>
+struct Forwarded {
+  Values<A, width> h, c, saved[Cell::saved + 1];  // + 1: no array has no element
+};
+
+// One step of some units of a row that takes part in it. hidden(g) is h·W_hh of gate g; h and c are the units' state,
+// wherever it lies.
+template <class Cell, class S, int width, class T, class Hidden>
+FUSEDRNN_DEVICE Forwarded<Cell, Accumulator<S>, width> forward_units(
+    const ForwardStep<S>& p, const Place& here, const Position& at,
+    const Values<Accumulator<S>, width> (&input)[Cell::gates], const Hidden& hidden, T* h_state,
+    Accumulator<S>* c_state) {
   using A = Accumulator<S>;
   using V = Values<A, width>;
   const auto [b, j, d] = at;
-  const int64_t row = here.start + b, H = p.H;
   const bool reset = p.rows.reset(here, b);
 
   // What x makes goes to the last `gates` sums, what h makes to the first. A state of zero makes nothing.
   V sums[Cell::sums] = {};
 #pragma unroll
   for (int k = 0; k < Cell::sums; ++k) {
-    if (p.biases) sums[k] = load<width>(p.biases + (d * Cell::sums + k) * H + j);
+    if (p.biases) sums[k] = load<width>(p.biases + (d * Cell::sums + k) * p.H + j);
     if (k >= Cell::input_sum) sums[k] += input[k - Cell::input_sum];
-    if (k < Cell::gates && !reset) sums[k] += load<width>(hidden + Cell::hidden_gate(k) * hidden_stride);
+    if (k < Cell::gates && !reset) sums[k] += hidden(Cell::hidden_gate(k));
   }
-  V h{}, c{};
+  Forwarded<Cell, A, width> made{};
   if (!reset) {
-    h = load<width>(h_state);
-    if constexpr (Cell::has_cell) c = load<width>(c_state);
+    made.h = load<width>(h_state);
+    if constexpr (Cell::has_cell) made.c = load<width>(c_state);
   }
-
-  V saved[Cell::saved + 1];  // + 1: no array has no element
 #pragma unroll
   for (int i = 0; i < width; ++i) {
     A a[Cell::sums], gate[Cell::saved + 1];
 #pragma unroll
     for (int k = 0; k < Cell::sums; ++k) a[k] = sums[k][i];
     Cell::activate(a);
-    h[i] = Cell::forward(a, h[i], c[i], gate);
+    made.h[i] = Cell::forward(a, made.h[i], made.c[i], gate);
 #pragma unroll
-    for (int k = 0; k < Cell::saved; ++k) saved[k][i] = gate[k];
+    for (int k = 0; k < Cell::saved; ++k) made.saved[k][i] = gate[k];
   }
-  store<width>(p.y + (row * p.directions + d) * H + j, h);
-  store<width>(h_state, h);
+  store<width>(h_state, made.h);
+  if constexpr (Cell::has_cell) store<width>(c_state, made.c);
+  return made;
+}
+
+// All of it that outlives the step, but for the state.
+template <class Cell, class S, int width>
+FUSEDRNN_DEVICE void store_forward(const ForwardStep<S>& p, const Place& here, const Position& at,
+                                   const Forwarded<Cell, Accumulator<S>, width>& made) {
+  const auto [b, j, d] = at;
+  const int64_t row = here.start + b, H = p.H;
+  store<width>(p.y + (row * p.directions + d) * H + j, made.h);
   if constexpr (Cell::has_cell) {
-    store<width>(c_state, c);
-    if (p.c_n) store<width>(p.c_n + (d * p.B + b) * H + j, c);
-    if (p.cells) store<width>(p.cells + (d * p.N + row) * H + j, c);
+    if (p.c_n) store<width>(p.c_n + (d * p.B + b) * H + j, made.c);
+    if (p.cells) store<width>(p.cells + (d * p.N + row) * H + j, made.c);
   }
   if constexpr (Cell::saved > 0) {
     if (p.gates) {
 #pragma unroll
       for (int k = 0; k < Cell::saved; ++k)
-        store<width>(p.gates + ((d * p.N + row) * Cell::saved + k) * H + j, saved[k]);
+        store<width>(p.gates + ((d * p.N + row) * Cell::saved + k) * H + j, made.saved[k]);
     }
   }
 }
@@ -131,8 +143,10 @@ __global__ void __launch_bounds__(block_threads) forward_step(const __grid_const
   Values<Accumulator<S>, width> input[Cell::gates];
   load_input<Cell, S, width>(p, here, at, input);
   const int64_t row = at.d * p.B + at.b, state = row * p.H + at.j;
-  forward_units<Cell, S, width>(p, here, at, input, p.hidden + row * Cell::gates * p.H + at.j, p.H, p.h + state,
-                                p.c + state);
+  const auto* const from = p.hidden + row * Cell::gates * p.H + at.j;
+  const auto hidden = [&](int gate) { return load<width>(from + gate * p.H); };
+  store_forward<Cell, S, width>(
+      p, here, at, forward_units<Cell, S, width>(p, here, at, input, hidden, p.h + state, p.c + state));
 }
 
 // As for forward.
@@ -198,12 +212,9 @@ FUSEDRNN_DEVICE void store_gradients(const BackwardStep<S>& p, const Place& here
 
 // One step of some units of a row that takes part in it: from dh and dc of the state after it, all told but dy, to da and
 // to those of the state before it, but for what goes through W_hh. No gradient crosses a reset.
-template <class Cell, class S, int width>
-FUSEDRNN_DEVICE void backward_units(const BackwardStep<S>& p, const Place& here, const Position& at,
-                                    const ForBackward<Cell, Accumulator<S>, width>& v,
-                                    Values<Accumulator<S>, width>& dh, Values<Accumulator<S>, width>& dc,
-                                    Values<Accumulator<S>, width> (&da)[Cell::sums]) {
-  using A = Accumulator<S>;
+template <class Cell, class A, int width>
+FUSEDRNN_DEVICE void backward_units(const ForBackward<Cell, A, width>& v, Values<A, width>& dh, Values<A, width>& dc,
+                                    Values<A, width> (&da)[Cell::sums]) {
   dh += v.dy;
 #pragma unroll
   for (int i = 0; i < width; ++i) {
@@ -215,7 +226,6 @@ FUSEDRNN_DEVICE void backward_units(const BackwardStep<S>& p, const Place& here,
     for (int k = 0; k < Cell::sums; ++k) da[k][i] = gradient[k];
   }
   if (v.reset) dh = dc = {};
-  store_gradients<S, width>(p, here, at, da, v.h);
 }
 
 // The gradients of a row that is absent from a step.
@@ -241,7 +251,8 @@ __global__ void __launch_bounds__(block_threads) backward_step(const __grid_cons
     const auto v = load_for_backward<Cell, S, width>(p, p.previous[at.d], here, at);
     if constexpr (Cell::has_cell) dc = load<width>(p.dc + state);
     V da[Cell::sums];
-    backward_units<Cell, S, width>(p, here, at, v, dh, dc, da);
+    backward_units<Cell>(v, dh, dc, da);
+    store_gradients<S, width>(p, here, at, da, v.h);
     if constexpr (Cell::has_cell) store<width>(p.dc + state, dc);
   } else if (at.b < here.rows) {
     backward_nothing<Cell, S, width>(p, here, at);

@@ -195,7 +195,8 @@ class Layer {
   const cudaStream_t stream_;
   Blas* const blas_;
   const int D_;
-  const int64_t B_, H_, N_, chunk_bytes_;
+  const int64_t B_, H_, N_;
+  int64_t chunk_bytes_;
 };
 
 }  // namespace fusedrnn::cuda

@@ -1,11 +1,10 @@
 // The time loop. Per chunk of steps one product for the input of all of them, then the steps in order, then, backward, the
-// gradients of input and weights as products over the chunk. The steps of a chunk run by one of two schedules:
-//   step    per step one product and one kernel, for anything; the state in memory is all that stands between two steps
-//   block   all steps in one kernel (block.cuh), where W_hh fits a block's shared memory
+// gradients of input and weights as products over the chunk. The steps of a chunk run in one kernel (chunk_kernel.cuh) or by
+// the step schedule, which takes anything: per step one product and one kernel, and the state in memory is all that stands
+// between two steps.
 #pragma once
 
-#include "block.cuh"
-#include "layer.cuh"
+#include "chunk_kernel.cuh"
 #include "recurrence.h"
 
 namespace fusedrnn::cuda {
@@ -16,16 +15,11 @@ class Recurrence : Layer<Cell, S> {
   using Base::multiply, Base::convert, Base::elementwise, Base::vectors_for, Base::has_bias, Base::for_gate_blocks;
   using Base::same, Base::widest, Base::p_, Base::stream_, Base::D_, Base::B_, Base::H_, Base::N_, Base::chunk_bytes_;
   using typename Base::A, typename Base::Gradients;
-  static constexpr bool blocks = sizeof(A) == 4;  // float64 is for checks of gradients
 
  public:
-  Recurrence(const Problem& p, const Context& context)
-      : Base(p, context), room_(context.workspace), plan_(plan(p, context.limits)) {}
-
-  static BlockPlan plan(const Problem& p, const Limits& limits) {
-    if (!blocks) return {};
-    return block_plan(limits, p.sequence.T, p.sequence.B, p.H, p.directions, Cell::gates, Cell::has_cell, sizeof(S),
-                      sizeof(A));
+  Recurrence(const Problem& p, const Context& context, bool backward)
+      : Base(p, context), room_(context.workspace), kernel_(p, context.limits, context.tf32, backward) {
+    this->chunk_bytes_ = kernel_.chunk_bytes(context.chunk_bytes);
   }
 
   int64_t workspace_bytes(bool backward) {
@@ -66,7 +60,8 @@ class Recurrence : Layer<Cell, S> {
         multiply({chunk.rows[d], gates, p.I, 1, x, w_ih, room.input[d], gates, 0, element<S>(), element<A>(), false});
         step.first[d] = chunk.first[d];
       }
-      plan_.rows ? forward_blocks(step, chunk, room.offsets) : forward_steps(step, chunk, room, vectors);
+      kernel_ ? kernel_.forward(step, chunk, on_device(room.offsets), stream_)
+              : forward_steps(step, chunk, room, vectors);
     }
   }
 
@@ -98,7 +93,8 @@ class Recurrence : Layer<Cell, S> {
     for (int64_t end = p.sequence.T; end > 0;) {
       const Chunk chunk = chunk_up_to(p.sequence, D_, end, room.gradients.rows);
       for (int d = 0; d < D_; ++d) step.first[d] = chunk.first[d];
-      plan_.rows ? backward_blocks(step, chunk, room.offsets) : backward_steps(step, chunk, room, vectors);
+      kernel_ ? kernel_.backward(step, chunk, on_device(room.offsets), stream_)
+              : backward_steps(step, chunk, room, vectors);
       this->add_gradients(p, room.gradients, chunk);
       end = chunk.begin;
     }
@@ -123,10 +119,11 @@ class Recurrence : Layer<Cell, S> {
       const int64_t gates = Cell::gates * s.H_;
       rows = chunk_rows(s.N_, s.B_, s.D_ * gates * sizeof(A), s.chunk_bytes_);
       for (int d = 0; d < s.D_; ++d) input[d] = s.room_.template take<A>(rows * gates);
-      if (!s.plan_.rows) hidden = s.room_.template take<A>(s.D_ * s.B_ * gates);
+      if (!s.kernel_) hidden = s.room_.template take<A>(s.D_ * s.B_ * gates);
       biases = s.room_.template take<A>(s.D_ * Cell::sums * s.H_);
       if (Cell::has_cell && !same) c = s.room_.template take<A>(s.D_ * s.B_ * s.H_);
       if (s.needs_offsets()) offsets = s.room_.template take<int64_t>(s.p_.sequence.T + 1);
+      s.kernel_.take(s.room_);
       if (s.copies_weights(false)) w_hh = s.room_.template take<S>(s.D_ * gates * s.H_);
     }
   };
@@ -144,6 +141,7 @@ class Recurrence : Layer<Cell, S> {
       dh = s.room_.template take<A>(states);
       if (Cell::has_cell) dc = s.room_.template take<A>(states);
       if (s.needs_offsets()) offsets = s.room_.template take<int64_t>(s.p_.sequence.T + 1);
+      s.kernel_.take(s.room_);
       if (s.copies_weights(true)) w_hh = s.room_.template take<S>(s.D_ * Cell::gates * s.H_ * s.H_);
     }
   };
@@ -154,7 +152,7 @@ class Recurrence : Layer<Cell, S> {
     return sequence;
   }
 
-  bool needs_offsets() const { return plan_.rows && p_.sequence.offsets; }
+  bool needs_offsets() const { return kernel_ && p_.sequence.offsets; }
 
   void copy_offsets(int64_t* to) {
     const int64_t count = p_.sequence.T + 1;
@@ -166,7 +164,7 @@ class Recurrence : Layer<Cell, S> {
   }
 
   bool copies_weights(bool in_order_of_sums) const {
-    return !plan_.rows && (D_ == 2 || (in_order_of_sums && Cell::hidden_gate(0) != 0));
+    return !kernel_ && (D_ == 2 || (in_order_of_sums && Cell::hidden_gate(0) != 0));
   }
 
   // W_hh of all directions one behind the other, the gates in the order of the sums on request.
@@ -227,31 +225,6 @@ class Recurrence : Layer<Cell, S> {
                 std::max(most_rows(step.here), most_rows(step.later)), H_, step, D_);
   }
 
-  void forward_blocks(const ForwardStep<S>& step, const Chunk& chunk, const int64_t* offsets) {
-    if constexpr (blocks) {
-      const auto& w = p_.weights;
-      const BlockForward<S> p{step, chunk.begin, chunk.end, on_device(offsets), {as<S>(w[0].w_hh), as<S>(w[1].w_hh)}};
-      launch_blocks(p, block_forward<Cell, S, 1>, block_forward<Cell, S, 2>, block_forward<Cell, S, 4>);
-    }
-  }
-
-  void backward_blocks(const BackwardStep<S>& step, const Chunk& chunk, const int64_t* offsets) {
-    if constexpr (blocks) {
-      const auto& w = p_.weights;
-      const BlockBackward<S> p{step, chunk.begin, chunk.end, on_device(offsets), {as<S>(w[0].w_hh), as<S>(w[1].w_hh)}};
-      launch_blocks(p, block_backward<Cell, S, 1>, block_backward<Cell, S, 2>, block_backward<Cell, S, 4>);
-    }
-  }
-
-  // By the rows of a block.
-  template <class P>
-  void launch_blocks(const P& p, void (*one)(P), void (*two)(P), void (*four)(P)) {
-    const int rows = plan_.rows;
-    const Geometry geometry{(B_ + rows - 1) / rows, static_cast<unsigned>(D_), 1, static_cast<unsigned>(plan_.threads),
-                            1};
-    launch(rows == 1 ? one : rows == 2 ? two : four, geometry, stream_, p, plan_.shared_bytes);
-  }
-
   // Both directions at once where they have as many rows; f(first direction, how many, rows).
   template <class F>
   void for_directions(const Place (&here)[2], const F& f) {
@@ -268,7 +241,7 @@ class Recurrence : Layer<Cell, S> {
   }
 
   Room room_;
-  const BlockPlan plan_;
+  ChunkKernel<Cell, S> kernel_;
 };
 
 // f(a scalar) with the type that the params name.
@@ -289,10 +262,11 @@ void with_scalar(ScalarKind scalar, const F& f) {
 }
 
 template <class Cell>
-BlockPlan RecurrenceOf<Cell>::plan(const Problem& p, const Limits& limits) {
-  BlockPlan plan{};
-  with_scalar(p.scalar, [&](auto s) { plan = Recurrence<Cell, decltype(s)>::plan(p, limits); });
-  return plan;
+const char* RecurrenceOf<Cell>::schedule(const Problem& p, const Limits& limits, bool tf32) {
+  const char* name = nullptr;
+  with_scalar(p.scalar,
+              [&](auto s) { name = ChunkKernel<Cell, decltype(s)>(p, limits, tf32, false).name(); });
+  return name;
 }
 
 template <class Cell>
@@ -300,18 +274,20 @@ int64_t RecurrenceOf<Cell>::workspace_bytes(const Problem& p, bool backward, con
   Context counting = context;
   counting.workspace = nullptr;
   int64_t bytes = 0;
-  with_scalar(p.scalar, [&](auto s) { bytes = Recurrence<Cell, decltype(s)>(p, counting).workspace_bytes(backward); });
+  with_scalar(p.scalar, [&](auto s) {
+    bytes = Recurrence<Cell, decltype(s)>(p, counting, backward).workspace_bytes(backward);
+  });
   return bytes;
 }
 
 template <class Cell>
 void RecurrenceOf<Cell>::forward(const ForwardParams& p, const Context& context) {
-  with_scalar(p.scalar, [&](auto s) { Recurrence<Cell, decltype(s)>(p, context).forward(p); });
+  with_scalar(p.scalar, [&](auto s) { Recurrence<Cell, decltype(s)>(p, context, false).forward(p); });
 }
 
 template <class Cell>
 void RecurrenceOf<Cell>::backward(const BackwardParams& p, const Context& context) {
-  with_scalar(p.scalar, [&](auto s) { Recurrence<Cell, decltype(s)>(p, context).backward(p); });
+  with_scalar(p.scalar, [&](auto s) { Recurrence<Cell, decltype(s)>(p, context, true).backward(p); });
 }
 
 }  // namespace fusedrnn::cuda

@@ -48,14 +48,26 @@ constexpr Geometry elementwise_geometry(int64_t rows, int64_t units, int width, 
           static_cast<unsigned>(x), static_cast<unsigned>(y)};
 }
 
-// What a GPU offers: cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin.
+// The schedules besides the step schedule, as bits.
+enum Schedules : unsigned { block_schedule = 1, cluster_schedule = 2, grid_schedule = 4, all_schedules = 7 };
+
+// What a GPU offers (cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin, the most blocks of a
+// cluster, or 0) and which schedules may be used on it.
 struct Limits {
-  int multiprocessors, shared_bytes;
+  int multiprocessors, shared_bytes, largest_cluster;
+  unsigned schedules;
 };
+
+// Below 8 steps, loading the weights takes longer than the launches that are saved.
+constexpr int64_t fewest_resident_steps = 8;
 
 // The block schedule (block.cuh). With so many threads, each can have 128 registers.
 constexpr int most_block_threads = 512;
 constexpr int block_register_budget = 128;
+
+// Weights that a step reads from shared memory in some 500 cycles, at 128 bytes each; from there on tensor cores with the
+// weights in registers take less time, what blocks have to hand each other included.
+constexpr int64_t block_weight_bytes = 64 << 10;
 
 // Neighbouring outputs that a thread computes: 4 bytes of weights, the width of a bank of shared memory.
 constexpr FUSEDRNN_INLINE int adjacent_units(int scalar_bytes) { return scalar_bytes < 4 ? 4 / scalar_bytes : 1; }
@@ -87,10 +99,11 @@ constexpr BlockPlan block_shape(int rows, int64_t H, int gates, bool has_cell, i
 
 // Few rows a block, for a step takes longer the more there are, and 8 would need more registers than there are; but not
 // more blocks than multiprocessors, for each fills one. A batch that does not fit that way has enough rows for the step
-// schedule's products to be good. Below 8 steps, loading the weights takes longer than the launches that are saved.
+// schedule's products to be good.
 constexpr BlockPlan block_plan(const Limits& limits, int64_t T, int64_t B, int64_t H, int directions, int gates,
                                bool has_cell, int scalar_bytes, int accumulator_bytes) {
-  if (T < 8 || B == 0 || H > 2 * most_block_threads) return {0, 0, 0};
+  const bool allowed = limits.schedules & block_schedule;
+  if (!allowed || T < fewest_resident_steps || B == 0 || H > 2 * most_block_threads) return {0, 0, 0};
   for (const int rows : {1, 2, 4}) {
     const BlockPlan plan = block_shape(rows, H, gates, has_cell, scalar_bytes, accumulator_bytes);
     if ((B + rows - 1) / rows * directions <= limits.multiprocessors && plan.threads <= most_block_threads &&
@@ -98,6 +111,117 @@ constexpr BlockPlan block_plan(const Limits& limits, int64_t T, int64_t B, int64
       return plan;
   }
   return {0, 0, 0};
+}
+
+// The resident schedules (resident.cuh): the blocks of a team keep the recurrent weights of a direction in their registers,
+// as operands of tensor cores, and what does not fit there in shared memory; each step they hand each other what they made
+// of the state, in a cluster through their shared memory, in a grid through the L2.
+constexpr int resident_threads = 256;
+constexpr int resident_warps = resident_threads / 32;
+constexpr int resident_register_budget = 255;  // one block to a multiprocessor
+
+// A warp has two slots, each a part of the inner dimension for 16 rows of weights, of which so many groups (of 64 bytes a
+// row: mma.cuh) are in registers: 2 * 8 groups of 8 registers a thread leave as many for everything else.
+constexpr int slots = 2 * resident_warps;
+constexpr int register_groups = 8;
+constexpr int group_words = 16;
+constexpr int fragment_bytes = 8 * 32 * 4;  // of a slot's group: 8 registers of 32 threads
+
+constexpr int tile_columns = 8;  // rows of the batch that an instruction takes
+constexpr int units_at_once = 2;  // units of a tile that a thread takes in turn
+
+// Teams with more tiles of the batch than this give cuBLAS's products enough rows to be as fast as these, which take 8 at a
+// time.
+constexpr int most_tiles = 8;
+
+// A chunk's steps pay for loading the weights; what a chunk makes need not stay in L2, for it is read ahead of its use.
+constexpr int64_t resident_chunk_factor = 4;
+
+struct ResidentPlan {
+  int blocks;        // of a team, or 0 where another schedule must do
+  int units;         // of a block, a multiple of 8
+  int rows, tiles;   // of the batch in a tile, and tiles of a team
+  int teams;         // of a direction
+  bool cluster;      // or a grid
+  int shared_bytes;
+};
+
+// How a block lies in its registers and its shared memory. Operands are 32-bit words, two or one of the scalars.
+struct ResidentLayout {
+  int gate_words;      // of all units, of one gate of what comes in
+  int groups;          // of words of the inner dimension
+  int row_tiles;       // of 16 rows of weights
+  int slots_per_part;  // that share a part of the inner dimension, even or 1, so that a warp's two share it or the rows
+  int parts;           // of the inner dimension
+  int part_groups;     // groups of a part
+  int operand_ld;      // words of a row of what comes in: half of the banks from row to row, for loads of 16 bytes
+  int sums_ld;         // a step of 8 banks from every second row to the next, for the stores of two columns each
+  // Offsets in bytes of shared memory:
+  int operand;         // [tiles][2][8][operand_ld] in a cluster, [8][operand_ld] in a grid
+  int made;            // [gates that come in][rows][units] what is handed on
+  int sums;            // [parts][8][sums_ld]
+  int states;          // [tiles][rows][units] twice, once for cells without a cell state
+  int barriers;        // [tiles][2] in a cluster
+  int overflow;        // [parts][row_tiles][groups beyond the registers][2][32 threads][4]
+  int bytes;
+};
+
+constexpr FUSEDRNN_INLINE int round_up(int64_t x, int to) { return static_cast<int>((x + to - 1) / to * to); }
+
+constexpr FUSEDRNN_INLINE ResidentLayout resident_layout(const ResidentPlan& plan, int gates_in, int gates_out,
+                                                         bool has_cell, int scalar_bytes) {
+  ResidentLayout l{};
+  l.gate_words = round_up(static_cast<int64_t>(plan.blocks) * plan.units * scalar_bytes / 4, group_words);
+  l.groups = gates_in * l.gate_words / group_words;
+  l.row_tiles = round_up(gates_out * plan.units, 16) / 16;
+  l.slots_per_part = l.row_tiles == 1 ? 1 : round_up(l.row_tiles, 2);
+  const int most_parts = slots / l.slots_per_part;
+  l.part_groups = most_parts ? (l.groups + most_parts - 1) / most_parts : l.groups;
+  l.parts = (l.groups + l.part_groups - 1) / l.part_groups;
+  l.operand_ld = (l.groups % 2 ? l.groups : l.groups + 1) * group_words;
+  l.sums_ld = l.row_tiles * 16 + 4;
+  const int buffers = plan.cluster ? 2 * plan.tiles : 1, beyond = l.part_groups - register_groups;
+  l.made = l.operand + buffers * tile_columns * l.operand_ld * 4;
+  l.sums = l.made + gates_in * plan.rows * plan.units * scalar_bytes;
+  l.states = l.sums + l.parts * tile_columns * l.sums_ld * 4;
+  l.barriers = round_up(l.states + (1 + has_cell) * plan.tiles * plan.rows * plan.units * 4, 8);
+  l.overflow = round_up(l.barriers + (plan.cluster ? plan.tiles * 2 * 8 : 0), 16);
+  l.bytes = l.overflow + (beyond > 0 ? l.parts * l.row_tiles * beyond * fragment_bytes : 0);
+  return l;
+}
+
+// The fewest blocks whose registers hold all the weights, for the fewer share a state, the less there is to hand on; or else
+// the fewest that hold them at all. The batch is shared out over as many teams as there is room for.
+constexpr ResidentPlan resident_plan(const Limits& limits, bool cluster, int64_t T, int64_t B, int64_t H, int directions,
+                                     int gates_in, int gates_out, bool has_cell, int scalar_bytes) {
+  const bool allowed = limits.schedules & (cluster ? cluster_schedule : grid_schedule);
+  const int most = cluster ? std::min(limits.largest_cluster, 16) : limits.multiprocessors / directions;
+  if (!allowed || T < fewest_resident_steps || B == 0 || H > (int64_t{1} << 20)) return {};
+  for (const bool in_registers : {true, false})
+    for (int blocks = 2; blocks <= most; blocks = cluster ? 2 * blocks : blocks + 1) {
+      const int units = round_up((H + blocks - 1) / blocks, 8);
+      if (units * tile_columns > units_at_once * resident_threads || (blocks - 1) * static_cast<int64_t>(units) >= H)
+        continue;
+      const int room = std::max(1, limits.multiprocessors / blocks / directions);
+      const int64_t of_a_team = (B + room - 1) / room, all_tiles = (of_a_team + tile_columns - 1) / tile_columns;
+      ResidentPlan plan{blocks, units, static_cast<int>((of_a_team + all_tiles - 1) / all_tiles), 1, 0, cluster, 0};
+      const auto layout = [&] { return resident_layout(plan, gates_in, gates_out, has_cell, scalar_bytes); };
+      if (layout().slots_per_part > slots || (in_registers && layout().part_groups > register_groups)) continue;
+      if (all_tiles > most_tiles) return {};
+      const auto fits = [&](int64_t tiles) {
+        plan.tiles = static_cast<int>(tiles);
+        plan.shared_bytes = layout().bytes;
+        return plan.shared_bytes <= limits.shared_bytes;
+      };
+      // The blocks of a grid must all be there. More clusters than run at once take turns, all as long.
+      int64_t turns = 1;
+      while (!fits((all_tiles + turns - 1) / turns) && cluster && turns < all_tiles) ++turns;
+      if (plan.shared_bytes > limits.shared_bytes) continue;
+      const int64_t rows = static_cast<int64_t>(plan.tiles) * plan.rows;
+      plan.teams = static_cast<int>((B + rows - 1) / rows);
+      return plan;
+    }
+  return {};
 }
 
 }  // namespace fusedrnn::cuda

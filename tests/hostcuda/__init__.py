@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from enum import IntEnum
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +25,8 @@ from torch import Tensor
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 COMPILER = os.environ.get("CXX", "g++")  # GCC: Clang calls the access functions by other names
-KERNELS = ("rnn.cu", "lstm.cu", "gru.cu")
+KERNELS = (Path("rnn.cu"), Path("lstm.cu"), Path("gru.cu"))  # of csrc/cuda
+FEW_KERNELS = (HERE / "few.cu",)
 
 # As csrc/params.h numbers them.
 CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3}
@@ -37,8 +39,10 @@ def _run_compiler(*arguments: object) -> None:
     subprocess.run([COMPILER, *map(str, arguments)], check=True, capture_output=True, text=True)
 
 
-def build(csrc: Path = ROOT / "csrc", folder: Path = ROOT / "build" / "hostcuda") -> Path:
-    """Compiles what has changed of `csrc` and the shim; returns the module's file."""
+def build(
+    csrc: Path = ROOT / "csrc", folder: Path = ROOT / "build" / "hostcuda", kernels: tuple[Path, ...] = KERNELS
+) -> Path:
+    """Compiles what has changed of `csrc`, `kernels` and the shim; returns the module's file."""
     import pybind11
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -46,8 +50,8 @@ def build(csrc: Path = ROOT / "csrc", folder: Path = ROOT / "build" / "hostcuda"
     flags += [f"-I{csrc}", f"-I{HERE}", "-DFUSEDRNN_HOSTCUDA"]
     watched = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-fsanitize=bounds", "-x", "c++"]
     glue = ["-O1", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    sources = [(csrc / "cuda" / name, watched) for name in KERNELS]
-    sources += [(csrc / "cuda" / "cuda.cpp", []), (HERE / "shim.cpp", ["-O2"]), (HERE / "module.cpp", glue)]
+    sources = [(csrc / "cuda" / kernel, watched) for kernel in kernels]
+    sources += [(csrc / "cuda" / "cuda.cpp", []), (HERE / "memory.cpp", ["-O2"]), (HERE / "threads.cpp", ["-O2"]), (HERE / "module.cpp", glue)]
     headers = [
         *sorted(csrc.glob("*.h")),
         *sorted(csrc.glob("cells/*.h")),
@@ -79,7 +83,7 @@ def build(csrc: Path = ROOT / "csrc", folder: Path = ROOT / "build" / "hostcuda"
     return made
 
 
-def changed(folder: Path, file: str, line: int, new: str) -> Path:
+def changed(folder: Path, file: str, line: int, new: str, kernels: tuple[Path, ...] = FEW_KERNELS) -> Path:
     """Builds a copy of the sources in `folder` with another line (counted from 0) in a file of csrc/cuda."""
     csrc, made = folder / "csrc", folder / "build"
     for part in ("cells", "cuda"):
@@ -91,7 +95,7 @@ def changed(folder: Path, file: str, line: int, new: str) -> Path:
     lines[line] = new
     path.write_text("\n".join(lines) + "\n")
     shutil.copytree(build().parents[1], made)  # the objects that the change leaves as they are
-    return build(csrc, made)
+    return build(csrc, made, kernels)
 
 
 @cache
@@ -107,10 +111,22 @@ def library(path: Path | None = None) -> ModuleType:
     return module
 
 
+class Schedules(IntEnum):
+    """Which may be used besides the step schedule, as csrc/cuda/tuning.h numbers them."""
+
+    STEP = 0
+    BLOCK = 1
+    CLUSTER = 2
+    GRID = 4
+    ALL = 7
+
+
 seed = 0  # of the order in which a launch's threads run
 chunk_bytes = 32 << 20  # as tuning.h has it
 shifted = False  # whether arrays begin an element after an aligned address
-multiprocessors = 0  # of the GPU that is imitated; 0: nothing but the step schedule
+multiprocessors = 132  # of the GPU that is imitated, and the most blocks of a cluster there
+largest_cluster = 16
+schedules = Schedules.STEP
 
 
 def _array(tensor: Tensor) -> np.ndarray:
@@ -118,21 +134,30 @@ def _array(tensor: Tensor) -> np.ndarray:
     return (tensor.view(torch.int16) if tensor.element_size() == 2 else tensor).numpy()
 
 
-def schedule(cell: str, dtype: torch.dtype, T: int, B: int, I: int, H: int, directions: int) -> str:  # noqa: E741
-    """The one that such a call takes on a GPU of so many multiprocessors."""
-    sizes = library().Sizes(CELLS[cell], SCALARS[dtype], T, B, I, H, directions, chunk_bytes, multiprocessors, shifted)
-    return library().schedule(sizes)
+def _sizes(cell: str, dtype: torch.dtype, shape: tuple[int, ...]):
+    limits = (multiprocessors, largest_cluster, int(schedules))
+    return library().Sizes(CELLS[cell], SCALARS[dtype], *shape, chunk_bytes, *limits, shifted)
 
 
-def _run(pass_name: str, cell: str, x: Tensor, hx: Tensor, batch_sizes, inputs: dict, results: dict, partly=()) -> None:
+def schedule(cell: str, dtype: torch.dtype, shape: tuple[int, ...], tf32: bool = False) -> str:
+    """The one that such a call, of T, B, I, H and directions, takes forward."""
+    return library().schedule(_sizes(cell, dtype, shape), tf32)
+
+
+def schedule_of(case, tf32: bool = False) -> str:
+    """That of a case of tests/cases.py."""
+    return schedule(case.equations, case.torch_dtype, (case.T, case.B, case.I, case.H, case.directions), tf32)
+
+
+def _run(pass_name, cell, x: Tensor, hx: Tensor, batch_sizes, tf32, inputs: dict, results: dict, partly=()) -> None:
     directions, batch, hidden = hx.shape
     steps = x.size(0) if batch_sizes is None else len(batch_sizes)
     offsets = None if batch_sizes is None else [0, *np.cumsum(batch_sizes.numpy()).tolist()]
     shape = (steps, batch, x.size(-1), hidden, directions)
-    sizes = library().Sizes(CELLS[cell], SCALARS[x.dtype], *shape, chunk_bytes, multiprocessors, shifted)
+    sizes = _sizes(cell, x.dtype, shape)
     given = {name: _array(tensor) for name, tensor in (inputs | {"x": x, "hx": hx}).items() if tensor is not None}
     made = {name: _array(tensor) for name, tensor in results.items()}
-    error, not_whole = getattr(library(), pass_name)(seed, sizes, offsets, given, made)
+    error, not_whole = getattr(library(), pass_name)(seed, sizes, tf32, offsets, given, made)
     assert not error, error
     assert set(not_whole) <= set(partly), f"{not_whole} are not written as a whole"
 
@@ -144,7 +169,6 @@ def _named_weights(weights: list[Tensor], hx: Tensor, prefix: str = "") -> dict[
 
 
 def forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, save, tf32) -> list[Tensor]:
-    assert not tf32, "there is no TF32 on the host"
     rows = x.shape[:-1].numel()
     directions, _, hidden = hx.shape
     results = {"y": x.new_empty(*x.shape[:-1], directions * hidden), "h_n": torch.empty_like(hx)}
@@ -155,14 +179,13 @@ def forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, save, tf32) 
     if save and cx is not None:
         results["cells"] = x.new_empty(directions, rows, hidden)
     inputs = {"cx": cx, "lengths": lengths, "resets": resets} | _named_weights(weights, hx)
-    _run("forward", cell, x, hx, batch_sizes, inputs, results, () if lengths is None else ("gates", "cells"))
+    _run("forward", cell, x, hx, batch_sizes, tf32, inputs, results, () if lengths is None else ("gates", "cells"))
     return list(results.values())
 
 
 def backward(
     cell, dy, dh_n, dc_n, x, y, hx, cx, saved, weights, batch_sizes, lengths, resets, wanted, tf32
 ) -> list[Tensor]:
-    assert not tf32, "there is no TF32 on the host"
     inputs = {"y": y, "cx": cx, "dy": dy, "dh_n": dh_n, "dc_n": dc_n, "lengths": lengths, "resets": resets}
     inputs |= dict(zip(("gates", "cells"), saved)) | _named_weights(weights, hx)  # noqa: B905
     like = {"dx": x, "dhx": hx} | ({} if cx is None else {"dcx": cx}) | _named_weights(weights, hx, "d")
@@ -171,5 +194,5 @@ def backward(
         for (n, t), want in zip(like.items(), wanted, strict=True)
         if want
     }
-    _run("backward", cell, x, hx, batch_sizes, inputs, results)
+    _run("backward", cell, x, hx, batch_sizes, tf32, inputs, results)
     return list(results.values())

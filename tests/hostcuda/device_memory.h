@@ -1,4 +1,4 @@
-// The device memory of shim.cpp, for whoever fills and reads it between launches.
+// The device memory of memory.cpp, for whoever fills and reads it between launches.
 #pragma once
 
 #include <cstddef>
@@ -9,6 +9,9 @@ namespace shim {
 
 // Forgets everything and chooses the order of threads. What comes after belongs to one test.
 void reset(uint64_t seed);
+
+// The memory's part of that.
+void forget_memory();
 
 // Memory of that size between guard bytes, 256-aligned; `name` is for reports.
 void* allocate(size_t bytes, const std::string& name);

@@ -88,8 +88,9 @@ struct Sizes {
   int64_t T, B, I, H;
   int directions;
   int64_t chunk_bytes;
-  int multiprocessors;  // none: the step schedule
-  bool shifted;         // whether arrays begin an element after an aligned address
+  int multiprocessors, largest_cluster;
+  unsigned schedules;  // besides the step schedule
+  bool shifted;        // whether arrays begin an element after an aligned address
 };
 
 // A problem's arrays in device memory, by the names that the params have.
@@ -126,8 +127,8 @@ class Device {
   Arrays& outputs_;
 };
 
-// Of an H100 with so many multiprocessors.
-cuda::Limits limits(const Sizes& s) { return {s.multiprocessors, 227 << 10}; }
+// Of an H100, but for what is given.
+cuda::Limits limits(const Sizes& s) { return {s.multiprocessors, 227 << 10, s.largest_cluster, s.schedules}; }
 
 void set_problem(Problem& p, const Sizes& s, const std::optional<std::vector<int64_t>>& offsets, const Device& device) {
   p.cell = static_cast<CellKind>(s.cell);
@@ -145,15 +146,15 @@ void set_problem(Problem& p, const Sizes& s, const std::optional<std::vector<int
 
 template <class Params>
 auto run(void (*pass)(const Params&, const cuda::Context&), const Params& p, bool backward, const Sizes& sizes,
-         Device& device) {
+         bool tf32, Device& device) {
   Loops loops;
-  cuda::Context context{nullptr, &loops, nullptr, limits(sizes), sizes.chunk_bytes};
+  cuda::Context context{nullptr, &loops, nullptr, limits(sizes), tf32, sizes.chunk_bytes};
   context.workspace = shim::allocate_workspace(cuda::workspace_bytes(p, backward, context));
   pass(p, context);
   return device.finish();
 }
 
-std::string schedule(const Sizes& s) {
+std::string schedule(const Sizes& s, bool tf32) {
   Problem p{};
   p.cell = static_cast<CellKind>(s.cell);
   p.scalar = static_cast<ScalarKind>(s.scalar);
@@ -162,20 +163,34 @@ std::string schedule(const Sizes& s) {
   p.I = s.I;
   p.H = s.H;
   p.directions = s.directions;
-  return cuda::schedule(p, limits(s));
+  return cuda::schedule(p, limits(s), tf32);
 }
 
-auto forward(uint64_t seed, const Sizes& sizes, const std::optional<std::vector<int64_t>>& offsets,
+// What tuning.h chooses for a cluster or a grid, by name.
+std::map<std::string, int> resident_plan(int multiprocessors, bool cluster, int64_t B, int64_t H, int directions,
+                                         int gates_in, int gates_out, bool has_cell, int scalar_bytes) {
+  const cuda::Limits limits{multiprocessors, 227 << 10, 16, cuda::all_schedules};
+  const cuda::ResidentPlan plan = cuda::resident_plan(limits, cluster, cuda::fewest_resident_steps, B, H, directions,
+                                                      gates_in, gates_out, has_cell, scalar_bytes);
+  if (!plan.blocks) return {};
+  const cuda::ResidentLayout layout = cuda::resident_layout(plan, gates_in, gates_out, has_cell, scalar_bytes);
+  return {{"blocks", plan.blocks}, {"units", plan.units},
+          {"rows", plan.rows},     {"tiles", plan.tiles},
+          {"teams", plan.teams},   {"shared_bytes", plan.shared_bytes},
+          {"parts", layout.parts}, {"part_groups", layout.part_groups}};
+}
+
+auto forward(uint64_t seed, const Sizes& sizes, bool tf32, const std::optional<std::vector<int64_t>>& offsets,
              const Arrays& inputs, Arrays outputs) {
   Device device(sizes, seed, inputs, outputs);
   ForwardParams p{};
   set_problem(p, sizes, offsets, device);
   p.x = device["x"], p.hx = device["hx"], p.cx = device["cx"];
   p.y = device["y"], p.h_n = device["h_n"], p.c_n = device["c_n"], p.gates = device["gates"], p.cells = device["cells"];
-  return run(&cuda::forward, p, false, sizes, device);
+  return run(&cuda::forward, p, false, sizes, tf32, device);
 }
 
-auto backward(uint64_t seed, const Sizes& sizes, const std::optional<std::vector<int64_t>>& offsets,
+auto backward(uint64_t seed, const Sizes& sizes, bool tf32, const std::optional<std::vector<int64_t>>& offsets,
               const Arrays& inputs, Arrays outputs) {
   Device device(sizes, seed, inputs, outputs);
   BackwardParams p{};
@@ -189,17 +204,19 @@ auto backward(uint64_t seed, const Sizes& sizes, const std::optional<std::vector
     p.gradients[d] = {device["dw_ih" + suffix], device["dw_hh" + suffix], device["db_ih" + suffix],
                       device["db_hh" + suffix]};
   }
-  return run(&cuda::backward, p, true, sizes, device);
+  return run(&cuda::backward, p, true, sizes, tf32, device);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(hostcuda, m) {
   py::class_<Sizes>(m, "Sizes", py::module_local())
-      .def(py::init<int, int, int64_t, int64_t, int64_t, int64_t, int, int64_t, int, bool>(), py::arg("cell"),
+      .def(py::init<int, int, int64_t, int64_t, int64_t, int64_t, int, int64_t, int, int, unsigned, bool>(), py::arg("cell"),
            py::arg("scalar"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("directions"),
-           py::arg("chunk_bytes"), py::arg("multiprocessors"), py::arg("shifted"));
+           py::arg("chunk_bytes"), py::arg("multiprocessors"), py::arg("largest_cluster"), py::arg("schedules"),
+           py::arg("shifted"));
   m.def("schedule", &schedule);
+  m.def("resident_plan", &resident_plan);
   m.def("forward", &forward);
   m.def("backward", &backward);
 }

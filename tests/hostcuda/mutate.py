@@ -18,17 +18,22 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import test_hostcuda as tests
 import torch
-from cases import CELLS, Case
+from cases import Case
 
 import hostcuda
-from fusedrnn import _ops
+from fusedrnn import _autograd, _dispatch, _ops
+from hostcuda import Schedules
 
-FILES = ("elementwise.cuh", "block.cuh", "recurrence.cuh", "layer.cuh", "places.h", "values.cuh", "tuning.h")
+FILES = (
+    *("elementwise.cuh", "block.cuh", "resident.cuh", "exchange.cuh", "mma.cuh", "chunk_kernel.cuh"),
+    *("recurrence.cuh", "layer.cuh", "places.h", "values.cuh", "tuning.h"),
+)
 # What is replaced by what. A whole token is matched, with the spaces around an operator.
 REPLACEMENTS = (
     (r" \+ ", (" - ",)),
@@ -71,14 +76,19 @@ class Mutant(NamedTuple):
 
 
 def code_lines(text: str) -> list[tuple[int, str]]:
-    """Lines of functions: no comments, directives, template heads and declarations of members."""
-    lines = []
+    """Lines of functions that the host runs: no comments, directives, template heads and declarations of members."""
+    lines, on_gpu = [], [False]  # of each #if around
     for number, line in enumerate(text.splitlines()):
         code = line.split("//")[0].rstrip()
-        if code and not re.match(
-            r"\s*(#|template|using|namespace|struct|class|static_assert|extern|public|private)", code
-        ):
-            lines.append((number, code))
+        if code.startswith("#if"):
+            on_gpu.append(on_gpu[-1])
+        elif code == "#else":
+            on_gpu[-1] = True
+        elif code == "#endif":
+            on_gpu.pop()
+        elif code and not on_gpu[-1]:
+            if not re.match(r"\s*(#|template|using|namespace|struct|class|static_assert|extern|public|private)", code):
+                lines.append((number, code))
     return lines
 
 
@@ -96,36 +106,55 @@ def mutants(file: str) -> list[Mutant]:
 
 
 def checks() -> list[Callable[[], None]]:
-    """The tests of test_hostcuda.py that see most, those first that fail most often; what they want is found here."""
+    """The tests that see most, those first that fail most often; what they want is found here. Of the instantiations only
+    those of few.cu are built: GRU in bfloat16 and LSTM in float32."""
+    kinds = ({"cell": "gru", "dtype": "bfloat16"}, {"cell": "lstm"})
     shapes = [{"T": 5, "B": 4, "I": 3, "H": h, "bidirectional": both} for h in (9, 8) for both in (True, False)]
-    cases = [Case(**kind, **shape) for shape in shapes for kind in CELLS]
+    cases = [Case(**kind, **shape) for shape in shapes for kind in kinds]
     rows = [call for case in cases for call in tests.calls(case).values()]
-    rows += [tests.Call(replace(call.case, dtype="bfloat16")) for call in rows[::7]]
-    rows += [tests.Call(case) for case in tests.SIZES[::3]]
+    rows += [tests.Call(replace(case, **kind)) for case in tests.SIZES[::3] for kind in kinds]
     rows += [tests.Call(replace(case, bias=False)) for case in cases[:4]]
     rows += [tests.Call(replace(case, B=0)) for case in cases[:4]]
-    blocks = [
-        tests.calls(replace(case, T=8, bidirectional=both, dtype=dtype))[name]
-        for case in cases[:4]
-        for both, dtype in ((True, "float32"), (False, "bfloat16"))
+    chunk_kernels = [
+        tests.calls(replace(case, T=8, **shape))[name]
+        for shape in ({"B": 4, "bidirectional": True}, {"H": 26, "B": 17})
+        for case in cases[:2]
         for name in ("padded", "packed", "lengths and resets")
     ]
-    for call in rows + blocks:
+    large = [tests.Call(Case("lstm", T=8, B=3, I=2, H=160))]
+    for call in rows + chunk_kernels + large:
         tests.wanted(call)
 
-    def check(call: tests.Call, chunk_bytes: int, multiprocessors: int) -> None:
-        hostcuda.chunk_bytes, hostcuda.multiprocessors = chunk_bytes, multiprocessors
+    def check(call: tests.Call, **settings: int) -> None:
+        for name, value in settings.items():
+            setattr(hostcuda, name, value)
         tests.check(call)
 
-    few = [call for call in rows[:112] if call.case.lengths or not (call.lengths or call.resets)]
-    sets = [
-        (1 << 20, 2, blocks),
-        (1 << 20, 0, rows),
-        (2000, 0, few),
-        (1, 0, few),
-    ]  # 2: blocks of 4 rows, both directions
-    sets += [(1 << 20, 100, blocks), (2000, 4, blocks)]
-    return [lambda c=c, n=n, m=m: check(c, n, m) for n, m, calls in sets for c in calls]
+    def check_tf32(call: tests.Call, schedule: Schedules) -> None:
+        hostcuda.schedules = schedule
+        ours, use_tf32 = None, _dispatch.use_tf32
+        _dispatch.use_tf32 = lambda x: x.dtype == torch.float32
+        try:
+            ours = tests.run_recurrence(_autograd.recurrence, call)
+        finally:
+            _dispatch.use_tf32 = use_tf32
+        tests.assert_all_as_good(ours, *tests.wanted(call), torch.float16)
+
+    few = [call for call in rows if call.case.lengths or not (call.lengths or call.resets)]
+    usual = {"chunk_bytes": 1 << 20, "multiprocessors": 4}
+    todo = []
+    for schedules in (Schedules.CLUSTER, Schedules.GRID, Schedules.BLOCK):
+        todo += [partial(check, call, schedules=schedules, seed=i, **usual) for i, call in enumerate(chunk_kernels)]
+        todo += [partial(check_tf32, call, schedules) for call in chunk_kernels if call.case.cell == "lstm"]
+    todo += [partial(check, call, schedules=Schedules.STEP, **usual) for call in rows]
+    for chunk_bytes in (2000, 1):
+        for schedules in (Schedules.STEP, Schedules.CLUSTER, Schedules.GRID, Schedules.BLOCK):
+            calls = few if schedules == Schedules.STEP else chunk_kernels[::2]
+            todo += [partial(check, call, schedules=schedules, chunk_bytes=chunk_bytes) for call in calls]
+    todo += [partial(check, call, schedules=Schedules.BLOCK, multiprocessors=100) for call in chunk_kernels]
+    for schedules in (Schedules.CLUSTER, Schedules.GRID):
+        todo += [partial(check, call, schedules=schedules, largest_cluster=4, **usual) for call in large]
+    return todo
 
 
 def run(mutant: Mutant, todo: list[Callable[[], None]]) -> str:
@@ -154,7 +183,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a JSON line for every mutant")
     arguments = parser.parse_args()
     shutil.rmtree(hostcuda.ROOT / "build" / "hostcuda", ignore_errors=True)
-    os.environ["FUSEDRNN_HOSTCUDA"] = str(hostcuda.build())
+    os.environ["FUSEDRNN_HOSTCUDA"] = str(hostcuda.build(kernels=hostcuda.FEW_KERNELS))
     torch.set_num_threads(1)
     _ops.recurrence_forward, _ops.recurrence_backward = hostcuda.forward, hostcuda.backward
     todo = checks()

@@ -1,16 +1,18 @@
 // Enough of CUDA to run the sources under csrc/cuda on the host, every access watched.
 //
 // Those sources are compiled by g++ with -fsanitize=thread, but libtsan is not linked: the calls that the compiler puts
-// before every access end in shim.cpp, which knows each byte of "device" memory. It reports accesses out of bounds,
-// misaligned, of memory that nobody has written, by host code, and those of two threads of which one writes and no barrier
-// lies between. A launch runs its blocks one by one, and the threads of a block as fibers from barrier to barrier, both in
-// an order drawn from the seed; blocks that wait for each other do not exist yet.
+// before every access end in memory.cpp, which knows each byte of "device" memory. It reports accesses out of bounds,
+// misaligned, of memory that nobody has written, by host code, and those of two threads of which one writes and that nothing
+// orders: no barrier of the block, and between blocks no barrier of the cluster, arrival of bytes or counter that was seen
+// raised. threads.cpp runs the threads as fibers, in an order drawn from the seed: the blocks of a group (a cluster, or the
+// whole grid) mixed, group after group. What a block sends into another's shared memory lands when the seed says so.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <string>
 
 #define __global__
 #define __device__
@@ -34,7 +36,8 @@ namespace shim {
 // The running thread.
 extern uint3 thread_index, block_index, block_size;
 
-void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
+// `together` neighbouring blocks run at the same time.
+void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel, unsigned together);
 
 // Of the running thread's block.
 void synchronize();
@@ -66,6 +69,24 @@ float from_float16(uint16_t bits);
 uint16_t to_float16(float x);
 float from_bfloat16(uint16_t bits);
 uint16_t to_bfloat16(float x);
+float to_tf32(float x);
+uint32_t bits_of(float x);
+float float_of(uint32_t bits);
+
+// Of a whole warp (csrc/cuda/mma.cuh); only a TF32's first 19 bits are read.
+enum class Operand { float16, bfloat16, tf32 };
+void multiply_tile(Operand operand, float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+float from_lane_xor(float x, int mask);
+
+// csrc/cuda/exchange.cuh.
+void synchronize_cluster();
+uintptr_t address_in(const void* own, int rank);
+void init_barrier(uint64_t* barrier, uint32_t arrivals);
+void expect_bytes(uint64_t* barrier, int bytes);
+bool phase_is_over(uint64_t* barrier, int parity);
+void store_async(uintptr_t to, const void* from, size_t bytes, uintptr_t barrier);
+void add_release(uint32_t* counter, uint32_t value);
+uint32_t load_acquire(const uint32_t* counter);
 
 }  // namespace shim
 

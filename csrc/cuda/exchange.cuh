@@ -1,0 +1,189 @@
+// How the blocks of a team hand each other data while they run: the two ways, and all of their PTX.
+//
+// cluster (sm_90 on): a block writes into the shared memory of another, and the bytes that arrive are counted by a barrier
+//   there (st.async, mbarrier). Nobody polls across the chip, and clusters know nothing of each other.
+// grid: data through the L2, and a counter that each block of the team raises when its data is there. All blocks must run
+//   at the same time.
+#pragma once
+
+#include "mma.cuh"
+
+namespace fusedrnn::cuda {
+
+#if defined(FUSEDRNN_HOSTCUDA)
+#define FUSEDRNN_HAS_CLUSTERS 1
+using ClusterAddress = uintptr_t;
+FUSEDRNN_DEVICE void wait_for_cluster() { shim::synchronize_cluster(); }
+FUSEDRNN_DEVICE ClusterAddress address_in(const void* own, int rank) { return shim::address_in(own, rank); }
+FUSEDRNN_DEVICE void init_barrier(uint64_t* barrier) { shim::init_barrier(barrier, 1); }
+FUSEDRNN_DEVICE void expect_bytes(uint64_t* barrier, int bytes) { shim::expect_bytes(barrier, bytes); }
+FUSEDRNN_DEVICE bool phase_is_over(uint64_t* barrier, int parity) { return shim::phase_is_over(barrier, parity); }
+FUSEDRNN_DEVICE void send_words(ClusterAddress to, const Words& words, ClusterAddress barrier) {
+  shim::store_async(to, &words, sizeof(words), barrier);
+}
+FUSEDRNN_DEVICE void raise(uint32_t* counter) { shim::add_release(counter, 1); }
+FUSEDRNN_DEVICE uint32_t counted(const uint32_t* counter) { return shim::load_acquire(counter); }
+FUSEDRNN_DEVICE Words load_words_of_others(const uint32_t* from) { return load_words(from); }
+#else
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define FUSEDRNN_HAS_CLUSTERS 1
+#else
+#define FUSEDRNN_HAS_CLUSTERS 0
+#endif
+FUSEDRNN_DEVICE uint32_t shared_address(const void* at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
+
+#if FUSEDRNN_HAS_CLUSTERS
+using ClusterAddress = uint32_t;
+FUSEDRNN_DEVICE void wait_for_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// Of block `rank` of the cluster what `own` is of this one.
+FUSEDRNN_DEVICE ClusterAddress address_in(const void* own, int rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(own)), "r"(rank));
+  return address;
+}
+// A phase takes one arrival: that of whoever says how many bytes it takes too.
+FUSEDRNN_DEVICE void init_barrier(uint64_t* barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+}
+FUSEDRNN_DEVICE void expect_bytes(uint64_t* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+FUSEDRNN_DEVICE bool phase_is_over(uint64_t* barrier, int parity) {
+  uint32_t over;
+  asm volatile(
+      "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(over)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return over;
+}
+FUSEDRNN_DEVICE void send_words(ClusterAddress to, const Words& words, ClusterAddress barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+               "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]), "r"(barrier)
+               : "memory");
+}
+#endif
+
+FUSEDRNN_DEVICE void raise(uint32_t* counter) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+FUSEDRNN_DEVICE uint32_t counted(const uint32_t* counter) {
+  uint32_t count;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
+  return count;
+}
+// From the L2: an L1 is no place for what is read once.
+FUSEDRNN_DEVICE Words load_words_of_others(const uint32_t* from) {
+  Words words;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "l"(from)
+               : "memory");
+  return words;
+}
+#endif
+
+// A piece of what a block has made: 16 bytes of units of one gate and row, and how many there are.
+struct Pieces {
+  int a_row, rows, gates;  // pieces of a row of a gate, rows, gates
+
+  FUSEDRNN_DEVICE int count() const { return a_row * rows * gates; }
+};
+
+// Rounds of a tile are counted from 1; what comes in by round r must be used before this block sends round r + 1, and then
+// round r + 2 may arrive in its place.
+#if FUSEDRNN_HAS_CLUSTERS
+struct ClusterExchange {
+  const ResidentPlan& plan;
+  const ResidentLayout& layout;
+  unsigned char* const memory;
+  const Pieces pieces;
+  const int rank;
+
+  FUSEDRNN_DEVICE uint32_t* operand(int tile, int round) const {
+    const int buffer = tile * 2 + round % 2;
+    return reinterpret_cast<uint32_t*>(memory + layout.operand) + buffer * tile_columns * layout.operand_ld;
+  }
+  FUSEDRNN_DEVICE uint64_t* barrier(int tile, int round) const {
+    return reinterpret_cast<uint64_t*>(memory + layout.barriers) + tile * 2 + round % 2;
+  }
+  FUSEDRNN_DEVICE int bytes() const { return plan.blocks * pieces.count() * static_cast<int>(sizeof(Words)); }
+
+  FUSEDRNN_DEVICE void begin() const {
+    if (threadIdx.x == 0)
+      for (int i = 0; i < 2 * plan.tiles; ++i) {
+        init_barrier(barrier(i / 2, i % 2));
+        expect_bytes(barrier(i / 2, i % 2), bytes());
+      }
+    wait_for_cluster();
+  }
+
+  FUSEDRNN_DEVICE void receive(int tile, int round) const {
+    while (!phase_is_over(barrier(tile, round), (round - 1) / 2 % 2)) {
+    }
+    if (threadIdx.x == 0) expect_bytes(barrier(tile, round), bytes());  // of round + 2
+  }
+
+  FUSEDRNN_DEVICE void send(int tile, int round) const {
+    const uint32_t* const made = reinterpret_cast<const uint32_t*>(memory + layout.made);
+    const int count = pieces.count();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count * plan.blocks; i += resident_threads) {
+      const int piece = i % count, to = (i / count + rank) % plan.blocks;  // each begins with itself, not all with one
+      const int line = piece / pieces.a_row, row = line % pieces.rows, gate = line / pieces.rows;
+      uint32_t* const at = operand(tile, round) + row * layout.operand_ld + gate * layout.gate_words +
+                           (rank * pieces.a_row + piece % pieces.a_row) * 4;
+      send_words(address_in(at, to), load_words(made + piece * 4), address_in(barrier(tile, round), to));
+    }
+  }
+};
+#endif
+
+struct GridExchange {
+  const ResidentPlan& plan;
+  const ResidentLayout& layout;
+  unsigned char* const memory;
+  const Pieces pieces;
+  const int rank;
+  uint32_t* const data;      // of the team: [tiles][2][blocks][pieces][4]
+  uint32_t* const counters;  // of the team: [tiles], zero before the launch
+
+  FUSEDRNN_DEVICE uint32_t* operand(int, int64_t) const { return reinterpret_cast<uint32_t*>(memory + layout.operand); }
+  FUSEDRNN_DEVICE uint32_t* at(int tile, int round, int block) const {
+    return data + static_cast<int64_t>((tile * 2 + round % 2) * plan.blocks + block) * pieces.count() * 4;
+  }
+
+  FUSEDRNN_DEVICE void begin() const { __syncthreads(); }
+
+  FUSEDRNN_DEVICE void receive(int tile, int round) const {
+    const uint32_t all = static_cast<uint32_t>(round) * plan.blocks;
+    // The difference, for a counter that has gone around.
+    if (threadIdx.x == 0)
+      while (static_cast<int32_t>(counted(counters + tile) - all) < 0) {
+      }
+    __syncthreads();
+    const int count = pieces.count();
+    for (int i = threadIdx.x; i < count * plan.blocks; i += resident_threads) {
+      const int piece = i % count, from = i / count;
+      const int line = piece / pieces.a_row, row = line % pieces.rows, gate = line / pieces.rows;
+      uint32_t* const to = operand(tile, round) + row * layout.operand_ld + gate * layout.gate_words +
+                           (from * pieces.a_row + piece % pieces.a_row) * 4;
+      store_words(to, load_words_of_others(at(tile, round, from) + piece * 4));
+    }
+    __syncthreads();
+  }
+
+  FUSEDRNN_DEVICE void send(int tile, int round) const {
+    const uint32_t* const made = reinterpret_cast<const uint32_t*>(memory + layout.made);
+    for (int i = threadIdx.x; i < pieces.count(); i += resident_threads)
+      store_words(at(tile, round, rank) + i * 4, load_words(made + i * 4));
+    __syncthreads();
+    if (threadIdx.x == 0) raise(counters + tile);
+  }
+};
+
+}  // namespace fusedrnn::cuda

@@ -1,0 +1,183 @@
+"""The cluster and grid schedules, executed on the host: blocks that run at the same time and hand each other data."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import hostcuda
+import pytest
+import torch
+from cases import CELLS, Case, for_all_cells
+from hostcuda import Schedules
+from numerics import assert_all_as_good
+from test_hostcuda import calls, check, on_the_host, wanted  # noqa: F401
+from test_reference import Call, run_recurrence
+
+from fusedrnn import _autograd, _dispatch
+
+pytest.importorskip("pybind11")
+pytestmark = pytest.mark.skipif(not (hostcuda.ROOT / "csrc").is_dir(), reason="needs the sources")
+
+KINDS = pytest.mark.parametrize("kind", CELLS, ids=lambda kind: Case(**kind).equations)
+SCHEDULES = pytest.mark.parametrize("schedule", [Schedules.CLUSTER, Schedules.GRID], ids=["cluster", "grid"])
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A GPU of so few multiprocessors that teams are small and have several tiles of the batch."""
+    monkeypatch.setattr(hostcuda, "multiprocessors", 4)
+
+
+def expect(schedule: Schedules, case: Case, tf32: bool = False) -> None:
+    assert hostcuda.schedule_of(case, tf32) == schedule.name.lower()
+
+
+# The last block has few units or all, of a number that words and groups divide or do not; tiles are full or not.
+SHAPES = ({"T": 8, "B": 9, "I": 3, "H": 40}, {"T": 9, "B": 5, "I": 2, "H": 9}, {"T": 8, "B": 17, "I": 1, "H": 30})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "both"])
+@pytest.mark.parametrize("name", ["padded", "lengths and resets", "packed, resets"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"H{shape['H']}")
+@KINDS
+@SCHEDULES
+def test_rows(monkeypatch, small, schedule, kind, shape, name, bidirectional, dtype):
+    case = Case(**kind, **shape, bidirectional=bidirectional, dtype=dtype)
+    monkeypatch.setattr(hostcuda, "schedules", schedule)
+    monkeypatch.setattr(hostcuda, "chunk_bytes", 5000 if dtype == "bfloat16" else 32 << 20)
+    check(calls(case)[name])
+    expect(schedule, case)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=lambda shape: f"H{shape['H']}")
+@KINDS
+@SCHEDULES
+def test_float16(monkeypatch, small, schedule, kind, shape):
+    monkeypatch.setattr(hostcuda, "schedules", schedule)
+    check(Call(Case(**kind, **shape, dtype="float16")))
+
+
+# Not relu: what TF32 rounds to the other side of zero has another derivative.
+@pytest.mark.parametrize("case", [c for c in for_all_cells(*SHAPES) if c.equations != "rnn_relu"], ids=str)
+@SCHEDULES
+def test_tf32(monkeypatch, small, schedule, case):
+    """As accurate as float16, whose mantissa TF32 has; and not more so, or nothing was rounded."""
+    monkeypatch.setattr(hostcuda, "schedules", schedule)
+    monkeypatch.setattr(_dispatch, "use_tf32", lambda x: x.dtype == torch.float32)
+    call = Call(case)
+    expect(schedule, case, tf32=True)
+    ours = run_recurrence(_autograd.recurrence, call)
+    assert_all_as_good(ours, *wanted(call), torch.float16)
+    with pytest.raises(AssertionError, match="above the bound"):
+        assert_all_as_good(ours, *wanted(call), torch.float32)
+
+
+@pytest.mark.parametrize("tf32", [False, True], ids=["float32", "tf32"])
+@SCHEDULES
+def test_weights_beyond_the_registers(monkeypatch, schedule, tf32):
+    monkeypatch.setattr(hostcuda, "schedules", schedule)
+    monkeypatch.setattr(hostcuda, "largest_cluster", 4)
+    monkeypatch.setattr(hostcuda, "multiprocessors", 4)
+    monkeypatch.setattr(_dispatch, "use_tf32", lambda x: tf32 and x.dtype == torch.float32)
+    case = Case("lstm", T=8, B=3, I=2, H=160)
+    for gates_in, gates_out in ((1, 4), (4, 1)):
+        plan = hostcuda.library().resident_plan(
+            4, schedule == Schedules.CLUSTER, 3, 160, 1, gates_in, gates_out, True, 4
+        )
+        assert plan["part_groups"] > 8
+    call = Call(case)
+    dtype = torch.float16 if tf32 else torch.float32
+    assert_all_as_good(run_recurrence(_autograd.recurrence, call), *wanted(call), dtype)
+
+
+@SCHEDULES
+def test_order_of_blocks_makes_no_difference(monkeypatch, small, schedule):
+    monkeypatch.setattr(hostcuda, "schedules", schedule)
+    call = Call(Case("lstm", T=8, B=9, H=40, bidirectional=True, dtype="bfloat16"), resets=True)
+    first = run_recurrence(_autograd.recurrence, call)
+    for seed in range(1, 9):
+        monkeypatch.setattr(hostcuda, "seed", seed)
+        again = run_recurrence(_autograd.recurrence, call)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def plan(cluster: bool, B: int, H: int, gates: int = 4, scalar: int = 2, backward: bool = False, directions: int = 1):
+    sides = (gates, 1) if backward else (1, gates)
+    return hostcuda.library().resident_plan(132, cluster, B, H, directions, *sides, gates == 4, scalar)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "cell", "dtype", "B", "H", "directions"),
+    [
+        ("block", "lstm", torch.bfloat16, 64, 90, 1),
+        ("cluster", "lstm", torch.bfloat16, 64, 96, 1),  # more weights than a step should read from shared memory
+        ("cluster", "lstm", torch.bfloat16, 32, 512, 1),
+        ("cluster", "lstm", torch.bfloat16, 32, 640, 2),
+        ("cluster", "gru", torch.float16, 16, 768, 1),
+        ("grid", "lstm", torch.bfloat16, 64, 1024, 1),
+        ("grid", "lstm", torch.bfloat16, 32, 2048, 1),
+        ("grid", "gru", torch.bfloat16, 32, 2048, 1),
+        ("grid", "lstm", torch.float32, 16, 1024, 1),
+        ("step", "lstm", torch.bfloat16, 64, 3072, 1),  # 75 MB of weights
+        ("step", "lstm", torch.bfloat16, 1024, 512, 1),  # 16 tiles for each of 8 clusters: cuBLAS is as fast
+        ("step", "lstm", torch.float64, 16, 512, 1),
+    ],
+)
+def test_schedule_on_an_h100(monkeypatch, schedule, cell, dtype, B, H, directions):
+    monkeypatch.setattr(hostcuda, "schedules", Schedules.ALL)
+    assert hostcuda.schedule(cell, dtype, (100, B, 8, H, directions)) == schedule
+    assert hostcuda.schedule(cell, dtype, (7, B, 8, H, directions)) == "step"  # few steps
+
+
+def test_plans():
+    # 128 KB of weights a block, all of it in registers, and a tile of 4 rows for each of 8 clusters.
+    cluster = plan(True, B=32, H=512)
+    assert (cluster["blocks"], cluster["units"], cluster["rows"], cluster["tiles"]) == (16, 32, 4, 1)
+    assert cluster["part_groups"] == 8
+    # Two teams of 64 blocks share the batch.
+    grid = plan(False, B=64, H=1024)
+    assert (grid["blocks"], grid["teams"], grid["rows"] * grid["tiles"], grid["part_groups"]) == (64, 2, 32, 8)
+    for sizes in [(b, h, g, s, back, d) for b in (1, 7, 64, 200) for h in range(16, 2100, 61) for g in (1, 3, 4)
+                  for s in (2, 4) for back in (False, True) for d in (1, 2)]:  # fmt: skip
+        for is_cluster in (True, False):
+            p = plan(is_cluster, *sizes)
+            if not p:
+                continue
+            B, H, _, _, _, directions = sizes
+            assert (p["blocks"] - 1) * p["units"] < H <= p["blocks"] * p["units"], sizes
+            assert (p["teams"] - 1) * p["rows"] * p["tiles"] < B <= p["teams"] * p["rows"] * p["tiles"], sizes
+            assert p["rows"] <= 8, sizes
+            assert p["shared_bytes"] <= 227 << 10, sizes
+            if not is_cluster:
+                assert p["blocks"] * p["teams"] * directions <= 132, sizes
+
+
+# What is broken, where and how, in which schedule, and the words in which that shows. A test that cannot fail is none.
+TWO_AT_ONCE = "one thread (reads|writes) what another (reads|writes)|two threads write"
+PLANTED = {
+    "nobody waits for bytes": (Schedules.CLUSTER, "exchange.cuh", "while (!phase_is_over(", "while (false && !phase_is_over(", TWO_AT_ONCE),
+    "wrong phase": (Schedules.CLUSTER, "exchange.cuh", "(round - 1) / 2 % 2", "round / 2 % 2", f"{TWO_AT_ONCE}|never comes"),
+    "too few bytes expected": (Schedules.CLUSTER, "exchange.cuh", "return plan.blocks * pieces.count() *", "return (plan.blocks - 1) * pieces.count() *", f"{TWO_AT_ONCE}|never comes|more arrivals"),
+    "bytes sent before barriers are made": (Schedules.CLUSTER, "exchange.cuh", "    wait_for_cluster();", "    __syncthreads();", "nobody has (set|made)|while another thread sets|two threads|one thread"),
+    "next bytes not expected": (Schedules.CLUSTER, "exchange.cuh", "expect_bytes(barrier(tile, round), bytes());  // of", ";  // of", "never comes"),
+    "one buffer": (Schedules.CLUSTER, "exchange.cuh", "const int buffer = tile * 2 + round % 2;", "const int buffer = tile * 2;", f"{TWO_AT_ONCE}|above the bound"),
+    "nobody waits for the counter": (Schedules.GRID, "exchange.cuh", "while (static_cast<int32_t>(counted(", "while (false && static_cast<int32_t>(counted(", f"{TWO_AT_ONCE}|nobody has written"),
+    "one buffer in the L2": (Schedules.GRID, "exchange.cuh", "(tile * 2 + round % 2) * plan.blocks + block", "(tile * 2) * plan.blocks + block", TWO_AT_ONCE),
+    "counter not reset": (Schedules.GRID, "chunk_kernel.cuh", "zero(counters_, counter_bytes_, stream);", "", "nobody has set"),
+    "units beyond the layer": (Schedules.GRID, "resident.cuh", "return at.b < p.step.B && at.j < H;", "return at.b < p.step.B;", "out of bounds|one thread|two threads"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_defect_is_found(tmp_path, monkeypatch, small, name):
+    schedule, file, old, new, words = PLANTED[name]
+    lines = (hostcuda.ROOT / "csrc" / "cuda" / file).read_text().splitlines()
+    number = next(i for i, line in enumerate(lines) if old in line)
+    broken = hostcuda.library(hostcuda.changed(tmp_path, file, number, lines[number].replace(old, new)))
+    monkeypatch.setattr(hostcuda, "library", lambda: broken)
+    monkeypatch.setattr(hostcuda, "schedules", schedule)
+    with pytest.raises(AssertionError, match=words):
+        for seed in range(4):
+            monkeypatch.setattr(hostcuda, "seed", seed)
+            check(Call(replace(Case("gru", T=8, B=17, H=26), dtype="bfloat16")))
