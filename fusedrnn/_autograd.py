@@ -120,7 +120,7 @@ class Recurrence(torch.autograd.Function):
             y, *results = _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, True, tf32)
         _transforms.save(ctx, cell, tf32, (batch_sizes, lengths, resets, *given, *weights), y, results[states:])
         if step:
-            return tuple(state.squeeze(0) for state in results[:states])
+            return tuple(state.squeeze_(0) for state in results[:states])  # in place: a view could not be written to
         return y, *results[:states]
 
     @staticmethod
