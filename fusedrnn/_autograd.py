@@ -33,7 +33,9 @@ def recurrence(
     float32 or float64, on a GPU bfloat16 and float16 too; on a CPU the weights of a float32 x may be bfloat16.
     """
     if torch.compiler.is_compiling():
-        results = _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, False, _dispatch.use_tf32(x))
+        results = _ops.recurrence_forward(
+            cell, x, hx, cx, weights, batch_sizes, lengths, resets, False, _dispatch.use_tf32(x)
+        )
         return results[0], results[1], results[2] if cx is not None else None
     return _recurrence(cell, x, hx, cx, weights, batch_sizes, lengths, resets, _dispatch.use_tf32(x))
 

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
-from fusedrnn import _autograd, _dispatch
+from fusedrnn import _dispatch
 
 pytest.importorskip("fusedrnn._C", exc_type=ImportError)
 pytestmark = [
@@ -159,7 +159,7 @@ def test_questions_about_the_gpu_are_answered_while_tracing(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
 
     def ask(x: torch.Tensor) -> torch.Tensor:
-        return x * (2 if _autograd._tf32_allowed() else 3) * (5 if _dispatch._why_no_kernels(0) else 7)
+        return x * (2 if _dispatch._tf32_allowed() else 3) * (5 if _dispatch._why_no_kernels(0) else 7)
 
     x = torch.ones(1)
     assert torch.equal(torch.compile(ask, fullgraph=True, backend="eager")(x), ask(x))
