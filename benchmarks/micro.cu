@@ -41,7 +41,9 @@ struct Team {
   uint32_t *data, *counters;
 };
 
-__device__ Pieces pieces_of(const Team& p) { return {p.plan.units * 2 / static_cast<int>(sizeof(Words)), p.plan.rows, 1}; }
+__device__ Pieces pieces_of(const Team& p) {
+  return {p.plan.units * 2 / static_cast<int>(sizeof(Words)), p.plan.rows, 1};
+}
 
 __global__ void __launch_bounds__(resident_threads, 1) exchange_in_cluster(const __grid_constant__ Team p) {
 #if FUSEDRNN_HAS_CLUSTERS
@@ -60,8 +62,13 @@ __global__ void __launch_bounds__(resident_threads, 1) exchange_in_grid(const __
   FUSEDRNN_SHARED(memory);
   const Pieces pieces = pieces_of(p);
   const int64_t data = static_cast<int64_t>(2) * p.plan.blocks * pieces.count() * 4;
-  const GridExchange exchange{p.plan, p.layout, memory, pieces, static_cast<int>(blockIdx.x),
-                              p.data + blockIdx.y * data, p.counters + blockIdx.y};
+  const GridExchange exchange{p.plan,
+                              p.layout,
+                              memory,
+                              pieces,
+                              static_cast<int>(blockIdx.x),
+                              p.data + blockIdx.y * data,
+                              p.counters + blockIdx.y};
   for (int round = 1; round <= rounds; ++round) {
     exchange.send(0, round);
     exchange.receive(0, round);
@@ -97,7 +104,8 @@ __global__ void __launch_bounds__(resident_threads, 1) pull(const __grid_constan
   uint32_t sum = 0;
   for (int round = 0; round < rounds; ++round)
 #pragma unroll 8
-    for (int i = threadIdx.x * 4; i < p.words; i += resident_threads * 4) sum += load_words_of_others(p.from + i)[round & 3];
+    for (int i = threadIdx.x * 4; i < p.words; i += resident_threads * 4)
+      sum += load_words_of_others(p.from + i)[round & 3];
   if (sum == 1) *p.to = sum;
 }
 
@@ -175,7 +183,8 @@ int main() {
   const double products = 2.0 * resident_warps * 2 * register_groups * 2 * 16 * 8;  // times the inner dimension
   const float half = microseconds(multiply<bfloat16>, every, Pull{memory + 1024, memory, 0}, 0, {}, memory);
   const float tf32 = microseconds(multiply<float>, every, Pull{memory + 1024, memory, 0}, 0, {}, memory);
-  std::printf("weights of 128 KB in registers times 8 columns: bfloat16 %.3f us, %.0f TFLOP/s; TF32 %.3f us, %.0f TFLOP/s\n",
-              half, products * 16 * multiprocessors / half / 1e6, tf32, products * 8 * multiprocessors / tf32 / 1e6);
+  std::printf(
+      "weights of 128 KB in registers times 8 columns: bfloat16 %.3f us, %.0f TFLOP/s; TF32 %.3f us, %.0f TFLOP/s\n",
+      half, products * 16 * multiprocessors / half / 1e6, tf32, products * 8 * multiprocessors / tf32 / 1e6);
   return 0;
 }

@@ -3,7 +3,8 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from fusedrnn._convert import convert, revert
-from fusedrnn._dispatch import Explanation, FallbackWarning, explain
+from fusedrnn._dispatch import Explanation, FallbackWarning
+from fusedrnn._explain import explain
 from fusedrnn._stream import Stream
 from fusedrnn.cells import GRUCell, LSTMCell, RNNCell
 from fusedrnn.modules import GRU, LSTM, RNN

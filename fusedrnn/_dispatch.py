@@ -5,7 +5,7 @@
 ``torch``      torch.nn's own implementation of the same layer, where the kernels do not cover a request yet
 ``reference``  plain PyTorch (``_reference.py``), where the extension is not built
 
-A fallback is never silent: it warns once per reason, and :func:`explain` tells without running anything.
+A fallback is never silent: it warns once per reason, and ``fusedrnn.explain`` tells without running anything.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -113,14 +112,14 @@ def _find_why_no_kernels(device: int) -> str:
     return f"the CUDA kernels were built for {cuda_extension.architectures()}, not for {name}"
 
 
-def _explain(device: torch.device, dtype: torch.dtype, projected: bool) -> Explanation:
+def implementation_for(device: torch.device, dtype: torch.dtype, projected: bool) -> Explanation:
     name = str(dtype).removeprefix("torch.")
     if extension is None:
         return Explanation("reference", why_no_extension)
     if device.type not in ("cpu", "cuda"):
         return Explanation("torch", f"there are no kernels for {device.type} devices")
     if device.type == "cuda":
-        missing = why_no_cuda if cuda_extension is None else _why_no_kernels(_index(device))
+        missing = why_no_cuda if cuda_extension is None else _why_no_kernels(index_of(device))
         if missing:
             return Explanation("torch", missing)
     if projected:
@@ -136,11 +135,11 @@ def _explain(device: torch.device, dtype: torch.dtype, projected: bool) -> Expla
     return Explanation("torch", f"there are no kernels for {name}")
 
 
-def _index(device: torch.device) -> int:
+def index_of(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-def _instead_of_torch(found: Explanation) -> Explanation:
+def instead_of_torch(found: Explanation) -> Explanation:
     """What runs a request that torch.nn's own implementation does not know."""
     if found.implementation != "torch":
         return found
@@ -157,8 +156,8 @@ def choose(x: Tensor, projected: bool = False, more: bool = False) -> str:
             x.is_cuda and cuda_extension is not None and x.dtype in CUDA_DTYPES and not _why_no_kernels(x.get_device())
         ):
             return "cuda"
-    found = _explain(x.device, x.dtype, projected)
-    implementation, reason = _instead_of_torch(found) if more else found
+    found = implementation_for(x.device, x.dtype, projected)
+    implementation, reason = instead_of_torch(found) if more else found
     if implementation not in ("cpu", "cuda") and not x.is_meta:  # of a meta tensor nothing is computed
         warn_once(reason, stacklevel=6)  # choose, forward, Module.__call__ (two of its own), the user's line
     return implementation
@@ -179,94 +178,3 @@ def warn_once(reason: str, stacklevel: int = 2) -> None:
     if reason not in _warned:
         _warned.add(reason)
         warnings.warn(f"fusedrnn runs on a fallback: {reason}", FallbackWarning, stacklevel=stacklevel)
-
-
-def explain(
-    module: torch.nn.Module,
-    input: Tensor | PackedSequence,
-    *,
-    lengths: Tensor | None = None,
-    resets: Tensor | None = None,
-) -> Explanation:
-    """Say which implementation would run ``module(input)``, and why not a faster one; nothing is run.
-
-    Args:
-        module: a fusedrnn layer or cell. For one of torch.nn's the answer is ``torch``, with the advice to convert it.
-        input: what it would be called with, as ``lengths`` and ``resets``.
-
-    Raises:
-        TypeError: ``module`` is no recurrent layer or cell.
-    """
-    from fusedrnn import modules
-
-    if isinstance(module, modules.FUSED):
-        data = input.data if isinstance(input, PackedSequence) else input
-        found = _explain(data.device, data.dtype, bool(getattr(module, "proj_size", 0)))
-        if lengths is not None or resets is not None:
-            found = _instead_of_torch(found)
-        path = {"cpu": _path, "cuda": _cuda_path}.get(found.implementation)
-        return found if path is None else found._replace(reason=f"{found.reason}; {path(module, input)}")
-    if isinstance(module, torch.nn.RNNBase | torch.nn.RNNCellBase):
-        return Explanation(
-            "torch",
-            f"{type(module).__name__} is not one of fusedrnn's modules; fusedrnn.convert swaps torch.nn's",
-        )
-    raise TypeError(f"expected a recurrent layer or cell, got {type(module).__name__}")
-
-
-def _call(module: torch.nn.Module, input: Tensor | PackedSequence) -> tuple[str, int, int, int]:
-    """The first layer's cell, steps, batch and directions."""
-    data = input.data if isinstance(input, PackedSequence) else input
-    if isinstance(module, torch.nn.RNNCellBase):
-        steps, batch, directions = 1, data.shape[0] if data.dim() == 2 else 1, 1
-    else:
-        assert isinstance(module, torch.nn.RNNBase)
-        directions = 2 if module.bidirectional else 1
-        if isinstance(input, PackedSequence):
-            steps, batch = len(input.batch_sizes), int(input.batch_sizes[0])
-        elif data.dim() == 2:
-            steps, batch = data.shape[0], 1
-        else:
-            steps, batch = data.shape[:2] if not module.batch_first else data.shape[1::-1]
-    mode = getattr(module, "mode", type(module).__name__.removesuffix("Cell")).lower()
-    return "rnn_tanh" if mode.startswith("rnn") else mode, steps, batch, directions  # relu's plan is the same
-
-
-def _cuda_path(module: torch.nn.Module, input: Tensor | PackedSequence) -> str:
-    """How the GPU's kernels would run the first layer, in words."""
-    assert cuda_extension is not None
-    data = input.data if isinstance(input, PackedSequence) else input
-    cell, steps, batch, directions = _call(module, input)
-    dtype = str(data.dtype).removeprefix("torch.")
-    hidden: int = module.hidden_size  # type: ignore[assignment]
-    tf32 = use_tf32(data)
-    schedule = cuda_extension.schedule(cell, dtype, steps, batch, hidden, directions, _index(data.device), tf32)
-    if schedule == "step":
-        reason = "float64" if dtype == "float64" else "few steps, a large batch or a large layer"
-        return f"step schedule: a product and a kernel per time step ({reason})"
-    where = {
-        "block": "shared memory",
-        "cluster": "the registers of a cluster of thread blocks",
-        "grid": "the registers of the whole GPU",
-    }[schedule]
-    return f"{schedule} schedule: all steps in one kernel, the recurrent weights in {where}"
-
-
-def _path(module: torch.nn.Module, input: Tensor | PackedSequence) -> str:
-    """How the CPU's kernels would run the first layer forward, in words."""
-    assert extension is not None
-    data = input.data if isinstance(input, PackedSequence) else input
-    cell, steps, batch, directions = _call(module, input)
-    double = data.dtype == torch.float64
-    plan = extension.plan(cell, double, False, steps, batch, module.input_size, module.hidden_size, directions)
-    weights = "packed weights" if plan["packed"] else "weights read in place"
-    threads = plan["teams"] * plan["members"]
-    if threads == 1:
-        sharing = "1 thread"
-    elif plan["row_blocks"] > 1:
-        sharing = f"{threads} threads share the rows"
-    elif plan["members"] == 1:
-        sharing = f"{threads} threads share the directions"
-    else:
-        sharing = f"{threads} threads share the units"
-    return f"{extension.instruction_set()}, {weights}, {sharing}"

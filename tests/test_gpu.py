@@ -64,7 +64,7 @@ def check(case: Case) -> None:
 
 @pytest.fixture(autouse=True, params=Schedules, ids=lambda schedules: schedules.name.lower())
 def schedule(request):
-    """The step schedule, which runs anything; each other one, where it takes a case; and then the one that is chosen."""
+    """The step schedule, which runs anything; each other, where it takes a case; and then the one that is chosen."""
     _dispatch.cuda_extension.use_schedules(int(request.param))
     yield request.param
     _dispatch.cuda_extension.use_schedules(int(Schedules.ALL))

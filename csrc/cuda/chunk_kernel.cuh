@@ -73,7 +73,8 @@ class ChunkKernel {
   const S* w_hh(int d) const { return as<S>(p_.weights[d].w_hh); }
 
   Geometry resident_geometry() const {
-    return {plan_.blocks, static_cast<unsigned>(plan_.teams), static_cast<unsigned>(p_.directions), resident_threads, 1};
+    return {plan_.blocks, static_cast<unsigned>(plan_.teams), static_cast<unsigned>(p_.directions), resident_threads,
+            1};
   }
   Together together() const { return plan_.cluster ? Together{plan_.blocks, false} : Together{1, true}; }
 

@@ -49,7 +49,8 @@ void launch(void (*kernel)(P), const Geometry& g, cudaStream_t, const P& p, int 
             Together together = {}) {
   const dim3 grid(static_cast<unsigned>(g.grid_x), g.grid_y, g.grid_z);
   const unsigned all = grid.x * grid.y * grid.z;
-  shim::launch(grid, dim3(g.block_x, g.block_y), shared_bytes, [&] { kernel(p); }, together.grid ? all : together.cluster);
+  shim::launch(
+      grid, dim3(g.block_x, g.block_y), shared_bytes, [&] { kernel(p); }, together.grid ? all : together.cluster);
 }
 #else
 // Kernels take one struct by value; their shared memory is what the launch gives them.
@@ -85,18 +86,15 @@ class Launch {
   int active() const {
     int count = 0;
     const bool cluster = config_.numAttrs && attributes_[0].id == cudaLaunchAttributeClusterDimension;
-    expect_success(cluster
-                       ? cudaOccupancyMaxActiveClusters(&count, kernel_, &config_)
-                       : cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-                             &count, kernel_, static_cast<int>(config_.blockDim.x * config_.blockDim.y),
-                             config_.dynamicSmemBytes));
+    expect_success(cluster ? cudaOccupancyMaxActiveClusters(&count, kernel_, &config_)
+                           : cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+                                 &count, kernel_, static_cast<int>(config_.blockDim.x * config_.blockDim.y),
+                                 config_.dynamicSmemBytes));
     return count;
   }
 
  private:
-  void set(cudaFuncAttribute attribute, int value) {
-    expect_success(cudaFuncSetAttribute(kernel_, attribute, value));
-  }
+  void set(cudaFuncAttribute attribute, int value) { expect_success(cudaFuncSetAttribute(kernel_, attribute, value)); }
 
   void (*const kernel_)(P);
   cudaLaunchAttribute attributes_[1];

@@ -145,8 +145,8 @@ __global__ void __launch_bounds__(block_threads) forward_step(const __grid_const
   const int64_t row = at.d * p.B + at.b, state = row * p.H + at.j;
   const auto* const from = p.hidden + row * Cell::gates * p.H + at.j;
   const auto hidden = [&](int gate) { return load<width>(from + gate * p.H); };
-  store_forward<Cell, S, width>(
-      p, here, at, forward_units<Cell, S, width>(p, here, at, input, hidden, p.h + state, p.c + state));
+  store_forward<Cell, S, width>(p, here, at,
+                                forward_units<Cell, S, width>(p, here, at, input, hidden, p.h + state, p.c + state));
 }
 
 // As for forward.

@@ -22,8 +22,8 @@ Limits limits_of(int device) {
   // 16 is more than every GPU with clusters has to offer; whether a kernel's fit is asked before its launch (can_run).
   const int largest_cluster = attribute(cudaDevAttrClusterLaunch, device) ? 16 : 0;
   const unsigned without_grid = attribute(cudaDevAttrCooperativeLaunch, device) ? 0 : grid_schedule;
-  return {attribute(cudaDevAttrMultiProcessorCount, device),
-          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device), largest_cluster, all_schedules & ~without_grid};
+  return {attribute(cudaDevAttrMultiProcessorCount, device), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          largest_cluster, all_schedules & ~without_grid};
 }
 
 }  // namespace fusedrnn::cuda

@@ -44,9 +44,9 @@ FUSEDRNN_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 FUSEDRNN_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 FUSEDRNN_DEVICE float from_lane_xor(float x, int mask) { return __shfl_xor_sync(0xffffffff, x, mask); }
 
-#define FUSEDRNN_MMA(shape_and_types)                                                                \
+#define FUSEDRNN_MMA(shape_and_types)                                                                        \
   asm("mma.sync.aligned." shape_and_types " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                                       \
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                                               \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
 
 // sum [16 rows, 8 columns] += a [16 rows, 8 words] · b [8 words, 8 columns]. With words for scalars, m16n8k16 and m16n8k8 are
@@ -91,8 +91,8 @@ struct TensorCores {
 
   // Of both slots of a warp; slot i's group begins group[i] words into a column, a negative one is none. The columns, from
   // `operand` on, are `ld` words apart.
-  static FUSEDRNN_DEVICE void add(Sum (&sums)[2], const Fragment& a0, const Fragment& a1,
-                                  const int (&group)[2], const uint32_t* operand, int ld, int lane) {
+  static FUSEDRNN_DEVICE void add(Sum (&sums)[2], const Fragment& a0, const Fragment& a1, const int (&group)[2],
+                                  const uint32_t* operand, int ld, int lane) {
     const uint32_t* const own = operand + lane / 4 * ld + lane % 4 * 4;
     Words b{};
     if (group[0] >= 0) add(sums[0], a0, b = load_words(own + group[0]));
@@ -126,8 +126,8 @@ struct Fma {
   static FUSEDRNN_DEVICE float rounded(float x) { return x; }
   static FUSEDRNN_DEVICE uint32_t bits(float x) { return bits_of(x); }
 
-  static FUSEDRNN_DEVICE void add(Sum (&sums)[2], const Fragment& a0, const Fragment& a1,
-                                  const int (&group)[2], const uint32_t* operand, int ld, int lane) {
+  static FUSEDRNN_DEVICE void add(Sum (&sums)[2], const Fragment& a0, const Fragment& a1, const int (&group)[2],
+                                  const uint32_t* operand, int ld, int lane) {
 #pragma unroll
     for (int column = 0; column < columns; ++column) {
       const uint32_t* const own = operand + column * ld + lane % 4 * 4;

@@ -265,8 +265,7 @@ void with_scalar(ScalarKind scalar, const F& f) {
 template <class Cell>
 const char* RecurrenceOf<Cell>::schedule(const Problem& p, const Limits& limits, bool tf32) {
   const char* name = nullptr;
-  with_scalar(p.scalar,
-              [&](auto s) { name = ChunkKernel<Cell, decltype(s)>(p, limits, tf32, false).name(); });
+  with_scalar(p.scalar, [&](auto s) { name = ChunkKernel<Cell, decltype(s)>(p, limits, tf32, false).name(); });
   return name;
 }
 
@@ -275,9 +274,8 @@ int64_t RecurrenceOf<Cell>::workspace_bytes(const Problem& p, bool backward, con
   Context counting = context;
   counting.workspace = nullptr;
   int64_t bytes = 0;
-  with_scalar(p.scalar, [&](auto s) {
-    bytes = Recurrence<Cell, decltype(s)>(p, counting, backward).workspace_bytes(backward);
-  });
+  with_scalar(p.scalar,
+              [&](auto s) { bytes = Recurrence<Cell, decltype(s)>(p, counting, backward).workspace_bytes(backward); });
   return bytes;
 }
 

@@ -127,7 +127,7 @@ constexpr int register_groups = 8;
 constexpr int group_words = 16;
 constexpr int fragment_bytes = 8 * 32 * 4;  // of a slot's group: 8 registers of 32 threads
 
-constexpr int tile_columns = 8;  // rows of the batch that an instruction takes
+constexpr int tile_columns = 8;   // rows of the batch that an instruction takes
 constexpr int units_at_once = 2;  // units of a tile that a thread takes in turn
 
 // Teams with more tiles of the batch than this give cuBLAS's products enough rows to be as fast as these, which take 8 at a
@@ -138,11 +138,11 @@ constexpr int most_tiles = 8;
 constexpr int64_t resident_chunk_factor = 4;
 
 struct ResidentPlan {
-  int blocks;        // of a team, or 0 where another schedule must do
-  int units;         // of a block, a multiple of 8
-  int rows, tiles;   // of the batch in a tile, and tiles of a team
-  int teams;         // of a direction
-  bool cluster;      // or a grid
+  int blocks;       // of a team, or 0 where another schedule must do
+  int units;        // of a block, a multiple of 8
+  int rows, tiles;  // of the batch in a tile, and tiles of a team
+  int teams;        // of a direction
+  bool cluster;     // or a grid
   int shared_bytes;
 };
 
@@ -157,12 +157,12 @@ struct ResidentLayout {
   int operand_ld;      // words of a row of what comes in: half of the banks from row to row, for loads of 16 bytes
   int sums_ld;         // a step of 8 banks from every second row to the next, for the stores of two columns each
   // Offsets in bytes of shared memory:
-  int operand;         // [tiles][2][8][operand_ld] in a cluster, [8][operand_ld] in a grid
-  int made;            // [gates that come in][rows][units] what is handed on
-  int sums;            // [parts][8][sums_ld]
-  int states;          // [tiles][rows][units] twice, once for cells without a cell state
-  int barriers;        // [tiles][2] in a cluster
-  int overflow;        // [parts][row_tiles][groups beyond the registers][2][32 threads][4]
+  int operand;   // [tiles][2][8][operand_ld] in a cluster, [8][operand_ld] in a grid
+  int made;      // [gates that come in][rows][units] what is handed on
+  int sums;      // [parts][8][sums_ld]
+  int states;    // [tiles][rows][units] twice, once for cells without a cell state
+  int barriers;  // [tiles][2] in a cluster
+  int overflow;  // [parts][row_tiles][groups beyond the registers][2][32 threads][4]
   int bytes;
 };
 
@@ -192,8 +192,8 @@ constexpr FUSEDRNN_INLINE ResidentLayout resident_layout(const ResidentPlan& pla
 
 // The fewest blocks whose registers hold all the weights, for the fewer share a state, the less there is to hand on; or else
 // the fewest that hold them at all. The batch is shared out over as many teams as there is room for.
-constexpr ResidentPlan resident_plan(const Limits& limits, bool cluster, int64_t T, int64_t B, int64_t H, int directions,
-                                     int gates_in, int gates_out, bool has_cell, int scalar_bytes) {
+constexpr ResidentPlan resident_plan(const Limits& limits, bool cluster, int64_t T, int64_t B, int64_t H,
+                                     int directions, int gates_in, int gates_out, bool has_cell, int scalar_bytes) {
   const bool allowed = limits.schedules & (cluster ? cluster_schedule : grid_schedule);
   const int most = cluster ? std::min(limits.largest_cluster, 16) : limits.multiprocessors / directions;
   if (!allowed || T < fewest_resident_steps || B == 0 || H > (int64_t{1} << 20)) return {};

@@ -211,10 +211,10 @@ auto backward(uint64_t seed, const Sizes& sizes, bool tf32, const std::optional<
 
 PYBIND11_MODULE(hostcuda, m) {
   py::class_<Sizes>(m, "Sizes", py::module_local())
-      .def(py::init<int, int, int64_t, int64_t, int64_t, int64_t, int, int64_t, int, int, unsigned, bool>(), py::arg("cell"),
-           py::arg("scalar"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("directions"),
-           py::arg("chunk_bytes"), py::arg("multiprocessors"), py::arg("largest_cluster"), py::arg("schedules"),
-           py::arg("shifted"));
+      .def(py::init<int, int, int64_t, int64_t, int64_t, int64_t, int, int64_t, int, int, unsigned, bool>(),
+           py::arg("cell"), py::arg("scalar"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
+           py::arg("directions"), py::arg("chunk_bytes"), py::arg("multiprocessors"), py::arg("largest_cluster"),
+           py::arg("schedules"), py::arg("shifted"));
   m.def("schedule", &schedule);
   m.def("resident_plan", &resident_plan);
   m.def("forward", &forward);

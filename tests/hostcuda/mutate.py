@@ -31,7 +31,7 @@ from fusedrnn import _autograd, _dispatch, _ops
 from hostcuda import Schedules
 
 FILES = (
-    *("elementwise.cuh", "block.cuh", "resident.cuh", "exchange.cuh", "mma.cuh", "chunk_kernel.cuh"),
+    *("elementwise.cuh", "block.cuh", "resident.cuh", "team.cuh", "exchange.cuh", "mma.cuh", "chunk_kernel.cuh"),
     *("recurrence.cuh", "layer.cuh", "places.h", "values.cuh", "tuning.h"),
 )
 # What is replaced by what. A whole token is matched, with the spaces around an operator.

@@ -74,7 +74,7 @@ struct Flight {
   View view;
 };
 
-std::deque<Fiber> pool;  // a context must not move
+std::deque<Fiber> pool;      // a context must not move
 std::vector<Fiber*> fibers;  // of the running group
 std::vector<Block> blocks;
 std::vector<Fiber*> ready;
@@ -390,8 +390,12 @@ void store_async(uintptr_t to, const void* from, size_t bytes, uintptr_t barrier
   expect_aligned(target, bytes);
   byte_barrier(reinterpret_cast<uint64_t*>(barrier));
   const auto* const data = static_cast<const char*>(from);
-  flights.push_back({target, {data, data + bytes}, reinterpret_cast<uint64_t*>(barrier), current->thread,
-                     own_block().phase, released()});
+  flights.push_back({target,
+                     {data, data + bytes},
+                     reinterpret_cast<uint64_t*>(barrier),
+                     current->thread,
+                     own_block().phase,
+                     released()});
   leave(State::ready);
 }
 

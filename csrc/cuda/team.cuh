@@ -1,0 +1,216 @@
+// A block of a team (tuning.h) that shares a recurrence: the units and rows of the batch that are its own, their weights, and
+// the product with what comes in. What it does with them is resident.cuh's.
+#pragma once
+
+#include "elementwise.cuh"
+#include "exchange.cuh"
+
+namespace fusedrnn::cuda {
+
+// Steps [begin, end) in the order of each direction.
+template <class Step, class S>
+struct ResidentParams {
+  Step step;
+  int64_t begin, end;
+  Sequence sequence;  // its offsets on the device
+  const S* w_hh[2];   // [gates*H, H]
+  ResidentPlan plan;
+  ResidentLayout layout;
+  uint32_t* data;      // of a grid, [D, teams] of what GridExchange says
+  uint32_t* counters;  // of a grid, [D, teams, tiles]
+};
+
+template <class S>
+using ResidentForward = ResidentParams<ForwardStep<S>, S>;
+template <class S>
+using ResidentBackward = ResidentParams<BackwardStep<S>, S>;
+
+constexpr FUSEDRNN_INLINE int gates_in(int gates, bool backward) { return backward ? gates : 1; }
+constexpr FUSEDRNN_INLINE int gates_out(int gates, bool backward) { return backward ? 1 : gates; }
+
+template <class Cell, class Multiplier, class Exchange, class P, bool is_backward>
+struct Resident {
+  using S = typename Multiplier::Scalar;
+  static constexpr int in = gates_in(Cell::gates, is_backward);
+  static constexpr int word_scalars = sizeof(uint32_t) / sizeof(S);
+  using V = Values<float, 1>;
+
+  const P& p;
+  unsigned char* const memory;
+  const ResidentPlan& plan;
+  const ResidentLayout& layout;
+  const int thread, lane, warp, H, d;
+  const int rank;       // of the block in its team
+  const int64_t first;  // row of the batch in the team
+  Exchange exchange;
+  struct {
+    int row, unit;
+  } items[units_at_once];  // of a tile that are this thread's
+
+  FUSEDRNN_DEVICE Resident(const P& p, unsigned char* memory)
+      : p(p),
+        memory(memory),
+        plan(p.plan),
+        layout(p.layout),
+        thread(threadIdx.x),
+        lane(thread % 32),
+        warp(thread / 32),
+        H(static_cast<int>(p.step.H)),
+        d(blockIdx.z),
+        rank(blockIdx.x),
+        first(static_cast<int64_t>(blockIdx.y) * plan.tiles * plan.rows),
+        exchange(make_exchange()) {
+#pragma unroll
+    for (int i = 0; i < units_at_once; ++i) {
+      const int number = thread + i * resident_threads;
+      items[i] = {number / plan.units, number % plan.units};
+    }
+  }
+
+  FUSEDRNN_DEVICE Exchange make_exchange() const {
+    const Pieces pieces{plan.units * static_cast<int>(sizeof(S)) / static_cast<int>(sizeof(Words)), plan.rows, in};
+    if constexpr (std::is_same_v<Exchange, GridExchange>) {
+      const int64_t team = d * plan.teams + blockIdx.y;
+      return {plan,
+              layout,
+              memory,
+              pieces,
+              rank,
+              p.data + team * plan.tiles * 2 * plan.blocks * pieces.count() * 4,
+              p.counters + team * plan.tiles};
+    } else {
+      return {plan, layout, memory, pieces, rank};
+    }
+  }
+
+  // Slot `i` of the warp: which rows and which groups of the inner dimension.
+  struct Slot {
+    int part, row_tile, first_group, groups;
+  };
+  FUSEDRNN_DEVICE Slot slot(int i) const {
+    const int number = 2 * warp + i, part = number / layout.slots_per_part, row_tile = number % layout.slots_per_part;
+    const int begin = part * layout.part_groups, rest = layout.groups - begin;
+    const bool used = part < layout.parts && row_tile < layout.row_tiles;
+    return {part, row_tile, begin, !used ? 0 : rest < layout.part_groups ? rest : layout.part_groups};
+  }
+  FUSEDRNN_DEVICE uint32_t* overflow(const Slot& slot, int group) const {
+    const int groups = layout.part_groups - register_groups, number = slot.part * layout.row_tiles + slot.row_tile;
+    return reinterpret_cast<uint32_t*>(memory + layout.overflow) +
+           (number * groups + group - register_groups) * (fragment_bytes / 4) + lane * 4;
+  }
+  static constexpr int half_fragment = fragment_bytes / 8;  // words from `upper` of all threads to their `lower`
+
+  // Words 4q to 4q + 3 of a group of row `row` of the weights as they are multiplied; zeros where there is no such unit.
+  FUSEDRNN_DEVICE Words load_row(int row, int group) const {
+    const int groups = layout.gate_words / group_words, gate_in = group / groups;
+    const int unit_in = (group % groups * group_words + lane % 4 * 4) * word_scalars;
+    const int gate_out = row / plan.units, unit_out = rank * plan.units + row % plan.units;
+    const bool exists = gate_out < gates_out(Cell::gates, is_backward) && unit_out < H;
+    const S* const w = p.w_hh[d] + (is_backward ? (static_cast<int64_t>(gate_in) * H + unit_in) * H + unit_out
+                                                : (static_cast<int64_t>(gate_out) * H + unit_out) * H + unit_in);
+    const int64_t next = is_backward ? H : 1;
+    Words words{};
+#pragma unroll
+    for (int i = 0; i < 4 * word_scalars; ++i)
+      if (exists && unit_in + i < H)
+        words[i / word_scalars] |= Multiplier::bits(w[i * next]) << 16 * (i % word_scalars);
+    return words;
+  }
+
+  FUSEDRNN_DEVICE Fragment load_fragment(const Slot& slot, int group) const {
+    const int row = slot.row_tile * 16 + lane / 4;
+    return {load_row(row, slot.first_group + group), load_row(row + 8, slot.first_group + group)};
+  }
+
+  using Weights = Fragment[2][register_groups];
+
+  FUSEDRNN_DEVICE void load_weights(Weights& weights) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const Slot s = slot(i);
+#pragma unroll
+      for (int group = 0; group < register_groups; ++group)
+        weights[i][group] = group < s.groups ? load_fragment(s, group) : Fragment{};
+      for (int group = register_groups; group < s.groups; ++group) {
+        const Fragment a = load_fragment(s, group);
+        store_words(overflow(s, group), a.upper);
+        store_words(overflow(s, group) + half_fragment, a.lower);
+      }
+    }
+  }
+
+  // Zeros where no block ever writes.
+  FUSEDRNN_DEVICE void clear_operands() const {
+    uint32_t* const words = exchange.operand(0, 0);
+    for (int i = thread; i < (layout.made - layout.operand) / 16; i += resident_threads) store_words(words + i * 4, {});
+  }
+
+  // sums = the weights times what came in.
+  FUSEDRNN_DEVICE void multiply(const Weights& weights, const uint32_t* operand) const {
+    const Slot slots[2] = {slot(0), slot(1)};
+    const auto fragment = [&](const Slot& s, int group) {
+      if (group >= s.groups) return Fragment{};
+      return Fragment{load_words(overflow(s, group)), load_words(overflow(s, group) + half_fragment)};
+    };
+#pragma unroll 1
+    for (int column = 0; column < tile_columns; column += Multiplier::columns) {
+      typename Multiplier::Sum products[2] = {};
+      const auto add = [&](int group, const Fragment& a0, const Fragment& a1) {
+        const auto at = [&](const Slot& s) { return group < s.groups ? (s.first_group + group) * group_words : -1; };
+        const uint32_t* const columns = operand + column * layout.operand_ld;
+        Multiplier::add(products, a0, a1, {at(slots[0]), at(slots[1])}, columns, layout.operand_ld, lane);
+      };
+#pragma unroll
+      for (int group = 0; group < register_groups; ++group) add(group, weights[0][group], weights[1][group]);
+#pragma unroll 1
+      for (int group = register_groups; group < layout.part_groups; ++group)
+        add(group, fragment(slots[0], group), fragment(slots[1], group));
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float* const to = sums() + (slots[i].part * tile_columns + column) * layout.sums_ld + slots[i].row_tile * 16;
+        if (slots[i].groups) Multiplier::store(products[i], to, layout.sums_ld, lane);
+      }
+    }
+  }
+
+  FUSEDRNN_DEVICE float* sums() const { return reinterpret_cast<float*>(memory + layout.sums); }
+
+  // The two arrays of states, of a tile.
+  FUSEDRNN_DEVICE float* states(int which, int tile) const {
+    return reinterpret_cast<float*>(memory + layout.states) + (which * plan.tiles + tile) * plan.rows * plan.units;
+  }
+
+  // A unit and a row of a tile, and where they are in the block and in the batch.
+  struct Item {
+    int row, unit;
+    Position at;
+    FUSEDRNN_DEVICE int in_states(const ResidentPlan& plan) const { return row * plan.units + unit; }
+  };
+
+  // Calls f(number, item) for the units of a tile that are this thread's, those beyond the layer and the batch too.
+  template <class F>
+  FUSEDRNN_DEVICE void for_items(int tile, const F& f) const {
+#pragma unroll
+    for (int i = 0; i < units_at_once; ++i) {
+      const auto [row, unit] = items[i];
+      if (row < plan.rows) f(i, Item{row, unit, {first + tile * plan.rows + row, rank * plan.units + unit, d}});
+    }
+  }
+  FUSEDRNN_DEVICE bool exists(const Position& at) const { return at.b < p.step.B && at.j < H; }
+
+  // The product of row `row` of the weights, from all parts.
+  FUSEDRNN_DEVICE V product(const Item& item, int row) const {
+    V sum{};
+    for (int part = 0; part < layout.parts; ++part)
+      sum += V{sums()[(part * tile_columns + item.row) * layout.sums_ld + row]};
+    return sum;
+  }
+
+  // Puts a value of an item where it is handed on from.
+  FUSEDRNN_DEVICE void make(const Item& item, int gate, const V& value) const {
+    S* const made = reinterpret_cast<S*>(memory + layout.made);
+    store<1>(made + (gate * plan.rows + item.row) * plan.units + item.unit, V{Multiplier::rounded(value[0])});
+  }
+};
+
+}  // namespace fusedrnn::cuda

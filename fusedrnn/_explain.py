@@ -1,0 +1,103 @@
+"""What would run a call, and how, in words."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from fusedrnn import _dispatch, modules
+from fusedrnn._dispatch import Explanation
+
+
+def explain(
+    module: torch.nn.Module,
+    input: Tensor | PackedSequence,
+    *,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+) -> Explanation:
+    """Say which implementation would run ``module(input)``, and why not a faster one; nothing is run.
+
+    Args:
+        module: a fusedrnn layer or cell. For one of torch.nn's the answer is ``torch``, with the advice to convert it.
+        input: what it would be called with, as ``lengths`` and ``resets``.
+
+    Raises:
+        TypeError: ``module`` is no recurrent layer or cell.
+    """
+    if isinstance(module, modules.FUSED):
+        data = input.data if isinstance(input, PackedSequence) else input
+        found = _dispatch.implementation_for(data.device, data.dtype, bool(getattr(module, "proj_size", 0)))
+        if lengths is not None or resets is not None:
+            found = _dispatch.instead_of_torch(found)
+        path = {"cpu": _path, "cuda": _cuda_path}.get(found.implementation)
+        return found if path is None else found._replace(reason=f"{found.reason}; {path(module, input)}")
+    if isinstance(module, torch.nn.RNNBase | torch.nn.RNNCellBase):
+        return Explanation(
+            "torch",
+            f"{type(module).__name__} is not one of fusedrnn's modules; fusedrnn.convert swaps torch.nn's",
+        )
+    raise TypeError(f"expected a recurrent layer or cell, got {type(module).__name__}")
+
+
+def _call(module: torch.nn.Module, input: Tensor | PackedSequence) -> tuple[str, int, int, int]:
+    """The first layer's cell, steps, batch and directions."""
+    data = input.data if isinstance(input, PackedSequence) else input
+    if isinstance(module, torch.nn.RNNCellBase):
+        steps, batch, directions = 1, data.shape[0] if data.dim() == 2 else 1, 1
+    else:
+        assert isinstance(module, torch.nn.RNNBase)
+        directions = 2 if module.bidirectional else 1
+        if isinstance(input, PackedSequence):
+            steps, batch = len(input.batch_sizes), int(input.batch_sizes[0])
+        elif data.dim() == 2:
+            steps, batch = data.shape[0], 1
+        else:
+            steps, batch = data.shape[:2] if not module.batch_first else data.shape[1::-1]
+    mode = getattr(module, "mode", type(module).__name__.removesuffix("Cell")).lower()
+    return "rnn_tanh" if mode.startswith("rnn") else mode, steps, batch, directions  # relu's plan is the same
+
+
+def _cuda_path(module: torch.nn.Module, input: Tensor | PackedSequence) -> str:
+    """How the GPU's kernels would run the first layer, in words."""
+    cuda_extension = _dispatch.cuda_extension
+    assert cuda_extension is not None
+    data = input.data if isinstance(input, PackedSequence) else input
+    cell, steps, batch, directions = _call(module, input)
+    dtype = str(data.dtype).removeprefix("torch.")
+    hidden: int = module.hidden_size  # type: ignore[assignment]
+    tf32 = _dispatch.use_tf32(data)
+    schedule = cuda_extension.schedule(
+        cell, dtype, steps, batch, hidden, directions, _dispatch.index_of(data.device), tf32
+    )
+    if schedule == "step":
+        reason = "float64" if dtype == "float64" else "few steps, a large batch or a large layer"
+        return f"step schedule: a product and a kernel per time step ({reason})"
+    where = {
+        "block": "shared memory",
+        "cluster": "the registers of a cluster of thread blocks",
+        "grid": "the registers of the whole GPU",
+    }[schedule]
+    return f"{schedule} schedule: all steps in one kernel, the recurrent weights in {where}"
+
+
+def _path(module: torch.nn.Module, input: Tensor | PackedSequence) -> str:
+    """How the CPU's kernels would run the first layer forward, in words."""
+    extension = _dispatch.extension
+    assert extension is not None
+    data = input.data if isinstance(input, PackedSequence) else input
+    cell, steps, batch, directions = _call(module, input)
+    double = data.dtype == torch.float64
+    plan = extension.plan(cell, double, False, steps, batch, module.input_size, module.hidden_size, directions)
+    weights = "packed weights" if plan["packed"] else "weights read in place"
+    threads = plan["teams"] * plan["members"]
+    if threads == 1:
+        sharing = "1 thread"
+    elif plan["row_blocks"] > 1:
+        sharing = f"{threads} threads share the rows"
+    elif plan["members"] == 1:
+        sharing = f"{threads} threads share the directions"
+    else:
+        sharing = f"{threads} threads share the units"
+    return f"{extension.instruction_set()}, {weights}, {sharing}"
