@@ -169,7 +169,8 @@ def _backward_with_autograd(
     tf32: bool = False,
     dcells: Tensor | None = None,
 ) -> Any:
-    if not torch.is_grad_enabled() and not _transforms.active():
+    followed = any(t is not None and t.requires_grad for t in (dy, dh_n, dc_n, dcells, x, y, hx, cx, *saved, *weights))
+    if not _transforms.active() and not (torch.is_grad_enabled() and followed):
         with _ops.below_autograd():
             return _ops.recurrence_backward(
                 cell, dy, dh_n, dc_n, x, y, hx, cx, saved, weights, batch_sizes, lengths, resets, wanted, tf32, dcells

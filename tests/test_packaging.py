@@ -145,7 +145,9 @@ def test_stub_names_what_the_extension_has(name):
     extension = {"_C": _dispatch.extension, "_cuda": _dispatch.cuda_extension}[name]
     if extension is None:
         pytest.skip("fusedrnn runs without this extension")
-    declared = set(re.findall(r"^def (\w+)", files(fusedrnn).joinpath(f"{name}.pyi").read_text(), re.MULTILINE))
+    declared = set(
+        re.findall(r"^(?:def|class) (\w+)", files(fusedrnn).joinpath(f"{name}.pyi").read_text(), re.MULTILINE)
+    )
     public = {name for name in dir(extension) if not name.startswith("_")}
     assert public == declared
 

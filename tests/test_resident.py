@@ -192,7 +192,7 @@ PLANTED = {
     "nobody counts": (2, "exchange.cuh", "while (static_cast<int32_t>(", "while (false && static_cast<int32_t>(", RACE),
     "one buffer in the L2": (2, "exchange.cuh", BLOCK, BLOCK.replace(" + round % 2", ""), RACE),
     "counters not reset": (2, "chunk_kernel.cuh", ZERO, "", "nobody has set"),
-    "units beyond the layer": (2, "resident.cuh", EXISTS, "return at.b < p.step.B;", f"out of bounds|{RACE}"),
+    "units beyond the layer": (2, "team.cuh", EXISTS, "return at.b < p.step.B;", f"out of bounds|{RACE}"),
 }
 
 

@@ -33,7 +33,7 @@ struct Offsets {
 };
 
 template <int width>  // a template, so that every file may have it
-__global__ void __launch_bounds__(block_threads) write_offsets(const __grid_constant__ Offsets p) {
+__global__ void __launch_bounds__(block_threads, blocks_at_once) write_offsets(const __grid_constant__ Offsets p) {
   const Position at = position<width>();
   if (at.b < p.count && at.j == 0) p.to[at.b] = p.value[at.b];
 }

@@ -135,7 +135,8 @@ FUSEDRNN_DEVICE void forward_nothing(const ForwardStep<S>& p, const Place& here,
 }
 
 template <class Cell, class S, int width>
-__global__ void __launch_bounds__(block_threads) forward_step(const __grid_constant__ ForwardStep<S> p) {
+__global__ void __launch_bounds__(block_threads, blocks_at_once)
+    forward_step(const __grid_constant__ ForwardStep<S> p) {
   const Position at = position<width>();
   const Place& here = p.here[at.d];
   if (at.b >= here.rows || at.j >= p.H) return;
@@ -241,7 +242,8 @@ FUSEDRNN_DEVICE void backward_nothing(const BackwardStep<S>& p, const Place& her
 // A row that has left the sequence (or has not entered it yet) only takes up what the later step sent back to it; `here`
 // without rows does that for all rows, at the end.
 template <class Cell, class S, int width>
-__global__ void __launch_bounds__(block_threads) backward_step(const __grid_constant__ BackwardStep<S> p) {
+__global__ void __launch_bounds__(block_threads, blocks_at_once)
+    backward_step(const __grid_constant__ BackwardStep<S> p) {
   using V = Values<Accumulator<S>, width>;
   const Position at = position<width>();
   const Place &here = p.here[at.d], &later = p.later[at.d];
@@ -273,7 +275,7 @@ struct Biases {
 
 // Both biases of every pre-activation, added.
 template <class Cell, class S, int width>
-__global__ void __launch_bounds__(block_threads) add_biases(const __grid_constant__ Biases<S> p) {
+__global__ void __launch_bounds__(block_threads, blocks_at_once) add_biases(const __grid_constant__ Biases<S> p) {
   const auto [k, j, d] = position<width>();
   if (k >= Cell::sums || j >= p.H) return;
   Values<Accumulator<S>, width> sum{};
@@ -290,7 +292,8 @@ struct Conversion {
 };
 
 template <class To, class From, int width>
-__global__ void __launch_bounds__(block_threads) convert_elements(const __grid_constant__ Conversion<To, From> p) {
+__global__ void __launch_bounds__(block_threads, blocks_at_once)
+    convert_elements(const __grid_constant__ Conversion<To, From> p) {
   const auto [row, j, d] = position<width>();
   if (row >= p.rows || j >= p.columns) return;
   store<width>(p.to + row * p.columns + j, load<width>(p.from + row * p.columns + j));
@@ -303,7 +306,7 @@ struct Ones {
 };
 
 template <class S>
-__global__ void __launch_bounds__(block_threads) fill_with_one(const __grid_constant__ Ones<S> p) {
+__global__ void __launch_bounds__(block_threads, blocks_at_once) fill_with_one(const __grid_constant__ Ones<S> p) {
   const Position at = position<1>();
   if (at.b < p.count && at.j == 0) store<1>(p.to + at.b, Values<Accumulator<S>, 1>{1});
 }

@@ -106,7 +106,7 @@ struct ClusterExchange {
 
   FUSEDRNN_DEVICE uint32_t* operand(int tile, int round) const {
     const int buffer = tile * 2 + round % 2;
-    return reinterpret_cast<uint32_t*>(memory + layout.operand) + buffer * tile_columns * layout.operand_ld;
+    return reinterpret_cast<uint32_t*>(memory + layout.operand) + buffer * plan.rows * layout.operand_ld;
   }
   FUSEDRNN_DEVICE uint64_t* barrier(int tile, int round) const {
     return reinterpret_cast<uint64_t*>(memory + layout.barriers) + tile * 2 + round % 2;

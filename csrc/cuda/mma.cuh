@@ -69,6 +69,15 @@ struct Fragment {
   Words upper, lower;
 };
 
+// What comes in: column c is `ld` words after column c - 1, and beyond the last the last is taken, for a product that nobody
+// looks at.
+struct Columns {
+  const uint32_t* first;
+  int ld, count;
+
+  FUSEDRNN_DEVICE const uint32_t* operator[](int c) const { return first + (c < count ? c : count - 1) * ld; }
+};
+
 // float is rounded to TF32.
 template <class S>
 struct TensorCores {
@@ -89,11 +98,10 @@ struct TensorCores {
       return x.bits;
   }
 
-  // Of both slots of a warp; slot i's group begins group[i] words into a column, a negative one is none. The columns, from
-  // `operand` on, are `ld` words apart.
+  // Of both slots of a warp; slot i's group begins group[i] words into a column, a negative one is none.
   static FUSEDRNN_DEVICE void add(Sum (&sums)[2], const Fragment& a0, const Fragment& a1, const int (&group)[2],
-                                  const uint32_t* operand, int ld, int lane) {
-    const uint32_t* const own = operand + lane / 4 * ld + lane % 4 * 4;
+                                  const Columns& columns, int lane) {
+    const uint32_t* const own = columns[lane / 4] + lane % 4 * 4;
     Words b{};
     if (group[0] >= 0) add(sums[0], a0, b = load_words(own + group[0]));
     if (group[1] >= 0) add(sums[1], a1, group[1] == group[0] ? b : load_words(own + group[1]));
@@ -127,10 +135,10 @@ struct Fma {
   static FUSEDRNN_DEVICE uint32_t bits(float x) { return bits_of(x); }
 
   static FUSEDRNN_DEVICE void add(Sum (&sums)[2], const Fragment& a0, const Fragment& a1, const int (&group)[2],
-                                  const uint32_t* operand, int ld, int lane) {
+                                  const Columns& incoming, int lane) {
 #pragma unroll
     for (int column = 0; column < columns; ++column) {
-      const uint32_t* const own = operand + column * ld + lane % 4 * 4;
+      const uint32_t* const own = incoming[column] + lane % 4 * 4;
       Words b{};
       if (group[0] >= 0) add(sums[0], column, a0, b = load_words(own + group[0]));
       if (group[1] >= 0) add(sums[1], column, a1, group[1] == group[0] ? b : load_words(own + group[1]));

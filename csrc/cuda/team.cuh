@@ -153,12 +153,12 @@ struct Resident {
       return Fragment{load_words(overflow(s, group)), load_words(overflow(s, group) + half_fragment)};
     };
 #pragma unroll 1
-    for (int column = 0; column < tile_columns; column += Multiplier::columns) {
+    for (int column = 0; column < plan.rows; column += Multiplier::columns) {
       typename Multiplier::Sum products[2] = {};
       const auto add = [&](int group, const Fragment& a0, const Fragment& a1) {
         const auto at = [&](const Slot& s) { return group < s.groups ? (s.first_group + group) * group_words : -1; };
-        const uint32_t* const columns = operand + column * layout.operand_ld;
-        Multiplier::add(products, a0, a1, {at(slots[0]), at(slots[1])}, columns, layout.operand_ld, lane);
+        const Columns columns{operand + column * layout.operand_ld, layout.operand_ld, plan.rows - column};
+        Multiplier::add(products, a0, a1, {at(slots[0]), at(slots[1])}, columns, lane);
       };
 #pragma unroll
       for (int group = 0; group < register_groups; ++group) add(group, weights[0][group], weights[1][group]);

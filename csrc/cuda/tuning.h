@@ -16,6 +16,7 @@ constexpr int block_threads = 128;
 // Registers a thread of an element-wise kernel may have: 64 leave room for 8 blocks of 128 threads on a multiprocessor of
 // 65,536 registers, half of the threads that it can hold, with four wide loads or more in flight each.
 constexpr int register_budget = 64;
+constexpr int blocks_at_once = 8;
 
 // Units that a thread takes at once where H and addresses allow: 16 bytes of the accumulators' type, the widest access.
 constexpr int vector_width(int accumulator_bytes) { return 16 / accumulator_bytes; }
@@ -157,7 +158,7 @@ struct ResidentLayout {
   int operand_ld;      // words of a row of what comes in: half of the banks from row to row, for loads of 16 bytes
   int sums_ld;         // a step of 8 banks from every second row to the next, for the stores of two columns each
   // Offsets in bytes of shared memory:
-  int operand;   // [tiles][2][8][operand_ld] in a cluster, [8][operand_ld] in a grid
+  int operand;   // [tiles][2][rows][operand_ld] in a cluster, [rows][operand_ld] in a grid
   int made;      // [gates that come in][rows][units] what is handed on
   int sums;      // [parts][8][sums_ld]
   int states;    // [tiles][rows][units] twice, once for cells without a cell state
@@ -181,7 +182,7 @@ constexpr FUSEDRNN_INLINE ResidentLayout resident_layout(const ResidentPlan& pla
   l.operand_ld = (l.groups % 2 ? l.groups : l.groups + 1) * group_words;
   l.sums_ld = l.row_tiles * 16 + 4;
   const int buffers = plan.cluster ? 2 * plan.tiles : 1, beyond = l.part_groups - register_groups;
-  l.made = l.operand + buffers * tile_columns * l.operand_ld * 4;
+  l.made = l.operand + buffers * plan.rows * l.operand_ld * 4;
   l.sums = l.made + gates_in * plan.rows * plan.units * scalar_bytes;
   l.states = l.sums + l.parts * tile_columns * l.sums_ld * 4;
   l.barriers = round_up(l.states + (1 + has_cell) * plan.tiles * plan.rows * plan.units * 4, 8);
