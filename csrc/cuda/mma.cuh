@@ -25,6 +25,7 @@ FUSEDRNN_DEVICE float round_to_tf32(float x) { return shim::to_tf32(x); }
 FUSEDRNN_DEVICE uint32_t bits_of(float x) { return shim::bits_of(x); }
 FUSEDRNN_DEVICE float float_of(uint32_t bits) { return shim::float_of(bits); }
 FUSEDRNN_DEVICE float from_lane_xor(float x, int mask) { return shim::from_lane_xor(x, mask); }
+FUSEDRNN_DEVICE int same_in_warp(int x) { return x; }
 template <class S>
 FUSEDRNN_DEVICE void multiply_tile(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   constexpr auto operand = std::is_same_v<S, bfloat16>  ? shim::Operand::bfloat16
@@ -43,6 +44,8 @@ FUSEDRNN_DEVICE float round_to_tf32(float x) {
 FUSEDRNN_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 FUSEDRNN_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 FUSEDRNN_DEVICE float from_lane_xor(float x, int mask) { return __shfl_xor_sync(0xffffffff, x, mask); }
+// Tells the compiler that it is, so that a branch on it needs no care for threads that go elsewhere.
+FUSEDRNN_DEVICE int same_in_warp(int x) { return __shfl_sync(0xffffffff, x, 0); }
 
 #define FUSEDRNN_MMA(shape_and_types)                                                                        \
   asm("mma.sync.aligned." shape_and_types " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
@@ -98,13 +101,13 @@ struct TensorCores {
       return x.bits;
   }
 
-  // Of both slots of a warp; slot i's group begins group[i] words into a column, a negative one is none.
+  // Of both slots of a warp; slot i's group begins group[i] words into a column.
   static FUSEDRNN_DEVICE void add(Sum (&sums)[2], const Fragment& a0, const Fragment& a1, const int (&group)[2],
                                   const Columns& columns, int lane) {
     const uint32_t* const own = columns[lane / 4] + lane % 4 * 4;
-    Words b{};
-    if (group[0] >= 0) add(sums[0], a0, b = load_words(own + group[0]));
-    if (group[1] >= 0) add(sums[1], a1, group[1] == group[0] ? b : load_words(own + group[1]));
+    const Words b0 = load_words(own + group[0]), b1 = group[1] == group[0] ? b0 : load_words(own + group[1]);
+    add(sums[0], a0, b0);
+    add(sums[1], a1, b1);
   }
   // Which word of a group comes at which place of the inner dimension is free, as long as a and b agree: a thread's four,
   // which are one access, make the two words each of two instructions.
@@ -139,9 +142,9 @@ struct Fma {
 #pragma unroll
     for (int column = 0; column < columns; ++column) {
       const uint32_t* const own = incoming[column] + lane % 4 * 4;
-      Words b{};
-      if (group[0] >= 0) add(sums[0], column, a0, b = load_words(own + group[0]));
-      if (group[1] >= 0) add(sums[1], column, a1, group[1] == group[0] ? b : load_words(own + group[1]));
+      const Words b0 = load_words(own + group[0]), b1 = group[1] == group[0] ? b0 : load_words(own + group[1]);
+      add(sums[0], column, a0, b0);
+      add(sums[1], column, a1, b1);
     }
   }
   static FUSEDRNN_DEVICE void add(Sum& sum, int column, const Fragment& a, const Words& b) {

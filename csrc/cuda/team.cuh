@@ -54,7 +54,7 @@ struct Resident {
         layout(p.layout),
         thread(threadIdx.x),
         lane(thread % 32),
-        warp(thread / 32),
+        warp(same_in_warp(thread / 32)),
         H(static_cast<int>(p.step.H)),
         d(blockIdx.z),
         rank(blockIdx.x),
@@ -156,12 +156,19 @@ struct Resident {
     for (int column = 0; column < plan.rows; column += Multiplier::columns) {
       typename Multiplier::Sum products[2] = {};
       const auto add = [&](int group, const Fragment& a0, const Fragment& a1) {
-        const auto at = [&](const Slot& s) { return group < s.groups ? (s.first_group + group) * group_words : -1; };
+        // Where a slot has no such group, the zeros behind a column: its weights there are zero too.
+        const auto at = [&](const Slot& s) {
+          return (group < s.groups ? s.first_group + group : layout.groups) * group_words;
+        };
         const Columns columns{operand + column * layout.operand_ld, layout.operand_ld, plan.rows - column};
         Multiplier::add(products, a0, a1, {at(slots[0]), at(slots[1])}, columns, lane);
       };
 #pragma unroll
-      for (int group = 0; group < register_groups; ++group) add(group, weights[0][group], weights[1][group]);
+      for (int begin = 0; begin < register_groups; begin += groups_at_once) {
+        if (begin >= layout.part_groups) break;
+#pragma unroll
+        for (int i = begin; i < begin + groups_at_once; ++i) add(i, weights[0][i], weights[1][i]);
+      }
 #pragma unroll 1
       for (int group = register_groups; group < layout.part_groups; ++group)
         add(group, fragment(slots[0], group), fragment(slots[1], group));

@@ -125,6 +125,8 @@ constexpr int resident_register_budget = 255;  // one block to a multiprocessor
 // row: mma.cuh) are in registers: 2 * 8 groups of 8 registers a thread leave as many for everything else.
 constexpr int slots = 2 * resident_warps;
 constexpr int register_groups = 8;
+constexpr int groups_at_once =
+    4;  // without a branch between them, so that their loads do not wait for each other's products
 constexpr int group_words = 16;
 constexpr int fragment_bytes = 8 * 32 * 4;  // of a slot's group: 8 registers of 32 threads
 
@@ -155,7 +157,7 @@ struct ResidentLayout {
   int slots_per_part;  // that share a part of the inner dimension, even or 1, so that a warp's two share it or the rows
   int parts;           // of the inner dimension
   int part_groups;     // groups of a part
-  int operand_ld;      // words of a row of what comes in: half of the banks from row to row, for loads of 16 bytes
+  int operand_ld;      // words of a row of what comes in, and zeros: half of the banks from row to row, for 16-byte loads
   int sums_ld;         // a step of 8 banks from every second row to the next, for the stores of two columns each
   // Offsets in bytes of shared memory:
   int operand;   // [tiles][2][rows][operand_ld] in a cluster, [rows][operand_ld] in a grid
@@ -179,7 +181,7 @@ constexpr FUSEDRNN_INLINE ResidentLayout resident_layout(const ResidentPlan& pla
   const int most_parts = slots / l.slots_per_part;
   l.part_groups = most_parts ? (l.groups + most_parts - 1) / most_parts : l.groups;
   l.parts = (l.groups + l.part_groups - 1) / l.part_groups;
-  l.operand_ld = (l.groups % 2 ? l.groups : l.groups + 1) * group_words;
+  l.operand_ld = (l.groups % 2 ? l.groups + 2 : l.groups + 1) * group_words;
   l.sums_ld = l.row_tiles * 16 + 4;
   const int buffers = plan.cluster ? 2 * plan.tiles : 1, beyond = l.part_groups - register_groups;
   l.made = l.operand + buffers * plan.rows * l.operand_ld * 4;

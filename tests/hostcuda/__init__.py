@@ -99,7 +99,7 @@ def changed(folder: Path, file: str, line: int, new: str, kernels: tuple[Path, .
     lines = path.read_text().splitlines()
     lines[line] = new
     path.write_text("\n".join(lines) + "\n")
-    shutil.copytree(build().parents[1], made)  # the objects that the change leaves as they are
+    shutil.copytree(build(kernels=kernels).parents[1], made)  # the objects that the change leaves as they are
     return build(csrc, made, kernels)
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import test_hostcuda as tests
+import test_resident
 import torch
 from cases import Case
 
@@ -154,6 +155,7 @@ def checks() -> list[Callable[[], None]]:
             calls = few if schedules == Schedules.STEP else chunk_kernels[::2]
             todo += [partial(check, call, schedules=schedules, chunk_bytes=chunk_bytes) for call in calls]
     todo += [partial(check, call, schedules=Schedules.BLOCK, multiprocessors=100) for call in chunk_kernels]
+    todo += [test_resident.test_plans]
     for schedules in (Schedules.CLUSTER, Schedules.GRID):
         todo += [partial(check, call, schedules=schedules, largest_cluster=4, **usual) for call in large]
     return todo
@@ -164,7 +166,9 @@ def run(mutant: Mutant, todo: list[Callable[[], None]]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         try:
             os.environ["FUSEDRNN_HOSTCUDA"] = str(hostcuda.changed(Path(folder), *mutant))
-        except subprocess.CalledProcessError:
+        except subprocess.CalledProcessError as error:
+            if "error:" not in error.stderr:  # not the compiler's
+                raise
             return "stillborn"
         child = os.fork()  # a change may crash or hang
         if child == 0:
