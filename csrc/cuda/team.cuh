@@ -43,9 +43,7 @@ struct Resident {
   const int rank;       // of the block in its team
   const int64_t first;  // row of the batch in the team
   Exchange exchange;
-  struct {
-    int row, unit;
-  } items[units_at_once];  // of a tile that are this thread's
+  int item_rows[units_at_once], item_units[units_at_once];  // of a tile that are this thread's
 
   FUSEDRNN_DEVICE Resident(const P& p, unsigned char* memory)
       : p(p),
@@ -63,7 +61,7 @@ struct Resident {
 #pragma unroll
     for (int i = 0; i < units_at_once; ++i) {
       const int number = thread + i * resident_threads;
-      items[i] = {number / plan.units, number % plan.units};
+      item_rows[i] = number / plan.units, item_units[i] = number % plan.units;
     }
   }
 
@@ -199,7 +197,7 @@ struct Resident {
   FUSEDRNN_DEVICE void for_items(int tile, const F& f) const {
 #pragma unroll
     for (int i = 0; i < units_at_once; ++i) {
-      const auto [row, unit] = items[i];
+      const int row = item_rows[i], unit = item_units[i];
       if (row < plan.rows) f(i, Item{row, unit, {first + tile * plan.rows + row, rank * plan.units + unit, d}});
     }
   }

@@ -125,8 +125,7 @@ constexpr int resident_register_budget = 255;  // one block to a multiprocessor
 // row: mma.cuh) are in registers: 2 * 8 groups of 8 registers a thread leave as many for everything else.
 constexpr int slots = 2 * resident_warps;
 constexpr int register_groups = 8;
-constexpr int groups_at_once =
-    4;  // without a branch between them, so that their loads do not wait for each other's products
+constexpr int groups_at_once = 4;  // without a branch between them: loads need not wait for products
 constexpr int group_words = 16;
 constexpr int fragment_bytes = 8 * 32 * 4;  // of a slot's group: 8 registers of 32 threads
 
@@ -157,8 +156,8 @@ struct ResidentLayout {
   int slots_per_part;  // that share a part of the inner dimension, even or 1, so that a warp's two share it or the rows
   int parts;           // of the inner dimension
   int part_groups;     // groups of a part
-  int operand_ld;      // words of a row of what comes in, and zeros: half of the banks from row to row, for 16-byte loads
-  int sums_ld;         // a step of 8 banks from every second row to the next, for the stores of two columns each
+  int operand_ld;  // words of a row of what comes in, and zeros: half of the banks from row to row, for 16-byte loads
+  int sums_ld;     // a step of 8 banks from every second row to the next, for the stores of two columns each
   // Offsets in bytes of shared memory:
   int operand;   // [tiles][2][rows][operand_ld] in a cluster, [rows][operand_ld] in a grid
   int made;      // [gates that come in][rows][units] what is handed on
