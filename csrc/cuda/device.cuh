@@ -101,11 +101,16 @@ class Launch {
   cudaLaunchConfig_t config_{};
 };
 
-// Whether the current device can hold the blocks that must run at the same time. A grid is of no more blocks than there
-// are multiprocessors.
+// Whether the current device can hold the blocks that must run at the same time; where it refuses to say, as it may of a
+// cluster larger than it has, it cannot. A grid is of no more blocks than there are multiprocessors.
 template <class P>
 bool can_run(void (*kernel)(P), const Geometry& g, int shared_bytes, Together together) {
-  return Launch<P>(kernel, g, nullptr, shared_bytes, together).active() > 0;
+  try {
+    return Launch<P>(kernel, g, nullptr, shared_bytes, together).active() > 0;
+  } catch (const std::runtime_error&) {
+    cudaGetLastError();  // or the next call would report it
+    return false;
+  }
 }
 
 template <class P>

@@ -92,6 +92,12 @@ struct Pieces {
   int a_row, rows, gates;  // pieces of a row of a gate, rows, gates
 
   FUSEDRNN_DEVICE int count() const { return a_row * rows * gates; }
+
+  // Where a piece of that block is in an operand.
+  FUSEDRNN_DEVICE int place(const ResidentLayout& layout, int block, int piece) const {
+    const int line = piece / a_row, row = line % rows, gate = line / rows;
+    return row * layout.operand_ld + gate * layout.gate_words + (block * a_row + piece % a_row) * 4;
+  }
 };
 
 // Rounds of a tile are counted from 1; what comes in by round r must be used before this block sends round r + 1, and then
@@ -134,9 +140,7 @@ struct ClusterExchange {
 #pragma unroll 1
     for (int i = threadIdx.x; i < count * plan.blocks; i += resident_threads) {
       const int piece = i % count, to = (i / count + rank) % plan.blocks;  // each begins with itself, not all with one
-      const int line = piece / pieces.a_row, row = line % pieces.rows, gate = line / pieces.rows;
-      uint32_t* const at = operand(tile, round) + row * layout.operand_ld + gate * layout.gate_words +
-                           (rank * pieces.a_row + piece % pieces.a_row) * 4;
+      uint32_t* const at = operand(tile, round) + pieces.place(layout, rank, piece);
       send_words(address_in(at, to), load_words(made + piece * 4), address_in(barrier(tile, round), to));
     }
   }
@@ -152,7 +156,7 @@ struct GridExchange {
   uint32_t* const data;      // of the team: [tiles][2][blocks][pieces][4]
   uint32_t* const counters;  // of the team: [tiles], zero before the launch
 
-  FUSEDRNN_DEVICE uint32_t* operand(int, int64_t) const { return reinterpret_cast<uint32_t*>(memory + layout.operand); }
+  FUSEDRNN_DEVICE uint32_t* operand(int, int) const { return reinterpret_cast<uint32_t*>(memory + layout.operand); }
   FUSEDRNN_DEVICE uint32_t* at(int tile, int round, int block) const {
     return data + static_cast<int64_t>((tile * 2 + round % 2) * plan.blocks + block) * pieces.count() * 4;
   }
@@ -169,9 +173,7 @@ struct GridExchange {
     const int count = pieces.count();
     for (int i = threadIdx.x; i < count * plan.blocks; i += resident_threads) {
       const int piece = i % count, from = i / count;
-      const int line = piece / pieces.a_row, row = line % pieces.rows, gate = line / pieces.rows;
-      uint32_t* const to = operand(tile, round) + row * layout.operand_ld + gate * layout.gate_words +
-                           (from * pieces.a_row + piece % pieces.a_row) * 4;
+      uint32_t* const to = operand(tile, round) + pieces.place(layout, from, piece);
       store_words(to, load_words_of_others(at(tile, round, from) + piece * 4));
     }
     __syncthreads();
