@@ -47,6 +47,8 @@ struct Problem {
   int64_t I, H;
   int directions;
   Weights weights[2];
+
+  bool converts_weights() const { return scalar == ScalarKind::float32_of_bfloat16; }
 };
 
 struct ForwardParams : Problem {

@@ -19,7 +19,7 @@ struct Columns {
   int64_t vectors = (columns + N - 1) / N, first_packed;
   bool narrow;
   const W* weights[2] = {};
-  Scratch<S> panels;  // of W, where they are narrow
+  Scratch<S> panels;  // of Packed<W>, where they are narrow: [direction][vector][gate][packed_size(H)][N]
 
   Columns(int64_t columns, int64_t gates, int64_t H, std::array<int, 4> gate_of, bool packed, bool narrow)
       : columns(columns),
@@ -42,9 +42,10 @@ struct Columns {
         const int count = static_cast<int>(std::min<int64_t>(N, columns - column));
         for (int g = 0; g < gates; ++g) {
           const W* from = weights[i / packed] + gate_of[g] * H * columns;
-          const int64_t to = (i * gates + g) * H * N;
-          narrow ? pack_columns<V>(from, columns, column, count, H, reinterpret_cast<W*>(panels.get()) + to)
-                 : pack_columns<V>(from, columns, column, count, H, panels.get() + to);
+          const int64_t to = i * gates + g;
+          narrow ? pack_columns<V>(from, columns, column, count, H,
+                                   reinterpret_cast<Packed<W>*>(panels.get()) + to * packed_size<Packed<W>>(H) * N)
+                 : pack_columns<V>(from, columns, column, count, H, panels.get() + to * H * N);
         }
       }
     });
@@ -59,13 +60,16 @@ struct Columns {
         cpu::multiply<V, S, W>({weights[direction] + gate_of[g] * H * columns + begin * N, N, columns, in_place - begin,
                                 A + g * H, lda, H, rows, C, ldc, N, fresh && g == 0});
     if (in_place == end) return;
-    const int64_t at = (direction * (vectors - first_packed) + in_place - first_packed) * gates * H * N;
+    // All gates are one product, unless a pair would span two of them.
     const auto packed = [&](auto* panels) {
       using Stored = std::remove_pointer_t<decltype(panels)>;
-      cpu::multiply<V, S, Stored>({panels + at, gates * H * N, N, end - in_place, A, lda, gates * H, rows,
-                                   C + (in_place - begin) * N, ldc, N, fresh});
+      const int64_t size = packed_size<Stored>(H) * N, blocks = in_pairs<Stored> && H % 2 ? gates : 1;
+      panels += (direction * (vectors - first_packed) + in_place - first_packed) * gates * size;
+      for (int64_t g = 0; g < blocks; ++g)
+        cpu::multiply<V, S, Stored>({panels + g * size, gates * size, N, end - in_place, A + g * H, lda,
+                                     gates / blocks * H, rows, C + (in_place - begin) * N, ldc, N, fresh && g == 0});
     };
-    narrow ? packed(reinterpret_cast<W*>(panels.get())) : packed(panels.get());
+    narrow ? packed(reinterpret_cast<Packed<W>*>(panels.get())) : packed(panels.get());
   }
 };
 

@@ -76,7 +76,7 @@ struct Forward : Recurrence<Cell, S, N> {
           kept_row = sequence.start(std::min(t, t_end));
           project(job, member.begin, n, kept_row, sequence.start(std::max(t, t_end) + 1) - kept_row, a);
         }
-        step(job, t, member.begin, n, job.row_begin, count, a + (row - kept_row) * sums * N, h_in, h_out, c);
+        step(job, t, member.begin, n, job.row_begin, count, a + (row - kept_row) * sums * N, h_in, h_out, c, s % 2);
       } else {
         for (int64_t panel = member.begin; panel < member.end; panel += panels_at_once)
           for (int64_t r = 0; r < count; r += capacity) {
@@ -90,15 +90,16 @@ struct Forward : Recurrence<Cell, S, N> {
     }
   }
 
-  // Step t for n panels and `count` rows from b on, from their pre-activations without h.
+  // Step t for n panels and `count` rows from b on, from their pre-activations without h. A step that goes backwards through
+  // the weights of a forwards one finds in the caches what that one read last.
   void step(const Job& job, int64_t t, int64_t panel, int64_t n, int64_t b, int64_t count, S* sum, const S* h_in,
-            S* h_out, S* c) {
+            S* h_out, S* c, bool backwards = false) {
     const S* A = h_in + (b - job.row_begin) * padded_H;
     const void* w_hh = p.weights[job.direction].w_hh;
-    weights.narrow ? product<Cell::hidden_gate>(job, panel, n, reinterpret_cast<const W*>(weights.w_hh), w_hh, A,
-                                                padded_H, H, count, sum)
+    weights.narrow ? product<Cell::hidden_gate>(job, panel, n, reinterpret_cast<const Packed<W>*>(weights.w_hh), w_hh,
+                                                A, padded_H, H, count, sum, backwards)
                    : product<Cell::hidden_gate>(job, panel, n, static_cast<const S*>(weights.w_hh), w_hh, A, padded_H,
-                                                H, count, sum);
+                                                H, count, sum, backwards);
     activate(n, count, sum);
     cell(job, t, panel, n, b, b + count, sum, h_in, h_out, c);
   }
@@ -118,24 +119,25 @@ struct Forward : Recurrence<Cell, S, N> {
 
   // Adds `count` rows of A (K wide) times the gates of n panels to the pre-activations; gate_of(g) is the weights' block for
   // sum g. `packed` is nullptr where weights are read in place.
-  template <int (*gate_of)(int), class Packed>
-  void product(const Job& job, int64_t panel, int64_t n, const Packed* packed, const void* weights, const S* A,
-               int64_t lda, int64_t K, int64_t count, S* sum) {
+  template <int (*gate_of)(int), class Stored>
+  void product(const Job& job, int64_t panel, int64_t n, const Stored* packed, const void* weights, const S* A,
+               int64_t lda, int64_t K, int64_t count, S* sum, bool backwards = false) {
     const int64_t panel_stride = capacity * sums * N;
+    const int64_t size = packed_size<Stored>(K) * N;
     const bool is_packed = packed;
-    if (is_packed) packed += (job.direction * panels + panel) * gates * K * N;
+    if (is_packed) packed += (job.direction * panels + panel) * gates * size;
     if (is_packed && gates == 1) {
-      multiply<V, S, Packed>({packed, K * N, N, n, A, lda, K, count, sum, sums * N, panel_stride});
+      multiply<V, S, Stored>({packed, size, N, n, A, lda, K, count, sum, sums * N, panel_stride, false, 0, backwards});
       return;
     }
     if (is_packed && takes_groups(count)) {
-      multiply<V, S, Packed, gates>(
-          {packed, K * N, N, n * gates, A, lda, K, count, sum, sums * N, N, false, panel_stride});
+      multiply<V, S, Stored, gates>(
+          {packed, size, N, n * gates, A, lda, K, count, sum, sums * N, N, false, panel_stride, backwards});
       return;
     }
     for (int64_t i = 0; i < n; ++i, sum += panel_stride) {
       if (is_packed) {
-        multiply<V, S, Packed>({packed + i * gates * K * N, K * N, N, gates, A, lda, K, count, sum, sums * N, N});
+        multiply<V, S, Stored>({packed + i * gates * size, size, N, gates, A, lda, K, count, sum, sums * N, N});
         continue;
       }
       for (int g = 0; g < gates; ++g) {

@@ -12,8 +12,20 @@
 namespace fusedrnn::cpu {
 namespace {
 
+// What packed weights are stored as, where they keep their type: bfloat16 in pairs of neighbours in k. An output vector has
+// packed_size vecs.
+template <class Stored>
+using Packed = std::conditional_t<std::is_same_v<Stored, bfloat16>, bfloat16_pair, Stored>;
+template <class Stored>
+constexpr bool in_pairs = std::is_same_v<Stored, bfloat16_pair>;
+template <class Stored>
+constexpr int64_t packed_size(int64_t K) {
+  return in_pairs<Stored> ? (K + 1) / 2 : K;
+}
+
 // C[row*ldc + vector*c_stride] += sum over k of A[row*lda + k] * W[vector*w_stride + k*k_stride], for
-// `vectors` × `rows` vecs. Where A is transposed, its element is A[k*lda + row]. Weights may be stored as another type.
+// `vectors` × `rows` vecs. Where A is transposed, its element is A[k*lda + row]. Weights may be stored as another type; in
+// pairs, of which k/2 is the index.
 template <class S, class Stored = S>
 struct Product {
   const Stored* W;
@@ -24,6 +36,7 @@ struct Product {
   int64_t ldc, c_stride;
   bool fresh = false;        // C holds nothing yet: = in place of +=
   int64_t group_stride = 0;  // where vectors are in groups (see multiply_few): from a group of C to the next
+  bool backwards = false;    // the last vectors first, where there are one or two rows
 };
 
 // An element's sum has one order, that of k, whatever tile it falls into: a step alone gives the same bits as among others.
@@ -45,14 +58,19 @@ __attribute__((noinline)) void tile(const Product<S, Stored>& p, int64_t row, in
   V sum[split][MB][NV];
   const auto broadcast = [&](int64_t k, int b)
                              __attribute__((always_inline)) { return V(transposed ? A[k * lda + b] : A[b * lda + k]); };
-  const auto weights = [&](int64_t k, int v)
-                           __attribute__((always_inline)) { return load<V>(W + v * w_stride + k * k_stride); };
+  // `half` is that of k in its pair, where there are pairs.
+  const auto weights = [&](int64_t k, auto v, auto half) __attribute__((always_inline)) {
+    if constexpr (in_pairs<Stored>)
+      return load_half<V, half()>(W + v * w_stride + k / 2 * k_stride);
+    else
+      return load<V>(W + v * w_stride + k * k_stride);
+  };
   // The smaller side of the tile stays in registers, beside one value of the other: with 12 accumulators that is 16.
-  const auto step = [&](int64_t k, int s) __attribute__((always_inline)) {
+  const auto step = [&](int64_t k, int s, auto half) __attribute__((always_inline)) {
     if constexpr (NV <= MB) {
       V w[NV];
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) w[v] = weights(k, v);
+      for (int v = 0; v < NV; ++v) w[v] = weights(k, v, half);
 #pragma GCC unroll 16
       for (int b = 0; b < MB; ++b) {
         const V a = broadcast(k, b);
@@ -65,12 +83,14 @@ __attribute__((noinline)) void tile(const Product<S, Stored>& p, int64_t row, in
       for (int b = 0; b < MB; ++b) a[b] = broadcast(k, b);
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) {
-        const V w = weights(k, v);
+        const V w = weights(k, v, half);
 #pragma GCC unroll 16
         for (int b = 0; b < MB; ++b) sum[s][b][v] = w * a[b] + sum[s][b][v];
       }
     }
   };
+  using First = std::integral_constant<int, 0>;
+  using Second = std::integral_constant<int, 1>;
   // Blocks of k are summed by themselves and then added to C: one long chain would round every small product
   // at the size of the total.
   int64_t k = 0;
@@ -83,11 +103,14 @@ __attribute__((noinline)) void tile(const Product<S, Stored>& p, int64_t row, in
       for (int b = 0; b < MB; ++b)
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) sum[s][b][v] = V(S(0));
-    for (; k + split <= end; k += split) {
+    if constexpr (in_pairs<Stored>)
+      for (; k + 2 <= end; k += 2) step(k, 0, First()), step(k + 1, 0, Second());
+    else
+      for (; k + split <= end; k += split) {
 #pragma GCC unroll 8
-      for (int s = 0; s < split; ++s) step(k + s, s);
-    }
-    for (; k < end; ++k) step(k, 0);
+        for (int s = 0; s < split; ++s) step(k + s, s, First());
+      }
+    for (; k < end; ++k) step(k, 0, First());
 #pragma GCC unroll 16
     for (int b = 0; b < MB; ++b)
 #pragma GCC unroll 8
@@ -129,7 +152,8 @@ void multiply_few(const Product<S, Stored>& p, std::integer_sequence<int, NV...>
   static constexpr std::array<Tile<S, Stored>, sizeof...(NV)> tiles = {
       &tile<V, S, Stored, MB, NV + 1, false, group>...};
   const int64_t most = sizeof...(NV), count = (p.vectors + most - 1) / most;
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t j = 0; j < count; ++j) {
+    const int64_t i = p.backwards ? count - 1 - j : j;
     const int64_t begin = p.vectors * i / count, end = p.vectors * (i + 1) / count;
     tiles[end - begin - 1](p, 0, begin);
   }
@@ -189,14 +213,21 @@ void pack_rows(const From* matrix, int64_t first, int count, int64_t K, To* pack
     for (int j = 0; j < N; ++j)
       square[j] = j < count ? load<V>(matrix + (first + j) * K + k, width) : V(typename V::Scalar(0));
     transpose<N / 2>(square);
-    for (int i = 0; i < width; ++i) store(square[i], packed + (k + i) * N);
+    if constexpr (in_pairs<To>)
+      for (int i = 0; i < width; i += 2) store_pairs(square[i], square[i + 1], packed + (k + i) / 2 * N);
+    else
+      for (int i = 0; i < width; ++i) square[i].store(packed + (k + i) * N);
   }
 }
 
 // Packs columns [first, first + count) of a row-major [K, columns] matrix as one output vector.
 template <class V, class From, class To>
 void pack_columns(const From* matrix, int64_t columns, int64_t first, int count, int64_t K, To* packed) {
-  for (int64_t k = 0; k < K; ++k) store(load<V>(matrix + k * columns + first, count), packed + k * V::size);
+  const auto row = [&](int64_t k) { return k < K ? load<V>(matrix + k * columns + first, count) : V(0); };
+  if constexpr (in_pairs<To>)
+    for (int64_t k = 0; k < K; k += 2) store_pairs(row(k), row(k + 1), packed + k / 2 * V::size);
+  else
+    for (int64_t k = 0; k < K; ++k) row(k).store(packed + k * V::size);
 }
 
 // The sums of the numbers in each of J vecs, stored side by side.

@@ -74,7 +74,9 @@ struct Recurrence {
   const int64_t block_rows = (B + plan.row_blocks - 1) / plan.row_blocks;
 
   Recurrence(const Problem& p, const Threads& threads, Pass pass)
-      : problem(p), plan(make_plan(pass, p.sequence.T, p.sequence.B, p.H, p.directions, gates, N, threads.count)) {}
+      : problem(p),
+        plan(make_plan(pass, p.sequence.T, p.sequence.B, p.H, p.directions, p.converts_weights(), gates, N,
+                       threads.count)) {}
 
   int units(int64_t panel) const { return static_cast<int>(std::min<int64_t>(N, H - panel * N)); }
 

@@ -78,6 +78,10 @@ struct vec {
 struct bfloat16 {
   uint16_t bits;
 };
+// Two of them, the second in the upper half: a vec of these is two vecs, for an instruction each.
+struct bfloat16_pair {
+  uint32_t bits;
+};
 
 // Numbers of another type in memory, as vecs of T; `n` as in vec::load.
 template <class V, class T>
@@ -108,16 +112,21 @@ FUSEDRNN_INLINE V load(const bfloat16* p, int n) {
   for (int i = 0; i < n; ++i) buffer[i] = p[i];
   return load<V>(buffer);
 }
-// 2N of them at once, the even ones and the odd ones: half a load and one more instruction a vec.
+// Of N pairs the first ones (half 0) or the second.
+template <class V, int half>
+FUSEDRNN_INLINE V load_half(const void* p) {
+  typename Bits<V::size>::Whole words;
+  std::memcpy(&words, p, sizeof(words));
+  return V((typename V::Register)(half ? words & 0xffff0000u : words << 16));
+}
+// 2N numbers at once, the even ones and the odd ones.
 template <class V>
 struct EvenOdd {
   V even, odd;
 };
 template <class V>
 FUSEDRNN_INLINE EvenOdd<V> load_pairs(const bfloat16* p) {
-  typename Bits<V::size>::Whole words;
-  std::memcpy(&words, p, sizeof(words));
-  return {V((typename V::Register)(words << 16)), V((typename V::Register)(words & 0xffff0000u))};
+  return {load_half<V, 0>(p), load_half<V, 1>(p)};
 }
 // The same of 2N numbers in two vecs.
 template <class T, int N, int... lane>
@@ -125,17 +134,12 @@ FUSEDRNN_INLINE EvenOdd<vec<T, N>> pairs_of(vec<T, N> low, vec<T, N> high, std::
   return {vec<T, N>(__builtin_shufflevector(low.v, high.v, (2 * lane)...)),
           vec<T, N>(__builtin_shufflevector(low.v, high.v, (2 * lane + 1)...))};
 }
-template <class V, class T>
-FUSEDRNN_INLINE void store(V v, T* p) {
-  v.store(p);
-}
 // Of numbers that are bfloat16s.
 template <class V>
-FUSEDRNN_INLINE void store(V v, bfloat16* p) {
-  using Half = typename Bits<V::size>::Half;
+FUSEDRNN_INLINE void store_pairs(V even, V odd, bfloat16_pair* p) {
   using Whole = typename Bits<V::size>::Whole;
-  const Half half = __builtin_convertvector((Whole)v.v >> 16, Half);
-  std::memcpy(p, &half, sizeof(half));
+  const Whole words = ((Whole)even.v >> 16) | ((Whole)odd.v & 0xffff0000u);
+  std::memcpy(p, &words, sizeof(words));
 }
 
 #define FUSEDRNN_OPERATOR(op)                                       \

@@ -34,22 +34,23 @@ constexpr int64_t projection_rows = 48;
 
 enum class Pass { forward, backward };
 
-// Rows from which on a single step packs weights (see packs).
-constexpr int64_t most_step_rows = 128;
+// Rows from which on a single step packs weights (see packs); bfloat16 ones, which a dot product converts at every use.
+constexpr int64_t most_step_rows = 128, most_converted_step_rows = 64;
 
 // Whether weights are packed. Packing moves every weight twice; a dot product reads it once per few rows from a near cache.
 // For a single step dot products are as fast up to 128 rows (AVX2, LSTM of 256, B = 16: 149 µs unpacked, 239 packed; B = 128:
 // 957 and 968), but those of narrow layers are mostly tails. Several steps read W_hh again and again, W_ih only once for
 // some of them (LSTM of 1024, B = 1, T = 25: 8.1 ms with both packed, 6.4 with W_hh only; GRU of 256, T = 10: 182 µs with
-// both, 134 with none). Backward reads unpacked weights across their rows, which caches like less.
-constexpr bool packs(Pass pass, int64_t T, int64_t B, int64_t H) {
+// both, 134 with none). bfloat16 W_ih are better packed, and widened, from 16 rows on: LSTM of 512, B = 4, T = 25: 4.4 ms in
+// place, 3.0 packed. Backward reads unpacked weights across their rows, which caches like less.
+constexpr bool packs(Pass pass, int64_t T, int64_t B, int64_t H, bool converted) {
   if (H < 64) return T * B >= 8;
   if (pass == Pass::backward) return T * B >= (T == 1 ? 40 : 20);
-  if (T == 1) return B >= most_step_rows;
+  if (T == 1) return B >= (converted ? most_converted_step_rows : most_step_rows);
   return B == 1 ? T >= 30 : T * B >= 10;
 }
-constexpr bool packs_input(int64_t T, int64_t B, int64_t H) {
-  return T * B >= (H < 64 ? 8 : T == 1 || H >= 512 ? most_step_rows : 16);
+constexpr bool packs_input(int64_t T, int64_t B, int64_t H, bool converted) {
+  return T * B >= (H < 64 ? 8 : !converted && (T == 1 || H >= 512) ? most_step_rows : 16);
 }
 
 // Rows whose gradients are taken in one go: the more, the less often the weights' gradients are fetched and stored (1/256
@@ -60,8 +61,9 @@ constexpr int64_t gradient_rows = 256;
 constexpr int64_t gradient_pairs = 16;
 
 // Most rows of a step for which packed bfloat16 weights stay bfloat16: so few wait for weights to come from a cache, more
-// for the arithmetic, to which unpacking would add.
-constexpr int64_t narrow_rows = 4;
+// for the arithmetic, to which unpacking would add (AVX2, B = 1: 1.13 to 1.18 times as fast as one by one; B = 3 and 4 are
+// 3 to 5 % faster when widened).
+constexpr int64_t narrow_rows = 2;
 
 // Weights, times half the rows, from which on a team takes a single step: waking a thread takes as long as reading so many.
 constexpr int64_t step_for_team = 130'000;
@@ -82,12 +84,12 @@ struct Plan {
   bool packed;         // whether W_hh is packed (backward: both)
 };
 
-constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t H, int directions, int64_t gates, int64_t vector,
-                         int64_t threads) {
+constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t H, int directions, bool converted, int64_t gates,
+                         int64_t vector, int64_t threads) {
   const int64_t panels = (H + vector - 1) / vector, step_flops = 2 * gates * H * H * B;
   // A thread is only woken (a few µs) for work that lasts longer.
   if (T * step_flops * directions < 200'000) threads = 1;
-  Plan plan{1, threads, false, 1, 1, packs_input(T, B, H), packs(pass, T, B, H)};
+  Plan plan{1, threads, false, 1, 1, packs_input(T, B, H, converted), packs(pass, T, B, H, converted)};
   if (directions == 2 && threads >= 2) {
     plan.groups = 2;
     plan.slices = threads / 2;

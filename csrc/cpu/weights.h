@@ -18,7 +18,7 @@ struct PackedWeights {
   const int64_t I = p.I, H = p.H, panels = (H + N - 1) / N;
   const bool narrow = p.sequence.B <= narrow_rows;  // packed w_hh stays of its type
   S* w_ih = nullptr;                                // [D, panels, gates, I, N], or nullptr where it is read in place
-  S* w_hh = nullptr;                                // [D, panels, gates, H, N] of W where it is narrow, or nullptr
+  S* w_hh = nullptr;                                // [D, panels, gates, H, N], or nullptr; as Packed<W> where narrow
   S* bias = nullptr;                                // [D, panels, sums, N]
   int64_t numbers = 0;
 
@@ -53,11 +53,12 @@ struct PackedWeights {
     for (int g = 0; g < gates; ++g) {
       const int64_t input_row = g * H + index * N, hidden_row = Cell::hidden_gate(g) * H + index * N;
       const W* hidden = static_cast<const W*>(w.w_hh);
-      const int64_t to = (at * gates + g) * H * N;
+      const int64_t to = at * gates + g;
       if (w_ih) pack_rows<V>(static_cast<const W*>(w.w_ih), input_row, count, I, w_ih + (at * gates + g) * I * N);
       if (w_hh)
-        narrow ? pack_rows<V>(hidden, hidden_row, count, H, reinterpret_cast<W*>(w_hh) + to)
-               : pack_rows<V>(hidden, hidden_row, count, H, w_hh + to);
+        narrow ? pack_rows<V>(hidden, hidden_row, count, H,
+                              reinterpret_cast<Packed<W>*>(w_hh) + to * packed_size<Packed<W>>(H) * N)
+               : pack_rows<V>(hidden, hidden_row, count, H, w_hh + to * H * N);
       if (w.b_ih) add(sum + (Cell::input_sum + g) * N, static_cast<const W*>(w.b_ih) + input_row, count);
       if (w.b_hh) add(sum + g * N, static_cast<const W*>(w.b_hh) + hidden_row, count);
     }
