@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedrnn import _dispatch, _ops, _reference, _transforms
+from fusedrnn import _direct, _dispatch, _ops, _reference, _transforms
 
 Results = tuple[Tensor, Tensor, Tensor | None]
 Gradients = tuple[Tensor | None, ...]
@@ -52,7 +52,7 @@ def _step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: list[Tenso
         _, *states = _recurrence(cell, x, h, c, weights, None, None, None, False)
         return [state.squeeze(0) for state in states if state is not None]
     if needs_gradient(x, h, c, weights):
-        return list(_apply(cell, False, None, None, None, x, h, c, *weights))
+        return list(apply(cell, False, None, None, None, x, h, c, *weights))
     with _ops.below_autograd():
         return _ops.step(cell, x, h, c, weights)
 
@@ -76,7 +76,7 @@ def _recurrence(
             cell, tf32, batch_sizes, lengths, resets, x, hx, cx, *weights
         )
     elif needs_gradient(x, hx, cx, weights):
-        y, h_n, *c_n = _apply(cell, tf32, batch_sizes, lengths, resets, x, hx, cx, *weights)
+        y, h_n, *c_n = apply(cell, tf32, batch_sizes, lengths, resets, x, hx, cx, *weights)
     else:
         with _ops.below_autograd():
             y, h_n, *c_n = _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, False, tf32)
@@ -112,16 +112,18 @@ class Recurrence(torch.autograd.Function):
         cx: Any,
         *weights: Tensor,
     ) -> Any:
-        states, given = 1 if cx is None else 2, (x, hx, cx)
-        step = hx.dim() == 2
-        if step:
-            x, hx, cx = _transforms.with_step(x, hx, cx)
-        with _ops.below_autograd():
-            y, *results = _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, True, tf32)
-        _transforms.save(ctx, cell, tf32, (batch_sizes, lengths, resets, *given, *weights), y, results[states:])
-        if step:
-            return tuple(state.squeeze_(0) for state in results[:states])  # in place: a view could not be written to
-        return y, *results[:states]
+        sequence, states, step = (batch_sizes, lengths, resets), 1 if cx is None else 2, hx.dim() == 2
+        dense = batch_sizes is None and lengths is None and resets is None
+        found = _direct.forward(cell, x, hx, cx, weights) if dense else None
+        if found is None:
+            own = _transforms.with_step(x, hx, cx) if step else (x, hx, cx)
+            with _ops.below_autograd():
+                found = _ops.recurrence_forward(cell, *own, weights, *sequence, True, tf32)
+            if step:  # in place: a view could not be written to
+                found[: 1 + states] = [state.squeeze_(0) for state in found[: 1 + states]]
+        y, *results = found
+        _transforms.save(ctx, cell, tf32, (*sequence, x, hx, cx, *weights), y, results[states:])
+        return tuple(results[:states]) if step else (y, *results[:states])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
@@ -129,7 +131,7 @@ class Recurrence(torch.autograd.Function):
 
 
 # Recurrence.apply, without what Function.apply does for torch.func first: a tenth of a small layer's call.
-_apply: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, Recurrence).apply
+apply: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, Recurrence).apply
 
 
 def _forward_with_autograd(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedrnn import _dispatch, _ops, _reference, _vmap
+from fusedrnn import _direct, _dispatch, _ops, _reference, _vmap
 
 Maybe = Tensor | None
 _Kind = torch._C._functorch.TransformType
@@ -56,28 +56,32 @@ def gradients(ctx: Any, dy: Maybe, dh_n: Maybe = None, dc_n: Maybe = None, *_: M
     weights, y, saved = rest[: ctx.weights], rest[ctx.weights], rest[ctx.weights + 1 :]
     step = hx.dim() == 2
     if step:
-        dh_n, dc_n, x, hx, cx = with_step(dy, dh_n, x, hx, cx)
-        dy = None
-    if cx is None:
-        dc_n = None  # what stands there is of something saved
-    if dy is None and dh_n is None and dc_n is None:
+        dy, dh_n, dc_n = None, dy, dh_n
+    cotangents = (dy, dh_n, None if cx is None else dc_n)  # without cx, what stands there is of something saved
+    if all(c is None for c in cotangents):
         return (None,) * (8 + len(weights))
     wanted = ctx.needs_input_grad[5:] if ctx.followed is None else ctx.followed
+    old_batch = any(c is not None and _is_old_batch(c) for c in cotangents)
+    differentiable = torch.is_grad_enabled() or active()  # the gradients will be so themselves, or are batched
+    sequence = (batch_sizes, lengths, resets)
+    if not (old_batch or differentiable) and batch_sizes is None and lengths is None and resets is None:
+        direct = _direct.backward(ctx.cell, cotangents, x, y, hx, cx, saved, weights, wanted)
+        if direct is not None:
+            return (*(None,) * 5, *direct)
+    if step:
+        cotangents, (x, y, hx, cx) = with_step(*cotangents), with_step(x, y, hx, cx)
     # cx is no argument of the operator for cells without a cell state.
     asked = wanted if cx is not None else (*wanted[:2], *wanted[3:])
-    cotangents = (dy, dh_n, dc_n)
-    if any(c is not None and _is_old_batch(c) for c in cotangents):
-        inputs = (*cotangents, x, hx, cx, *weights)
-        found = _reference_gradients(ctx.cell, (batch_sizes, lengths, resets), inputs, asked)
-    elif torch.is_grad_enabled() or active():  # the gradients will be differentiated themselves, or are batched
+    if old_batch:
+        found = _reference_gradients(ctx.cell, sequence, (*cotangents, x, hx, cx, *weights), asked)
+    elif differentiable:
         found = Gradients.apply(  # type: ignore[no-untyped-call]
-            ctx.cell, ctx.tf32, asked, len(weights), batch_sizes, lengths, resets,
-            dy, dh_n, dc_n, x, hx, cx, *weights, y, *saved,
-        )  # fmt: skip
+            ctx.cell, ctx.tf32, asked, len(weights), *sequence, *cotangents, x, hx, cx, *weights, y, *saved
+        )
     else:
         with _ops.below_autograd():
             found = _ops.recurrence_backward(
-                ctx.cell, dy, dh_n, dc_n, x, y, hx, cx, saved, weights, batch_sizes, lengths, resets, asked, ctx.tf32
+                ctx.cell, *cotangents, x, y, hx, cx, saved, weights, *sequence, asked, ctx.tf32
             )
     next_one = iter(found)
     results = [
