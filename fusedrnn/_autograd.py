@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedrnn import _direct, _dispatch, _ops, _reference, _transforms
+from fusedrnn import _derivatives, _direct, _dispatch, _modes, _ops, _reference, _transforms
 
 Results = tuple[Tensor, Tensor, Tensor | None]
-Gradients = tuple[Tensor | None, ...]
+Maybe = Tensor | None
 
 
 def recurrence(
@@ -47,7 +47,7 @@ def step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: list[Tensor
 
 
 def _step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: list[Tensor]) -> Any:
-    if _transforms.active():
+    if _modes.active():
         x, h, c = _transforms.with_step(x, h, c)
         _, *states = _recurrence(cell, x, h, c, weights, None, None, None, False)
         return [state.squeeze(0) for state in states if state is not None]
@@ -68,10 +68,9 @@ def _recurrence(
     resets: Tensor | None,
     tf32: bool,
 ) -> Results:
-    if _transforms.active():
-        if _transforms.needs_reference():
-            weights = [w.to(x.dtype) for w in weights]  # bfloat16 weights may go with a float32 x
-            return _reference.recurrence(cell, x, hx, cx, weights, batch_sizes, lengths, resets)
+    if _modes.active():
+        if _modes.needs_reference():
+            return _by_reference(cell, x, hx, cx, weights, batch_sizes, lengths, resets)
         y, h_n, *c_n = _transforms.Recurrence.apply(  # type: ignore[no-untyped-call]
             cell, tf32, batch_sizes, lengths, resets, x, hx, cx, *weights
         )
@@ -81,6 +80,11 @@ def _recurrence(
         with _ops.below_autograd():
             y, h_n, *c_n = _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, False, tf32)
     return y, h_n, c_n[0] if cx is not None else None
+
+
+def _by_reference(cell: str, x: Tensor, hx: Tensor, cx: Maybe, weights: list[Tensor], *sequence: Maybe) -> Results:
+    weights = [w.to(x.dtype) for w in weights]  # bfloat16 weights may go with a float32 x
+    return _reference.recurrence(cell, x, hx, cx, weights, *sequence)
 
 
 def needs_gradient(x: Tensor, hx: Tensor, cx: Tensor | None, weights: list[Tensor]) -> bool:
@@ -149,8 +153,19 @@ def _forward_with_autograd(
     if save:  # what Recurrence asks for, who knows about gradients
         with _ops.below_autograd():
             return _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, save, tf32)
-    results = _recurrence(cell, x, hx, cx, weights, batch_sizes, lengths, resets, tf32)
+    if _modes.has_tangent(x, hx, cx, *weights):
+        results = _by_reference(cell, x, hx, cx, weights, batch_sizes, lengths, resets)
+    else:
+        results = _recurrence(cell, x, hx, cx, weights, batch_sizes, lengths, resets, tf32)
     return [t for t in results if t is not None]
+
+
+def _step_with_autograd(cell: str, x: Tensor, h: Tensor, c: Maybe, weights: list[Tensor]) -> Any:
+    if not _modes.has_tangent(x, h, c, *weights):
+        return _step(cell, x, h, c, weights)
+    x, h, c = _transforms.with_step(x, h, c)
+    _, *states = _by_reference(cell, x, h, c, weights)
+    return [state.squeeze(0) for state in states if state is not None]
 
 
 def _backward_with_autograd(
@@ -171,14 +186,18 @@ def _backward_with_autograd(
     tf32: bool = False,
     dcells: Tensor | None = None,
 ) -> Any:
-    followed = any(t is not None and t.requires_grad for t in (dy, dh_n, dc_n, dcells, x, y, hx, cx, *saved, *weights))
-    if not _transforms.active() and not (torch.is_grad_enabled() and followed):
+    tensors = (dy, dh_n, dc_n, dcells, x, y, hx, cx, *saved, *weights)
+    followed, dual = any(t is not None and t.requires_grad for t in tensors), _modes.has_tangent(*tensors)
+    if not dual and not _modes.active() and not (torch.is_grad_enabled() and followed):
         with _ops.below_autograd():
             return _ops.recurrence_backward(
                 cell, dy, dh_n, dc_n, x, y, hx, cx, saved, weights, batch_sizes, lengths, resets, wanted, tf32, dcells
             )
     if dcells is not None:
         raise RuntimeError("fusedrnn: expected no dcells where the gradients will be differentiated themselves")
+    if dual:
+        inputs = (dy, dh_n, dc_n, x, hx, cx, *weights)
+        return list(_derivatives.gradients(cell, (batch_sizes, lengths, resets), inputs, wanted))
     found = _transforms.Gradients.apply(  # type: ignore[no-untyped-call]
         cell,
         tf32,
@@ -202,4 +221,4 @@ def _backward_with_autograd(
 
 _ops.differentiate("recurrence_forward", _forward_with_autograd)
 _ops.differentiate("recurrence_backward", _backward_with_autograd)
-_ops.differentiate("step", _step)
+_ops.differentiate("step", _step_with_autograd)

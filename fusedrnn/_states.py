@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedrnn import _autograd, _dispatch, _ops, _reference, _transforms
+from fusedrnn import _autograd, _dispatch, _modes, _ops, _reference
 
 
 def recurrence(
@@ -24,7 +24,7 @@ def recurrence(
 
     The fourth result is the cell states ``[D, T, B, H]``, zero past a row's end.
     """
-    if not kernels or torch.compiler.is_compiling() or _transforms.active():
+    if not kernels or torch.compiler.is_compiling() or _modes.active():
         if kernels and not torch.compiler.is_compiling():
             _dispatch.warn_once("all cell states under torch.func come from the PyTorch reference")
         every: list[Tensor] = []
