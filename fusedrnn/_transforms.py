@@ -186,17 +186,21 @@ class Gradients(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Any) -> Any:
         sequence, inputs = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
         asked = [i for i, want in enumerate(ctx.needs_input_grad[7 : 7 + len(inputs)]) if want]
+        if all(c is None for c in cotangents):
+            return (None,) * ctx.arguments
+        given = iter(cotangents)
+        used = [want and next(given) is not None for want in ctx.wanted]  # the other gradients went nowhere
 
         def first(*sources: Tensor) -> tuple[Tensor, ...]:
-            given = list(inputs)
+            replaced = list(inputs)
             for i, source in zip(asked, sources, strict=True):
-                given[i] = source
-            return _derivatives.gradients(ctx.cell, sequence, given, ctx.wanted)
+                replaced[i] = source
+            return _derivatives.gradients(ctx.cell, sequence, replaced, used)
 
-        found, pull = _derivatives.vjp(first, *(inputs[i] for i in asked))
-        own = [torch.zeros_like(g) if c is None else c for g, c in zip(found, cotangents, strict=True)]
+        _, pull = _derivatives.vjp(first, *(inputs[i] for i in asked))
+        own = tuple(c for c in cotangents if c is not None)
         results: list[Maybe] = [None] * (ctx.arguments - 7)
-        for i, gradient in zip(asked, pull(tuple(own)), strict=True):
+        for i, gradient in zip(asked, pull(own), strict=True):
             results[i] = gradient
         return (None,) * 7 + tuple(results)
 

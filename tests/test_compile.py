@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -148,6 +149,33 @@ def test_torch_func_inside():
         return torch.func.vmap(lambda sequence: layer(sequence)[0])(x)
 
     assert torch.equal(torch.compile(batch, fullgraph=True, backend="aot_eager")(x), batch(x))
+
+
+@LAYERS
+@pytest.mark.filterwarnings("ignore:fusedrnn runs on a fallback. forward-mode")
+def test_forward_mode_inside(name):
+    layer, x, tangent = getattr(fusedrnn, name)(4, 7), torch.randn(5, 3, 4), torch.randn(5, 3, 4)
+
+    def slope(x: torch.Tensor, tangent: torch.Tensor):
+        return torch.func.jvp(lambda x: layer(x)[0], (x,), (tangent,))
+
+    torch.testing.assert_close(torch.compile(slope, fullgraph=True, backend="aot_eager")(x, tangent), slope(x, tangent))
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRUCell"])
+@pytest.mark.filterwarnings("ignore:fusedrnn runs on a fallback. forward-mode")
+def test_dual_numbers_inside(name):
+    """A graph enters forward mode without telling Python."""
+    module = getattr(fusedrnn, name)(4, 7)
+    x, tangent = (torch.randn((5, 3, 4) if name == "LSTM" else (3, 4)) for _ in range(2))
+
+    def slope(x: torch.Tensor, tangent: torch.Tensor):
+        with forward_ad.dual_level():
+            y = module(forward_ad.make_dual(x, tangent))
+            return forward_ad.unpack_dual(y[0] if name == "LSTM" else y)
+
+    compiled = torch.compile(slope, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(tuple(compiled(x, tangent)), tuple(slope(x, tangent)))
 
 
 def test_questions_about_the_gpu_are_answered_while_tracing(monkeypatch):
