@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedrnn import _derivatives, _direct, _dispatch, _modes, _ops, _reference, _transforms
+from fusedrnn import _direct, _dispatch, _modes, _ops, _reference, _transforms
 
 Results = tuple[Tensor, Tensor, Tensor | None]
 Maybe = Tensor | None
@@ -37,19 +37,19 @@ def recurrence(
             cell, x, hx, cx, weights, batch_sizes, lengths, resets, False, _dispatch.use_tf32(x)
         )
         return results[0], results[1], results[2] if cx is not None else None
-    return _recurrence(cell, x, hx, cx, weights, batch_sizes, lengths, resets, _dispatch.use_tf32(x))
+    return run(cell, x, hx, cx, weights, batch_sizes, lengths, resets, _dispatch.use_tf32(x))
 
 
 def step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: list[Tensor]) -> list[Tensor]:
     """One step of one layer on a CPU's kernels: x ``[B, I]``, h and c ``[B, H]`` to h' and, for an LSTM, c'."""
-    results: list[Tensor] = (_ops.step if torch.compiler.is_compiling() else _step)(cell, x, h, c, weights)
+    results: list[Tensor] = (_ops.step if torch.compiler.is_compiling() else run_step)(cell, x, h, c, weights)
     return results
 
 
-def _step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: list[Tensor]) -> Any:
+def run_step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: list[Tensor]) -> Any:
     if _modes.active():
         x, h, c = _transforms.with_step(x, h, c)
-        _, *states = _recurrence(cell, x, h, c, weights, None, None, None, False)
+        _, *states = run(cell, x, h, c, weights, None, None, None, False)
         return [state.squeeze(0) for state in states if state is not None]
     if needs_gradient(x, h, c, weights):
         return list(apply(cell, False, None, None, None, x, h, c, *weights))
@@ -57,7 +57,7 @@ def _step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: list[Tenso
         return _ops.step(cell, x, h, c, weights)
 
 
-def _recurrence(
+def run(
     cell: str,
     x: Tensor,
     hx: Tensor,
@@ -70,7 +70,7 @@ def _recurrence(
 ) -> Results:
     if _modes.active():
         if _modes.needs_reference():
-            return _by_reference(cell, x, hx, cx, weights, batch_sizes, lengths, resets)
+            return by_reference(cell, x, hx, cx, weights, batch_sizes, lengths, resets)
         y, h_n, *c_n = _transforms.Recurrence.apply(  # type: ignore[no-untyped-call]
             cell, tf32, batch_sizes, lengths, resets, x, hx, cx, *weights
         )
@@ -82,7 +82,7 @@ def _recurrence(
     return y, h_n, c_n[0] if cx is not None else None
 
 
-def _by_reference(cell: str, x: Tensor, hx: Tensor, cx: Maybe, weights: list[Tensor], *sequence: Maybe) -> Results:
+def by_reference(cell: str, x: Tensor, hx: Tensor, cx: Maybe, weights: list[Tensor], *sequence: Maybe) -> Results:
     weights = [w.to(x.dtype) for w in weights]  # bfloat16 weights may go with a float32 x
     return _reference.recurrence(cell, x, hx, cx, weights, *sequence)
 
@@ -136,89 +136,3 @@ class Recurrence(torch.autograd.Function):
 
 # Recurrence.apply, without what Function.apply does for torch.func first: a tenth of a small layer's call.
 apply: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, Recurrence).apply
-
-
-def _forward_with_autograd(
-    cell: str,
-    x: Tensor,
-    hx: Tensor,
-    cx: Tensor | None,
-    weights: list[Tensor],
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    save: bool,
-    tf32: bool = False,
-) -> Any:
-    if save:  # what Recurrence asks for, who knows about gradients
-        with _ops.below_autograd():
-            return _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, save, tf32)
-    if _modes.has_tangent(x, hx, cx, *weights):
-        results = _by_reference(cell, x, hx, cx, weights, batch_sizes, lengths, resets)
-    else:
-        results = _recurrence(cell, x, hx, cx, weights, batch_sizes, lengths, resets, tf32)
-    return [t for t in results if t is not None]
-
-
-def _step_with_autograd(cell: str, x: Tensor, h: Tensor, c: Maybe, weights: list[Tensor]) -> Any:
-    if not _modes.has_tangent(x, h, c, *weights):
-        return _step(cell, x, h, c, weights)
-    x, h, c = _transforms.with_step(x, h, c)
-    _, *states = _by_reference(cell, x, h, c, weights)
-    return [state.squeeze(0) for state in states if state is not None]
-
-
-def _backward_with_autograd(
-    cell: str,
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    x: Tensor,
-    y: Tensor,
-    hx: Tensor,
-    cx: Tensor | None,
-    saved: list[Tensor],
-    weights: list[Tensor],
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    wanted: list[bool],
-    tf32: bool = False,
-    dcells: Tensor | None = None,
-) -> Any:
-    tensors = (dy, dh_n, dc_n, dcells, x, y, hx, cx, *saved, *weights)
-    followed, dual = any(t is not None and t.requires_grad for t in tensors), _modes.has_tangent(*tensors)
-    if not dual and not _modes.active() and not (torch.is_grad_enabled() and followed):
-        with _ops.below_autograd():
-            return _ops.recurrence_backward(
-                cell, dy, dh_n, dc_n, x, y, hx, cx, saved, weights, batch_sizes, lengths, resets, wanted, tf32, dcells
-            )
-    if dcells is not None:
-        raise RuntimeError("fusedrnn: expected no dcells where the gradients will be differentiated themselves")
-    if dual:
-        inputs = (dy, dh_n, dc_n, x, hx, cx, *weights)
-        return list(_derivatives.gradients(cell, (batch_sizes, lengths, resets), inputs, wanted))
-    found = _transforms.Gradients.apply(  # type: ignore[no-untyped-call]
-        cell,
-        tf32,
-        tuple(wanted),
-        len(weights),
-        batch_sizes,
-        lengths,
-        resets,
-        dy,
-        dh_n,
-        dc_n,
-        x,
-        hx,
-        cx,
-        *weights,
-        y,
-        *saved,
-    )
-    return list(found)
-
-
-_ops.differentiate("recurrence_forward", _forward_with_autograd)
-_ops.differentiate("recurrence_backward", _backward_with_autograd)
-_ops.differentiate("step", _step_with_autograd)
