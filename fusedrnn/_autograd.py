@@ -33,6 +33,8 @@ def recurrence(
     float32 or float64, on a GPU bfloat16 and float16 too; on a CPU the weights of a float32 x may be bfloat16.
     """
     if torch.compiler.is_compiling():
+        if _modes.forward_mode_in_graph():
+            return by_reference(cell, x, hx, cx, weights, batch_sizes, lengths, resets)
         results = _ops.recurrence_forward(
             cell, x, hx, cx, weights, batch_sizes, lengths, resets, False, _dispatch.use_tf32(x)
         )
@@ -42,7 +44,15 @@ def recurrence(
 
 def step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: list[Tensor]) -> list[Tensor]:
     """One step of one layer on a CPU's kernels: x ``[B, I]``, h and c ``[B, H]`` to h' and, for an LSTM, c'."""
-    results: list[Tensor] = (_ops.step if torch.compiler.is_compiling() else run_step)(cell, x, h, c, weights)
+    results: list[Tensor]
+    if not torch.compiler.is_compiling():
+        results = run_step(cell, x, h, c, weights)
+    elif not _modes.forward_mode_in_graph():
+        results = _ops.step(cell, x, h, c, weights)
+    else:
+        x, h, c = _transforms.with_step(x, h, c)
+        _, *states = by_reference(cell, x, h, c, weights)
+        results = [state.squeeze(0) for state in states if state is not None]
     return results
 
 
@@ -53,6 +63,9 @@ def run_step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: list[Te
         return [state.squeeze(0) for state in states if state is not None]
     if needs_gradient(x, h, c, weights):
         return list(apply(cell, False, None, None, None, x, h, c, *weights))
+    found = _direct.infer(cell, x, h, c, weights)
+    if found is not None:
+        return found[1:]
     with _ops.below_autograd():
         return _ops.step(cell, x, h, c, weights)
 
@@ -77,8 +90,12 @@ def run(
     elif needs_gradient(x, hx, cx, weights):
         y, h_n, *c_n = apply(cell, tf32, batch_sizes, lengths, resets, x, hx, cx, *weights)
     else:
-        with _ops.below_autograd():
-            y, h_n, *c_n = _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, False, tf32)
+        dense = batch_sizes is None and lengths is None and resets is None
+        found = _direct.infer(cell, x, hx, cx, weights) if dense else None
+        if found is None:
+            with _ops.below_autograd():
+                found = _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, False, tf32)
+        y, h_n, *c_n = found
     return y, h_n, c_n[0] if cx is not None else None
 
 

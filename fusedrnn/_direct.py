@@ -50,6 +50,11 @@ def forward(cell: str, x: Tensor, hx: Tensor, cx: Maybe, weights: Sequence[Tenso
     return kernels.forward(cell, x, hx, cx, weights, 1, True) if possible() else None  # type: ignore[no-any-return]
 
 
+def infer(cell: str, x: Tensor, hx: Tensor, cx: Maybe, weights: Sequence[Tensor]) -> list[Tensor] | None:
+    """``recurrence_forward`` without ``save``, of the same: y, h_n, c_n (lstm)."""
+    return kernels.forward(cell, x, hx, cx, weights, 1, False) if possible() else None  # type: ignore[no-any-return]
+
+
 def backward(
     cell: str,
     cotangents: Sequence[Maybe],

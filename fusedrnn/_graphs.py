@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedrnn import _autograd, _derivatives, _modes, _ops, _states, _transforms
+from fusedrnn import _autograd, _direct, _modes, _ops, _states, _transforms
 
 Maybe = Tensor | None
 
@@ -24,24 +24,22 @@ def _forward_with_autograd(
     save: bool,
     tf32: bool = False,
 ) -> Any:
-    if save and cell == "lstm" and batch_sizes is None and cx is not None:
+    if (
+        save
+        and cx is not None
+        and batch_sizes is None
+        and (_modes.active() or _autograd.needs_gradient(x, hx, cx, weights))
+    ):
         return _states.with_all(x, hx, cx, weights, lengths, resets, tf32)
-    if save:  # other cells' states are their output: nobody asks for this
+    if save:  # other cells' states are their output: nobody asks for gradients of what is saved
+        dense = batch_sizes is None and lengths is None and resets is None
+        found = _direct.forward(cell, x, hx, cx, weights) if dense else None
+        if found is not None:
+            return found
         with _ops.below_autograd():
             return _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, save, tf32)
-    if _modes.has_tangent(x, hx, cx, *weights):
-        results = _autograd.by_reference(cell, x, hx, cx, weights, batch_sizes, lengths, resets)
-    else:
-        results = _autograd.run(cell, x, hx, cx, weights, batch_sizes, lengths, resets, tf32)
+    results = _autograd.run(cell, x, hx, cx, weights, batch_sizes, lengths, resets, tf32)
     return [t for t in results if t is not None]
-
-
-def _step_with_autograd(cell: str, x: Tensor, h: Tensor, c: Maybe, weights: list[Tensor]) -> Any:
-    if not _modes.has_tangent(x, h, c, *weights):
-        return _autograd.run_step(cell, x, h, c, weights)
-    x, h, c = _transforms.with_step(x, h, c)
-    _, *states = _autograd.by_reference(cell, x, h, c, weights)
-    return [state.squeeze(0) for state in states if state is not None]
 
 
 def _backward_with_autograd(
@@ -62,18 +60,19 @@ def _backward_with_autograd(
     tf32: bool = False,
     dcells: Tensor | None = None,
 ) -> Any:
-    tensors = (dy, dh_n, dc_n, dcells, x, y, hx, cx, *saved, *weights)
-    followed, dual = any(t is not None and t.requires_grad for t in tensors), _modes.has_tangent(*tensors)
-    if not dual and not _modes.active() and not (torch.is_grad_enabled() and followed):
+    followed = any(t is not None and t.requires_grad for t in (dy, dh_n, dc_n, dcells, x, y, hx, cx, *saved, *weights))
+    if not _modes.active() and not (torch.is_grad_enabled() and followed):
+        if batch_sizes is None and lengths is None and resets is None and dcells is None:
+            every = wanted if cx is not None else [*wanted[:2], False, *wanted[2:]]
+            found = _direct.backward(cell, (dy, dh_n, dc_n), x, y, hx, cx, saved, weights, every)
+            if found is not None:
+                return [t for t in found if t is not None]
         with _ops.below_autograd():
             return _ops.recurrence_backward(
                 cell, dy, dh_n, dc_n, x, y, hx, cx, saved, weights, batch_sizes, lengths, resets, wanted, tf32, dcells
             )
     if dcells is not None:
         raise RuntimeError("fusedrnn: expected no dcells where the gradients will be differentiated themselves")
-    if dual:
-        inputs = (dy, dh_n, dc_n, x, hx, cx, *weights)
-        return list(_derivatives.gradients(cell, (batch_sizes, lengths, resets), inputs, wanted))
     found = _transforms.Gradients.apply(  # type: ignore[no-untyped-call]
         cell,
         tf32,
@@ -97,4 +96,4 @@ def _backward_with_autograd(
 
 _ops.differentiate("recurrence_forward", _forward_with_autograd)
 _ops.differentiate("recurrence_backward", _backward_with_autograd)
-_ops.differentiate("step", _step_with_autograd)
+_ops.differentiate("step", _autograd.run_step)

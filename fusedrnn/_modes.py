@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from fusedrnn import _dispatch
 
@@ -31,12 +30,13 @@ def needs_reference() -> bool:
     return needed
 
 
-def has_tangent(*tensors: Tensor | None) -> bool:
-    """Whether forward mode follows one of them; in torch.compile's graphs it is at work without ``active`` knowing."""
-    found = any(t is not None and torch._VF._unpack_dual(t, level=0).tangent is not None for t in tensors)  # type: ignore[attr-defined]
-    if found:
+@_dispatch.constant_in_graphs
+def forward_mode_in_graph() -> bool:
+    """Whether the code that torch.compile traces is inside forward mode, which the graph's own calls will not know."""
+    needed = _forward_ad._current_level >= 0
+    if needed:
         _warn()
-    return found
+    return needed
 
 
 def _warn() -> None:

@@ -25,7 +25,7 @@ def recurrence(
     The fourth result is the cell states ``[D, T, B, H]``, zero past a row's end.
     """
     tf32 = _dispatch.use_tf32(x)
-    if not kernels:
+    if not kernels or (torch.compiler.is_compiling() and _modes.forward_mode_in_graph()):
         return _by_reference(x, hx, cx, weights, lengths, resets)
     if torch.compiler.is_compiling():
         y, h_n, c_n, _, cells = _ops.recurrence_forward("lstm", x, hx, cx, weights, None, lengths, resets, True, tf32)
@@ -111,7 +111,7 @@ def with_all(
     x: Tensor, hx: Tensor, cx: Tensor, weights: list[Tensor], lengths: Tensor | None, resets: Tensor | None, tf32: bool
 ) -> Any:
     """``recurrence_forward`` of an LSTM with ``save``, with gradients of all results but the gates."""
-    if _modes.active() or _modes.has_tangent(x, hx, cx, *weights):
+    if _modes.active():
         _dispatch.warn_once("all cell states under torch.func come from the PyTorch reference")
         y, h_n, c_n, cells = _by_reference(x, hx, cx, weights, lengths, resets)
         cells = cells.flatten(1, 2)
