@@ -1,7 +1,7 @@
 """A small model compiled beside itself eager: ``python -m benchmarks.compiled --help``.
 
-Linear, a recurrent layer, Linear. Each line is one size: the median time of a call, and what the compiled model takes in
-units of it, after their results were found equal. "Linear" has one in the layer's place: what torch.compile itself adds.
+Linear, a recurrent layer, Linear. Each line is one size: the median time of a call, and what the compiled model takes
+in units of it, after their results were found equal. "Linear" has one in the layer's place: torch.compile's own part.
 """
 
 import argparse

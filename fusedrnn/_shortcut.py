@@ -17,7 +17,7 @@ _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 def cell(module: torch.nn.RNNCellBase, name: str, x: Tensor, hx: Any) -> Any:
     """A cell's step of x ``[B, I]`` from its state ``[B, H]``, a pair for an LSTM; what forward returns, or None."""
-    if not _direct.possible() or not isinstance(x, Tensor) or x.dim() != 2 or x.shape[1] != module.input_size:
+    if not _possible(x, 2, module.input_size):
         return None
     h, c = _states(name, x, hx, (len(x), module.hidden_size))
     parameters = module._parameters  # a name is absent where a parametrization has taken its place
@@ -30,10 +30,12 @@ def cell(module: torch.nn.RNNCellBase, name: str, x: Tensor, hx: Any) -> Any:
 
 def layer(module: torch.nn.RNNBase, name: str, x: Tensor, hx: Any) -> Any:
     """A stack of layers over a padded batch from its states ``[L*D, B, H]``; what forward returns, or None."""
-    if not _direct.possible() or not isinstance(x, Tensor) or x.dim() != 3 or x.shape[2] != module.input_size:
+    if not _possible(x, 3, module.input_size):
         return None
     layers = module.num_layers
-    if module.proj_size or (layers > 1 and module.training and module.dropout) or module.recompute:
+    if torch.is_grad_enabled() and (layers > 1 or module.recompute):
+        return None  # a stack's layers are a node of the graph each
+    if module.proj_size or (layers > 1 and module.training and module.dropout):
         return None
     if module.batch_first:
         x = x.transpose(0, 1)
@@ -47,6 +49,10 @@ def layer(module: torch.nn.RNNBase, name: str, x: Tensor, hx: Any) -> Any:
         return None
     y, *states = found
     return y.transpose(0, 1) if module.batch_first else y, tuple(states) if name == "lstm" else states[0]
+
+
+def _possible(x: Any, rank: int, inputs: int) -> bool:
+    return _direct.possible() and isinstance(x, Tensor) and x.is_cpu and x.dim() == rank and x.shape[-1] == inputs
 
 
 def _states(name: str, x: Tensor, hx: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:
@@ -64,8 +70,8 @@ def _run(name: str, x: Tensor, h: Any, c: Any, weights: list[Any], layers: int =
     kernels = _direct.kernels
     if not torch.is_grad_enabled():
         return kernels.forward(name, x, h, c, weights, layers, False)
-    if layers > 1 or not kernels.fits(name, x, h, c, weights):
+    if not kernels.fits(name, x, h, c, weights):
         return None
     if not _autograd.needs_gradient(x, h, c, weights):
-        return kernels.forward(name, x, h, c, weights, layers, False)
+        return kernels.forward(name, x, h, c, weights, 1, False)
     return _autograd.apply(name, False, None, None, None, x, h, c, *weights)
