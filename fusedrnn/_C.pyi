@@ -20,19 +20,9 @@ class Stack:
     def prepare(self, weights: list[list[int]]) -> None: ...
     def forward(self, T: int, x: int, y: int, resets: int) -> None: ...
 
-def forward_at(
-    cell: str,
-    dtype: str,
-    T: int,
-    B: int,
-    I: int,
-    H: int,
-    directions: int,
-    x: int,
-    hx: int,
-    cx: int,
-    weights: list[int],
-    y: int,
-    h_n: int,
-    c_n: int,
-) -> None: ...
+def use_tensors(tensor: type, parameter: type) -> bool: ...
+def fits(cell: str, x: Any, hx: Any, cx: Any, weights: Any) -> bool: ...
+def forward(cell: str, x: Any, hx: Any, cx: Any, weights: Any, layers: int, save: bool) -> list[Any] | None: ...
+def backward(
+    cell: str, dy: Any, dh_n: Any, dc_n: Any, x: Any, y: Any, hx: Any, cx: Any, saved: Any, weights: Any, wanted: Any
+) -> list[Any] | None: ...

@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from fusedrnn import _graphs as _graphs  # which makes the operators differentiable
 from fusedrnn._convert import convert, revert
 from fusedrnn._dispatch import Explanation, FallbackWarning
 from fusedrnn._explain import explain

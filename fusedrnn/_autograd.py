@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedrnn import _dispatch, _ops, _reference, _transforms
+from fusedrnn import _direct, _dispatch, _modes, _ops, _reference, _transforms
 
 Results = tuple[Tensor, Tensor, Tensor | None]
-Gradients = tuple[Tensor | None, ...]
+Maybe = Tensor | None
 
 
 def recurrence(
@@ -33,31 +33,44 @@ def recurrence(
     float32 or float64, on a GPU bfloat16 and float16 too; on a CPU the weights of a float32 x may be bfloat16.
     """
     if torch.compiler.is_compiling():
+        if _modes.forward_mode_in_graph():
+            return by_reference(cell, x, hx, cx, weights, batch_sizes, lengths, resets)
         results = _ops.recurrence_forward(
             cell, x, hx, cx, weights, batch_sizes, lengths, resets, False, _dispatch.use_tf32(x)
         )
         return results[0], results[1], results[2] if cx is not None else None
-    return _recurrence(cell, x, hx, cx, weights, batch_sizes, lengths, resets, _dispatch.use_tf32(x))
+    return run(cell, x, hx, cx, weights, batch_sizes, lengths, resets, _dispatch.use_tf32(x))
 
 
 def step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: list[Tensor]) -> list[Tensor]:
     """One step of one layer on a CPU's kernels: x ``[B, I]``, h and c ``[B, H]`` to h' and, for an LSTM, c'."""
-    results: list[Tensor] = (_ops.step if torch.compiler.is_compiling() else _step)(cell, x, h, c, weights)
+    results: list[Tensor]
+    if not torch.compiler.is_compiling():
+        results = run_step(cell, x, h, c, weights)
+    elif not _modes.forward_mode_in_graph():
+        results = _ops.step(cell, x, h, c, weights)
+    else:
+        x, h, c = _transforms.with_step(x, h, c)
+        _, *states = by_reference(cell, x, h, c, weights)
+        results = [state.squeeze(0) for state in states if state is not None]
     return results
 
 
-def _step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: list[Tensor]) -> Any:
-    if _transforms.active():
+def run_step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: list[Tensor]) -> Any:
+    if _modes.active():
         x, h, c = _transforms.with_step(x, h, c)
-        _, *states = _recurrence(cell, x, h, c, weights, None, None, None, False)
+        _, *states = run(cell, x, h, c, weights, None, None, None, False)
         return [state.squeeze(0) for state in states if state is not None]
     if needs_gradient(x, h, c, weights):
-        return list(_apply(cell, False, None, None, None, x, h, c, *weights))
+        return list(apply(cell, False, None, None, None, x, h, c, *weights))
+    found = _direct.infer(cell, x, h, c, weights)
+    if found is not None:
+        return found[1:]
     with _ops.below_autograd():
         return _ops.step(cell, x, h, c, weights)
 
 
-def _recurrence(
+def run(
     cell: str,
     x: Tensor,
     hx: Tensor,
@@ -68,19 +81,27 @@ def _recurrence(
     resets: Tensor | None,
     tf32: bool,
 ) -> Results:
-    if _transforms.active():
-        if _transforms.needs_reference():
-            weights = [w.to(x.dtype) for w in weights]  # bfloat16 weights may go with a float32 x
-            return _reference.recurrence(cell, x, hx, cx, weights, batch_sizes, lengths, resets)
+    if _modes.active():
+        if _modes.needs_reference():
+            return by_reference(cell, x, hx, cx, weights, batch_sizes, lengths, resets)
         y, h_n, *c_n = _transforms.Recurrence.apply(  # type: ignore[no-untyped-call]
             cell, tf32, batch_sizes, lengths, resets, x, hx, cx, *weights
         )
     elif needs_gradient(x, hx, cx, weights):
-        y, h_n, *c_n = _apply(cell, tf32, batch_sizes, lengths, resets, x, hx, cx, *weights)
+        y, h_n, *c_n = apply(cell, tf32, batch_sizes, lengths, resets, x, hx, cx, *weights)
     else:
-        with _ops.below_autograd():
-            y, h_n, *c_n = _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, False, tf32)
+        dense = batch_sizes is None and lengths is None and resets is None
+        found = _direct.infer(cell, x, hx, cx, weights) if dense else None
+        if found is None:
+            with _ops.below_autograd():
+                found = _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, False, tf32)
+        y, h_n, *c_n = found
     return y, h_n, c_n[0] if cx is not None else None
+
+
+def by_reference(cell: str, x: Tensor, hx: Tensor, cx: Maybe, weights: list[Tensor], *sequence: Maybe) -> Results:
+    weights = [w.to(x.dtype) for w in weights]  # bfloat16 weights may go with a float32 x
+    return _reference.recurrence(cell, x, hx, cx, weights, *sequence)
 
 
 def needs_gradient(x: Tensor, hx: Tensor, cx: Tensor | None, weights: list[Tensor]) -> bool:
@@ -112,16 +133,18 @@ class Recurrence(torch.autograd.Function):
         cx: Any,
         *weights: Tensor,
     ) -> Any:
-        states, given = 1 if cx is None else 2, (x, hx, cx)
-        step = hx.dim() == 2
-        if step:
-            x, hx, cx = _transforms.with_step(x, hx, cx)
-        with _ops.below_autograd():
-            y, *results = _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, True, tf32)
-        _transforms.save(ctx, cell, tf32, (batch_sizes, lengths, resets, *given, *weights), y, results[states:])
-        if step:
-            return tuple(state.squeeze_(0) for state in results[:states])  # in place: a view could not be written to
-        return y, *results[:states]
+        sequence, states, step = (batch_sizes, lengths, resets), 1 if cx is None else 2, hx.dim() == 2
+        dense = batch_sizes is None and lengths is None and resets is None
+        found = _direct.forward(cell, x, hx, cx, weights) if dense else None
+        if found is None:
+            own = _transforms.with_step(x, hx, cx) if step else (x, hx, cx)
+            with _ops.below_autograd():
+                found = _ops.recurrence_forward(cell, *own, weights, *sequence, True, tf32)
+            if step:  # in place: a view could not be written to
+                found[: 1 + states] = [state.squeeze_(0) for state in found[: 1 + states]]
+        y, *results = found
+        _transforms.save(ctx, cell, tf32, (*sequence, x, hx, cx, *weights), y, results[states:])
+        return tuple(results[:states]) if step else (y, *results[:states])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
@@ -129,75 +152,4 @@ class Recurrence(torch.autograd.Function):
 
 
 # Recurrence.apply, without what Function.apply does for torch.func first: a tenth of a small layer's call.
-_apply: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, Recurrence).apply
-
-
-def _forward_with_autograd(
-    cell: str,
-    x: Tensor,
-    hx: Tensor,
-    cx: Tensor | None,
-    weights: list[Tensor],
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    save: bool,
-    tf32: bool = False,
-) -> Any:
-    if save:  # what Recurrence asks for, who knows about gradients
-        with _ops.below_autograd():
-            return _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, save, tf32)
-    results = _recurrence(cell, x, hx, cx, weights, batch_sizes, lengths, resets, tf32)
-    return [t for t in results if t is not None]
-
-
-def _backward_with_autograd(
-    cell: str,
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    x: Tensor,
-    y: Tensor,
-    hx: Tensor,
-    cx: Tensor | None,
-    saved: list[Tensor],
-    weights: list[Tensor],
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    wanted: list[bool],
-    tf32: bool = False,
-    dcells: Tensor | None = None,
-) -> Any:
-    followed = any(t is not None and t.requires_grad for t in (dy, dh_n, dc_n, dcells, x, y, hx, cx, *saved, *weights))
-    if not _transforms.active() and not (torch.is_grad_enabled() and followed):
-        with _ops.below_autograd():
-            return _ops.recurrence_backward(
-                cell, dy, dh_n, dc_n, x, y, hx, cx, saved, weights, batch_sizes, lengths, resets, wanted, tf32, dcells
-            )
-    if dcells is not None:
-        raise RuntimeError("fusedrnn: expected no dcells where the gradients will be differentiated themselves")
-    found = _transforms.Gradients.apply(  # type: ignore[no-untyped-call]
-        cell,
-        tf32,
-        tuple(wanted),
-        len(weights),
-        batch_sizes,
-        lengths,
-        resets,
-        dy,
-        dh_n,
-        dc_n,
-        x,
-        hx,
-        cx,
-        *weights,
-        y,
-        *saved,
-    )
-    return list(found)
-
-
-_ops.differentiate("recurrence_forward", _forward_with_autograd)
-_ops.differentiate("recurrence_backward", _backward_with_autograd)
-_ops.differentiate("step", _step)
+apply: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, Recurrence).apply

@@ -1,15 +1,13 @@
-"""Forward passes that nobody watches, on the kernels without torch's dispatcher.
+"""The kernels without torch's dispatcher.
 
 An operator call and the checks around it take some 20 µs, which is longer than the kernel of a small layer takes for a
-step. Where no gradient, autocast, tracing, transform or mode has an interest in a call, and every tensor is an ordinary
-contiguous one of the right shape, the kernels are given addresses. Anything else gets None here: the caller takes the
-operators, and is the one who complains.
-
-Most checks are written out, not factored: a Python call costs as much as one of them.
+step. Where no autocast, tracing, transform or mode has an interest in a call, the extension reads the tensors itself
+(csrc/binding/direct.h). What it does not take gets None here: the caller takes the operators, who say what is wrong.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,25 +15,23 @@ from torch import Tensor
 
 from fusedrnn import _dispatch
 
-_KINDS = (Tensor, torch.nn.Parameter)
+Maybe = Tensor | None
+
 _C = torch._C
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _profiling = torch._C._autograd._profiler_enabled
 _forward_ad = torch.autograd.forward_ad
-_GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
-_DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
-_CELL_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+kernels: Any = None
+if _dispatch.extension is not None and _dispatch.extension.use_tensors(Tensor, torch.nn.Parameter):
+    kernels = _dispatch.extension
 
 
-def _possible(x: Tensor) -> bool:
-    """Whether nothing but the caller will see the call, and x is for the kernels."""
+def possible() -> bool:
+    """Whether nothing but the caller will see the call."""
     return (
         not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
+        and kernels is not None
         and _dispatch.extension is not None
-        and type(x) is Tensor
-        and x.dtype in _DTYPES
-        and x.is_cpu
         and not _C._is_any_autocast_enabled()
         and _functorch_level() is None
         and _forward_ad._current_level < 0
@@ -46,120 +42,32 @@ def _possible(x: Tensor) -> bool:
     )
 
 
-def _addresses(
-    parameters: dict[str, Any], names: Any, gates: int, inputs: int, hidden: int, dtype: torch.dtype
-) -> list[int] | None:
-    """Of the weights of one direction of a layer."""
-    rows = gates * hidden
-    addresses = []
-    for i, name in enumerate(names):
-        weight: Any = parameters.get(name)  # absent where a parametrization has taken its place
-        if (
-            type(weight) not in _KINDS
-            or weight.dtype is not dtype
-            or weight.shape != ((rows, inputs) if i == 0 else (rows, hidden) if i == 1 else (rows,))
-            or not weight.is_cpu
-            or not weight.is_contiguous()
-        ):
-            return None
-        addresses.append(weight.data_ptr())
-    return addresses
+def forward(cell: str, x: Tensor, hx: Tensor, cx: Maybe, weights: Sequence[Tensor]) -> list[Tensor] | None:
+    """``recurrence_forward`` with ``save``, of a padded batch or a step: y, h_n, c_n (lstm) and what is saved.
+
+    A step is x ``[B, I]`` with states ``[B, H]``; its y has h_n's numbers and memory of its own.
+    """
+    return kernels.forward(cell, x, hx, cx, weights, 1, True) if possible() else None  # type: ignore[no-any-return]
 
 
-def _states(hx: Any, lstm: bool, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """The states in what a module was given; a cell without a cell state has its h in both places."""
-    if not lstm:
-        pair = (hx, hx)
-    elif type(hx) in (tuple, list) and len(hx) == 2:
-        pair = (hx[0], hx[1])
-    else:
-        return None
-    for tensor in pair if lstm else pair[:1]:
-        if (
-            type(tensor) not in _KINDS
-            or tensor.shape != shape
-            or tensor.dtype is not dtype
-            or not tensor.is_cpu
-            or not tensor.is_contiguous()
-        ):
-            return None
-    return pair
+def infer(cell: str, x: Tensor, hx: Tensor, cx: Maybe, weights: Sequence[Tensor]) -> list[Tensor] | None:
+    """``recurrence_forward`` without ``save``, of the same: y, h_n, c_n (lstm)."""
+    return kernels.forward(cell, x, hx, cx, weights, 1, False) if possible() else None  # type: ignore[no-any-return]
 
 
-def cell(module: torch.nn.RNNCellBase, name: str, x: Tensor, hx: Any) -> Any:
-    """A cell's step of x ``[B, I]`` from its state ``[B, H]``, a pair for an LSTM; what forward returns, or None."""
-    if hx is None or not _possible(x):
+def backward(
+    cell: str,
+    cotangents: Sequence[Maybe],
+    x: Tensor,
+    y: Tensor,
+    hx: Tensor,
+    cx: Maybe,
+    saved: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    wanted: Sequence[bool],
+) -> list[Maybe] | None:
+    """``recurrence_backward``: of x, hx, cx and each weight, the gradient or None where it is not wanted."""
+    if not possible():
         return None
-    lstm = name == "lstm"
-    inputs, hidden, dtype, shape = module.input_size, module.hidden_size, x.dtype, x.shape
-    if len(shape) != 2 or shape[1] != inputs or not x.is_contiguous():
-        return None
-    states = _states(hx, lstm, (shape[0], hidden), dtype)
-    if states is None:
-        return None
-    h, c = states
-    names = _CELL_NAMES if module.bias else _CELL_NAMES[:2]
-    weights = _addresses(module._parameters, names, _GATES[name], inputs, hidden, dtype)
-    if weights is None:
-        return None
-    h_n = torch.empty_like(h)
-    c_n = torch.empty_like(c) if lstm else h_n
-    at = h_n.data_ptr()
-    _dispatch.extension.forward_at(  # type: ignore[union-attr]
-        name, _DTYPES[dtype], 1, shape[0], inputs, hidden, 1,
-        x.data_ptr(), h.data_ptr(), c.data_ptr(), weights, at, at, c_n.data_ptr(),
-    )  # fmt: skip
-    return (h_n, c_n) if lstm else h_n
-
-
-def layer(module: torch.nn.RNNBase, name: str, x: Tensor, hx: Any) -> Any:
-    """A stack of layers over a padded batch from its states ``[L*D, B, H]``; what forward returns, or None."""
-    if not _possible(x) or x.dim() != 3:
-        return None
-    if module.batch_first:
-        x = x.transpose(0, 1)
-    steps, batch, inputs = x.shape
-    hidden, dtype, layers, lstm = module.hidden_size, x.dtype, module.num_layers, name == "lstm"
-    directions = 2 if module.bidirectional else 1
-    if layers > 1 and dtype is torch.bfloat16:
-        return None  # the operators keep float32 between layers
-    if (
-        inputs != module.input_size
-        or not steps
-        or module.proj_size
-        or (module.training and module.dropout and layers > 1)
-    ):
-        return None
-    state = (layers * directions, batch, hidden)
-    if hx is None:
-        h = c = torch.zeros(state, dtype=dtype, device="cpu")
-    else:
-        states = _states(hx, lstm, state, dtype)
-        if states is None:
-            return None
-        h, c = states
-    parameters, names = module._parameters, module._flat_weights_names
-    each = 4 if module.bias else 2
-    weights = []
-    for k in range(layers * directions):
-        width = inputs if k < directions else directions * hidden
-        found = _addresses(parameters, names[k * each : (k + 1) * each], _GATES[name], width, hidden, dtype)
-        if found is None:
-            return None
-        weights.append(found)
-    if not x.is_contiguous():
-        x = x.contiguous()
-    h_n = torch.empty_like(h)
-    c_n = torch.empty_like(c) if lstm else h_n
-    offset = 0
-    for k in range(0, layers * directions, directions):
-        y = torch.empty((steps, batch, directions * hidden), dtype=dtype, device="cpu")
-        _dispatch.extension.forward_at(  # type: ignore[union-attr]
-            name, _DTYPES[dtype], steps, batch, x.shape[2], hidden, directions,
-            x.data_ptr(), h.data_ptr() + offset, c.data_ptr() + offset,
-            weights[k] if directions == 1 else weights[k] + weights[k + 1],
-            y.data_ptr(), h_n.data_ptr() + offset, c_n.data_ptr() + offset,
-        )  # fmt: skip
-        offset += directions * batch * hidden * x.element_size()
-        x = y
-    return (x.transpose(0, 1) if module.batch_first else x), ((h_n, c_n) if lstm else h_n)
+    dense = (t if t is None or t.is_contiguous() else t.contiguous() for t in cotangents)
+    return kernels.backward(cell, *dense, x, y, hx, cx, saved, weights, wanted)  # type: ignore[no-any-return]

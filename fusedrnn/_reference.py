@@ -133,7 +133,7 @@ def _recurrence(
     every_c: list[Tensor] = []
     for direction in range(directions):
         w_ih, w_hh, b_ih, b_hh, w_hr = split_weights(weights[direction * each : (direction + 1) * each])
-        igates = F.linear(x, w_ih, b_ih)
+        igates = F.linear(x, w_ih, b_ih).unbind()
         h, c = hx[direction], None if cx is None else cx[direction]
         output, kept = [], []
         for t in reversed(range(T)) if direction else range(T):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedrnn import _autograd, _dispatch, _ops, _reference, _transforms
+from fusedrnn import _autograd, _dispatch, _modes, _ops, _reference
 
 
 def recurrence(
@@ -24,20 +24,13 @@ def recurrence(
 
     The fourth result is the cell states ``[D, T, B, H]``, zero past a row's end.
     """
-    if not kernels or torch.compiler.is_compiling() or _transforms.active():
-        if kernels and not torch.compiler.is_compiling():
-            _dispatch.warn_once("all cell states under torch.func come from the PyTorch reference")
-        every: list[Tensor] = []
-        weights = [w.to(x.dtype) for w in weights]
-        return *_reference.recurrence("lstm", x, hx, cx, weights, None, lengths, resets, cells=every), every[0]
     tf32 = _dispatch.use_tf32(x)
-    if _autograd.needs_gradient(x, hx, cx, weights):
-        y, h_n, c_n, cells = AllCells.apply(tf32, lengths, resets, x, hx, cx, *weights)  # type: ignore[no-untyped-call]
+    if not kernels or (torch.compiler.is_compiling() and _modes.forward_mode_in_graph()):
+        return _by_reference(x, hx, cx, weights, lengths, resets)
+    if torch.compiler.is_compiling():
+        y, h_n, c_n, _, cells = _ops.recurrence_forward("lstm", x, hx, cx, weights, None, lengths, resets, True, tf32)
     else:
-        with _ops.below_autograd():
-            y, h_n, c_n, _, cells = _ops.recurrence_forward(
-                "lstm", x, hx, cx, weights, None, lengths, resets, True, tf32
-            )
+        y, h_n, c_n, _, cells = with_all(x, hx, cx, weights, lengths, resets, tf32)
     cells = cells.view(len(hx), *x.shape[:2], -1)
     if lengths is not None:  # nobody has written what is past a row's end
         past = torch.arange(len(x), device=x.device).unsqueeze(1) >= lengths
@@ -45,8 +38,16 @@ def recurrence(
     return y, h_n, c_n, cells
 
 
+def _by_reference(
+    x: Tensor, hx: Tensor, cx: Tensor, weights: list[Tensor], lengths: Tensor | None, resets: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    every: list[Tensor] = []
+    weights = [w.to(x.dtype) for w in weights]
+    return *_reference.recurrence("lstm", x, hx, cx, weights, None, lengths, resets, cells=every), every[0]
+
+
 class AllCells(torch.autograd.Function):
-    """An LSTM's layer as ``_autograd.Recurrence`` runs it, with the cell states for a fourth output."""
+    """An LSTM's layer as ``_autograd.Recurrence`` runs it, with all that ``recurrence_forward`` gives with ``save``."""
 
     @staticmethod
     def forward(
@@ -59,10 +60,11 @@ class AllCells(torch.autograd.Function):
         ctx.tf32 = tf32
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(lengths, resets, x, hx, cx, y, gates, cells, *weights)
-        return y, h_n, c_n, cells
+        ctx.mark_non_differentiable(gates)
+        return y, h_n, c_n, gates, cells
 
     @staticmethod
-    def backward(ctx: Any, dy: Any, dh_n: Any, dc_n: Any, dcells: Any) -> Any:
+    def backward(ctx: Any, dy: Any, dh_n: Any, dc_n: Any, _: Any, dcells: Any) -> Any:
         lengths, resets, x, hx, cx, y, gates, cells, *weights = ctx.saved_tensors
         wanted = ctx.needs_input_grad[3:]
         inputs = (x, hx, cx, *weights)
@@ -103,3 +105,24 @@ def _differentiable(
         [o for o, _ in pairs], sources, [g for _, g in pairs], create_graph=True, materialize_grads=True
     )
     return iter(found)
+
+
+def with_all(
+    x: Tensor, hx: Tensor, cx: Tensor, weights: list[Tensor], lengths: Tensor | None, resets: Tensor | None, tf32: bool
+) -> Any:
+    """``recurrence_forward`` of an LSTM with ``save``, with gradients of all results but the gates."""
+    if _modes.active():
+        _dispatch.warn_once("all cell states under torch.func come from the PyTorch reference")
+        y, h_n, c_n, cells = _by_reference(x, hx, cx, weights, lengths, resets)
+        cells = cells.flatten(1, 2)
+        return [
+            y,
+            h_n,
+            c_n,
+            cells.new_zeros(*cells.shape[:2], 4 * cells.size(2)),
+            cells,
+        ]  # gates are for backward alone
+    if not _autograd.needs_gradient(x, hx, cx, weights):
+        with _ops.below_autograd():
+            return _ops.recurrence_forward("lstm", x, hx, cx, weights, None, lengths, resets, True, tf32)
+    return list(AllCells.apply(tf32, lengths, resets, x, hx, cx, *weights))  # type: ignore[no-untyped-call]

@@ -8,32 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedrnn import _dispatch, _ops, _reference, _vmap
+from fusedrnn import _derivatives, _direct, _dispatch, _modes, _ops, _vmap
 
 Maybe = Tensor | None
-_Kind = torch._C._functorch.TransformType
-_innermost = torch._C._functorch.peek_interpreter_stack
 _is_old_batch = torch._C._functorch.is_legacy_batchedtensor  # of is_grads_batched=True
-_forward_ad = torch.autograd.forward_ad
-
-
-def active() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work."""
-    return _innermost() is not None or _forward_ad._current_level >= 0
-
-
-def needs_reference() -> bool:
-    """Whether something is at work that sees through plain PyTorch only: anything but vmap and reverse mode."""
-    stack = torch._C._functorch.get_interpreter_stack() or ()
-    needed = _forward_ad._current_level >= 0 or any(i.key() not in (_Kind.Vmap, _Kind.Grad) for i in stack)
-    if needed:
-        _dispatch.warn_once("forward-mode differentiation sees through the PyTorch reference only")
-    return needed
 
 
 def _followed(tensors: Sequence[Maybe]) -> tuple[bool, ...] | None:
     """Which of them torch.func.grad differentiates by, where it is at work: there a Function is asked for all."""
-    if _innermost() is None:
+    if not _modes.transformed():
         return None
     return tuple(t is not None and t.requires_grad for t in tensors)
 
@@ -56,28 +39,32 @@ def gradients(ctx: Any, dy: Maybe, dh_n: Maybe = None, dc_n: Maybe = None, *_: M
     weights, y, saved = rest[: ctx.weights], rest[ctx.weights], rest[ctx.weights + 1 :]
     step = hx.dim() == 2
     if step:
-        dh_n, dc_n, x, hx, cx = with_step(dy, dh_n, x, hx, cx)
-        dy = None
-    if cx is None:
-        dc_n = None  # what stands there is of something saved
-    if dy is None and dh_n is None and dc_n is None:
+        dy, dh_n, dc_n = None, dy, dh_n
+    cotangents = (dy, dh_n, None if cx is None else dc_n)  # without cx, what stands there is of something saved
+    if all(c is None for c in cotangents):
         return (None,) * (8 + len(weights))
     wanted = ctx.needs_input_grad[5:] if ctx.followed is None else ctx.followed
+    seen = any(c is not None and _is_old_batch(c) for c in cotangents) or (_modes.active() and _modes.needs_reference())
+    differentiable = torch.is_grad_enabled() or _modes.active()  # the gradients will be so themselves, or are batched
+    sequence = (batch_sizes, lengths, resets)
+    if not (seen or differentiable) and batch_sizes is None and lengths is None and resets is None:
+        direct = _direct.backward(ctx.cell, cotangents, x, y, hx, cx, saved, weights, wanted)
+        if direct is not None:
+            return (*(None,) * 5, *direct)
+    if step:
+        cotangents, (x, y, hx, cx) = with_step(*cotangents), with_step(x, y, hx, cx)
     # cx is no argument of the operator for cells without a cell state.
     asked = wanted if cx is not None else (*wanted[:2], *wanted[3:])
-    cotangents = (dy, dh_n, dc_n)
-    if any(c is not None and _is_old_batch(c) for c in cotangents):
-        inputs = (*cotangents, x, hx, cx, *weights)
-        found = _reference_gradients(ctx.cell, (batch_sizes, lengths, resets), inputs, asked)
-    elif torch.is_grad_enabled() or active():  # the gradients will be differentiated themselves, or are batched
+    if seen:  # by something that sees through plain PyTorch only
+        found = _derivatives.gradients(ctx.cell, sequence, (*cotangents, x, hx, cx, *weights), asked)
+    elif differentiable:
         found = Gradients.apply(  # type: ignore[no-untyped-call]
-            ctx.cell, ctx.tf32, asked, len(weights), batch_sizes, lengths, resets,
-            dy, dh_n, dc_n, x, hx, cx, *weights, y, *saved,
-        )  # fmt: skip
+            ctx.cell, ctx.tf32, asked, len(weights), *sequence, *cotangents, x, hx, cx, *weights, y, *saved
+        )
     else:
         with _ops.below_autograd():
             found = _ops.recurrence_backward(
-                ctx.cell, dy, dh_n, dc_n, x, y, hx, cx, saved, weights, batch_sizes, lengths, resets, asked, ctx.tf32
+                ctx.cell, *cotangents, x, y, hx, cx, saved, weights, *sequence, asked, ctx.tf32
             )
     next_one = iter(found)
     results = [
@@ -199,17 +186,21 @@ class Gradients(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Any) -> Any:
         sequence, inputs = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
         asked = [i for i, want in enumerate(ctx.needs_input_grad[7 : 7 + len(inputs)]) if want]
+        if all(c is None for c in cotangents):
+            return (None,) * ctx.arguments
+        given = iter(cotangents)
+        used = [want and next(given) is not None for want in ctx.wanted]  # the other gradients went nowhere
 
         def first(*sources: Tensor) -> tuple[Tensor, ...]:
-            given = list(inputs)
+            replaced = list(inputs)
             for i, source in zip(asked, sources, strict=True):
-                given[i] = source
-            return _reference_gradients(ctx.cell, sequence, given, ctx.wanted)
+                replaced[i] = source
+            return _derivatives.gradients(ctx.cell, sequence, replaced, used)
 
-        found, pull = torch.func.vjp(first, *(inputs[i] for i in asked))  # type: ignore[misc]
-        own = [torch.zeros_like(g) if c is None else c for g, c in zip(found, cotangents, strict=True)]
+        _, pull = _derivatives.vjp(first, *(inputs[i] for i in asked))
+        own = tuple(c for c in cotangents if c is not None)
         results: list[Maybe] = [None] * (ctx.arguments - 7)
-        for i, gradient in zip(asked, pull(tuple(own)), strict=True):
+        for i, gradient in zip(asked, pull(own), strict=True):
             results[i] = gradient
         return (None,) * 7 + tuple(results)
 
@@ -221,27 +212,3 @@ class Gradients(torch.autograd.Function):
             return _vmap.one_by_one(Gradients.apply, info, in_dims, arguments)
         rows = (*range(7, 13), *range(13 + count, len(arguments)))
         return _vmap.folded(Gradients.apply, info, in_dims, arguments, 4, rows)
-
-
-def _reference_gradients(
-    cell: str, sequence: Sequence[Maybe], inputs: Sequence[Maybe], wanted: Sequence[bool]
-) -> tuple[Tensor, ...]:
-    """recurrence_backward by the reference. ``inputs``: dy, dh_n, dc_n, x, hx, cx and the weights."""
-    cotangents, cx = inputs[:3], inputs[5]
-    tensors = [t for t in inputs[3:] if t is not None]
-    states = len(tensors) - len(inputs[6:])
-    # bfloat16 weights go with a float32 x.
-    tensors[states:] = [w.to(tensors[0].dtype) for w in tensors[states:]]
-    asked = [i for i, want in enumerate(wanted) if want]
-
-    def forward(*sources: Tensor) -> tuple[Tensor, ...]:
-        given = list(tensors)
-        for i, source in zip(asked, sources, strict=True):
-            given[i] = source
-        outputs = _reference.recurrence(
-            cell, given[0], given[1], None if cx is None else given[2], given[states:], *sequence
-        )
-        return tuple(o for o, c in zip(outputs, cotangents, strict=True) if o is not None and c is not None)
-
-    _, pull = torch.func.vjp(forward, *(tensors[i] for i in asked))  # type: ignore[misc]
-    return tuple(pull(tuple(c for c in cotangents if c is not None)))

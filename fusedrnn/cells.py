@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedrnn import _autocast, _direct, _dispatch, functional
+from fusedrnn import _autocast, _dispatch, _shortcut, functional
 from fusedrnn._checks import as_pair, check_like_input
 
 
@@ -15,7 +15,7 @@ class _Cell(torch.nn.RNNCellBase):
     """What the three cells share: one step is a sequence of one."""
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
-        done = _direct.cell(self, self._mode(), input, hx)
+        done = _shortcut.cell(self, self._mode(), input, hx)
         if done is not None:
             return done
         implementation = _dispatch.choose(input)

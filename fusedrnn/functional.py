@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedrnn import _autograd, _ragged, _recompute, _reference, _states, _transforms
+from fusedrnn import _autograd, _modes, _ragged, _recompute, _reference, _states
 from fusedrnn._dispatch import CONVERTED_DTYPES, KERNEL_DTYPES
 
 
@@ -140,7 +140,7 @@ def _with_states(
 
 def _traced() -> bool:
     """Whether torch.func or torch.compile sees the call, which decide themselves what is kept for backward."""
-    return torch.compiler.is_compiling() or _transforms.active()
+    return torch.compiler.is_compiling() or _modes.active()
 
 
 def _chunks(weights: list[Tensor], count: int) -> list[list[Tensor]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import _autocast, _direct, _dispatch, _dynamo, functional
+from fusedrnn import _autocast, _dispatch, _dynamo, _shortcut, functional
 from fusedrnn._checks import as_pair, check_like_input, reset_mask, row_lengths
 from fusedrnn._stream import Stream
 from fusedrnn.cells import GRUCell, LSTMCell, RNNCell
@@ -77,7 +77,7 @@ class _Layer(torch.nn.RNNBase):
         packed = isinstance(input, PackedSequence)
         more = lengths is not None or resets is not None or return_all_states
         if not packed and not more:
-            done = _direct.layer(self, self.mode.lower(), input, hx)
+            done = _shortcut.layer(self, self.mode.lower(), input, hx)
             if done is not None:
                 return done
         x = input.data if packed else input

@@ -71,13 +71,15 @@ def _recurrence(
     batch_sizes: Value = None,
     lengths: Value = None,
     resets: Value = None,
-    save: bool = False,  # noqa: ARG001
+    save: bool = False,
     tf32: bool = False,  # noqa: ARG001
 ) -> list[Value]:
     if batch_sizes is not None:
         raise NotImplementedError("ONNX has no packed sequences: expected a padded batch and its lengths")
     if resets is not None:
         raise NotImplementedError("ONNX's recurrent nodes cannot reset their state inside a sequence")
+    if save:
+        raise NotImplementedError("ONNX's recurrent nodes give no cell states but the last: return_all_states=True")
     directions, hidden = hx.shape[0], hx.shape[2]
     y, *states = _node(cell, x, hx, cx, weights, lengths, directions, hidden)
     return [op.Reshape(op.Transpose(y, perm=[0, 2, 1, 3]), [0, 0, directions * hidden]), *states]

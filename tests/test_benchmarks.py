@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu, report, roofline, shapes
+from benchmarks import compiled, gpu, report, roofline, shapes
 from benchmarks.rivals import ONNX_GATES, onnx_feeds, onnx_session, torch_outputs, torch_workload
 from benchmarks.shapes import Case
 from benchmarks.timing import (
@@ -237,3 +237,14 @@ def test_draw_writes_a_picture(tmp_path: Path) -> None:
     assert path.read_bytes().startswith(b"\x89PNG")
     report.draw_growth([row(case, "training", **{TORCH: 2.0}) for case in shapes.GROWTH], path)
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_compiled_prints_a_line_for_each_size_and_mode(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(compiled, "SIZES", ((2, 1, 4),))
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    monkeypatch.setattr("sys.argv", ["compiled", "--seconds-per-row", "0"])
+    assert compiled.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [
+        [f"{cell}-T2-B1-H4", mode] for cell in ("LSTM", "GRU", "Linear") for mode in ("inference", "training")
+    ]

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -122,12 +123,24 @@ def test_unbatched_and_autocast():
         assert_same(results(compiled, model, x), results(model, model, x))
 
 
-def test_packed():
-    """Its batch is a number in a tensor, at which torch.compile breaks the graph; what it gives stays right."""
-    layer = fusedrnn.LSTM(4, 7)
-    packed = pack_padded_sequence(torch.randn(5, 3, 4), torch.tensor([5, 3, 1]))
-    compiled = torch.compile(layer, backend="aot_eager")
-    assert torch.equal(compiled(packed)[0].data, layer(packed)[0].data)
+@pytest.mark.parametrize("enforce_sorted", [True, False])
+def test_packed(enforce_sorted):
+    """A packed sequence comes into one graph and leaves it; torch does not trace its own functions that make one."""
+    layer = fusedrnn.LSTM(4, 7, bidirectional=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for lengths in ([5, 3, 1], [4, 4, 2, 1]):
+        lengths = lengths if enforce_sorted else lengths[::-1]
+        x = torch.randn(max(lengths), len(lengths), 4)
+        packed = pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=enforce_sorted)
+
+        def call(module, packed=packed):
+            def outputs(data: torch.Tensor) -> torch.Tensor:
+                y, states = module(packed._replace(data=data))
+                return torch.cat([y.data.flatten(), *(state.flatten() for state in states)])
+
+            return outputs
+
+        assert_same(results(call(compiled), layer, packed.data), results(call(layer), layer, packed.data))
 
 
 def test_subclass():
@@ -148,6 +161,61 @@ def test_torch_func_inside():
         return torch.func.vmap(lambda sequence: layer(sequence)[0])(x)
 
     assert torch.equal(torch.compile(batch, fullgraph=True, backend="aot_eager")(x), batch(x))
+
+
+@LAYERS
+@pytest.mark.filterwarnings("ignore:fusedrnn runs on a fallback. forward-mode")
+def test_forward_mode_inside(name):
+    layer, x, tangent = getattr(fusedrnn, name)(4, 7), torch.randn(5, 3, 4), torch.randn(5, 3, 4)
+
+    def slope(x: torch.Tensor, tangent: torch.Tensor):
+        return torch.func.jvp(lambda x: layer(x)[0], (x,), (tangent,))
+
+    torch.testing.assert_close(torch.compile(slope, fullgraph=True, backend="aot_eager")(x, tangent), slope(x, tangent))
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRUCell"])
+@pytest.mark.filterwarnings("ignore:fusedrnn runs on a fallback. forward-mode")
+def test_dual_numbers_inside(name):
+    """A graph enters forward mode without telling Python."""
+    module = getattr(fusedrnn, name)(4, 7)
+    x, tangent = (torch.randn((5, 3, 4) if name == "LSTM" else (3, 4)) for _ in range(2))
+
+    def slope(x: torch.Tensor, tangent: torch.Tensor):
+        with forward_ad.dual_level():
+            y = module(forward_ad.make_dual(x, tangent))
+            return forward_ad.unpack_dual(y[0] if name == "LSTM" else y)
+
+    compiled = torch.compile(slope, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(tuple(compiled(x, tangent)), tuple(slope(x, tangent)))
+
+
+@pytest.mark.parametrize("given", [{}, {"lengths": torch.tensor([3, 0, 5])}], ids=["full", "lengths"])
+def test_all_cell_states(given):
+    """On the kernels, with their gradients: a fallback would be an error here."""
+    layer, x = fusedrnn.LSTM(4, 7, 2, bidirectional=True), torch.randn(5, 3, 4)
+    compiler = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=compiler)
+
+    def call(module):
+        def states(x: torch.Tensor) -> torch.Tensor:
+            y, _, (hidden, cells) = module(x, **given, return_all_states=True)
+            return torch.cat([y.flatten(), hidden.flatten(), cells.flatten()])
+
+        return states
+
+    assert_same(results(call(compiled), layer, x), results(call(layer), layer, x))
+    assert operators(compiler.graphs[0]) == ["fusedrnn.recurrence_forward.default"] * 2
+
+
+@pytest.mark.filterwarnings("ignore:fusedrnn runs on a fallback. all cell states")
+def test_all_cell_states_of_a_gradient_inside():
+    layer, x = fusedrnn.LSTM(4, 7), torch.randn(5, 3, 4)
+
+    def slope(x: torch.Tensor) -> torch.Tensor:
+        return torch.func.grad(lambda x: layer(x, return_all_states=True)[2][1].square().sum())(x)
+
+    torch.testing.assert_close(torch.compile(slope, fullgraph=True, backend="aot_eager")(x), slope(x))
 
 
 def test_questions_about_the_gpu_are_answered_while_tracing(monkeypatch):

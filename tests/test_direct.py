@@ -1,5 +1,5 @@
-"""Inference without torch's dispatcher (_direct.py): the same numbers, taken only where nobody else sees the call, and
-never from weights of the past."""
+"""Calls without torch's dispatcher (_direct.py): the same numbers, only where nobody else sees the call, and never from
+weights of the past."""
 
 from __future__ import annotations
 
@@ -41,23 +41,45 @@ def make(name: str, dtype: torch.dtype = torch.float32, **options) -> tuple[torc
     return module, lambda: flat(module(x, hx))
 
 
+def train(module: torch.nn.Module, call: Callable[[], Results]) -> Results:
+    """Results and the gradients of all parameters."""
+    results = call()
+    return results + list(torch.autograd.grad(sum(r.sin().sum() for r in results), list(module.parameters())))
+
+
+def by_operators(call: Callable[..., Results], *arguments: object) -> Results:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_direct, "kernels", None)
+        return call(*arguments)
+
+
+def assert_same(ours: Results, others: Results) -> None:
+    for mine, other in zip(ours, others, strict=True):
+        assert mine.dtype == other.dtype
+        assert torch.equal(mine, other)
+
+
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Notes every call that went to the kernels by address."""
-    calls: list[str] = []
-    extension = _direct._dispatch.extension
-    original = extension.forward_at
+    """Notes every pass that the extension took."""
+    passes: list[str] = []
+    extension = _direct.kernels
 
     class Noting:
-        def __getattr__(self, name: str) -> object:
-            return getattr(extension, name)
+        fits = extension.fits
 
-        def forward_at(self, cell: str, *rest: object) -> None:
-            calls.append(cell)
-            original(cell, *rest)
+        def forward(self, *arguments: object) -> object:
+            return self.note("forward", extension.forward(*arguments))
 
-    monkeypatch.setattr(_direct._dispatch, "extension", Noting())
-    return calls
+        def backward(self, *arguments: object) -> object:
+            return self.note("backward", extension.backward(*arguments))
+
+        def note(self, name: str, results: object) -> object:
+            passes.extend([] if results is None else [name])
+            return results
+
+    monkeypatch.setattr(_direct, "kernels", Noting())
+    return passes
 
 
 FORMS = {
@@ -74,15 +96,14 @@ FORMS = {
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.usefixtures("isa")
 def test_layers_give_the_operators_numbers(name, form, dtype, taken):
-    _, call = make(name, dtype, **FORMS[form])
-    through_operators = call()
-    assert not taken
+    module, call = make(name, dtype, **FORMS[form])
     with torch.no_grad():
-        directly = call()
+        assert_same(call(), by_operators(call))
     # bfloat16 stacks keep float32 between layers, which only the operators do.
     assert bool(taken) == (form != "stacked" or dtype is not torch.bfloat16)
-    for mine, other in zip(directly, through_operators, strict=True):
-        assert torch.equal(mine, other)
+    del taken[:]
+    assert_same(train(module, call), by_operators(train, module, call))
+    assert bool(taken) == (dtype is not torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -90,14 +111,25 @@ def test_layers_give_the_operators_numbers(name, form, dtype, taken):
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.usefixtures("isa")
 def test_cells_give_the_operators_numbers(name, bias, dtype, taken):
-    _, call = make(name + "Cell", dtype, bias=bias)
-    through_operators = call()
-    assert not taken
+    module, call = make(name + "Cell", dtype, bias=bias)
     with torch.inference_mode():
-        directly = call()
-    assert taken
-    for mine, other in zip(directly, through_operators, strict=True):
-        assert torch.equal(mine, other)
+        assert_same(call(), by_operators(call))
+    assert taken == ["forward"]
+    del taken[:]
+    assert_same(train(module, call), by_operators(train, module, call))
+    assert taken == ([] if dtype is torch.bfloat16 else ["forward", "backward"])
+
+
+@pytest.mark.parametrize("name", [*CELLS, "RNNCell", "LSTMCell", "GRUCell"])
+def test_a_training_step_is_one_node_without_an_operator(name, taken):
+    """Which is what a small layer's step costs."""
+    module, call = make(name)
+    (result, *_), leaves = call(), list(module.parameters())
+    assert [node for node, _ in result.grad_fn.next_functions if node] == [
+        torch.autograd.graph.get_gradient_edge(p).node for p in leaves
+    ]
+    torch.autograd.grad(result, leaves, torch.ones(()).expand_as(result))  # what .sum() hands down
+    assert taken == ["forward", "backward"]
 
 
 def test_without_a_state(taken):
@@ -120,7 +152,6 @@ class Dispatches(TorchDispatchMode):
 
 
 WATCHERS = {
-    "gradient": torch.enable_grad,
     "autocast": lambda: torch.autocast("cpu"),
     "function mode": Functions,
     "dispatch mode": Dispatches,
@@ -131,16 +162,70 @@ WATCHERS = {
 @pytest.mark.parametrize("watcher", WATCHERS)
 @pytest.mark.parametrize("name", ["GRU", "LSTMCell"])
 def test_whoever_watches_sees_operators(name, watcher, taken):
-    _, call = make(name)
-    with torch.no_grad(), WATCHERS[watcher]():
-        call()
-    assert not taken
+    module, call = make(name)
+    with WATCHERS[watcher]():
+        train(module, call)
+        with torch.no_grad():
+            call()
+    # In backward torch has no function mode: it would not see the operator either.
+    assert taken == (["backward"] if watcher == "function mode" else [])
+
+
+@pytest.mark.parametrize("name", ["GRU", "LSTM", "RNNCell", "LSTMCell"])
+def test_what_is_kept_may_come_back_as_something_else(name):
+    """Hooks on saved tensors may give back anything: what does not fit is for the operators to judge."""
+    module, call = make(name)
+    expected = train(module, call)
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    with hooks(lambda t: t, lambda t: t.t().contiguous().t() if t.dim() == 2 else t):
+        assert_same(train(module, call), expected)
+    with (
+        hooks(lambda t: t, lambda t: t[..., :1].contiguous()),
+        pytest.raises(RuntimeError, match=r"expected .* of shape"),
+    ):
+        train(module, call)
+
+
+@pytest.mark.parametrize("name", ["GRU", "RNNCell"])
+def test_weights_cut_between_forward_and_backward_are_refused(name):
+    module, call = make(name)
+    results = call()
+    weight = next(p for n, p in module.named_parameters() if "weight_hh" in n)
+    weight.data = weight.data[:-1].contiguous()
+    with pytest.raises(RuntimeError, match="expected w_hh of shape"):
+        results[0].sum().backward()
+
+
+UNUSUAL = {
+    "zero without memory": lambda x: torch._efficientzerotensor(x.shape),
+    "sign to be changed": lambda x: torch.complex(x, x).conj().imag,
+    "one of them, sign to be changed": lambda x: torch.complex(x, x)[:1, :1].conj().imag,
+    "strided": lambda x: torch.stack([x, x], -1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+@pytest.mark.parametrize("grad", [True, False])
+def test_unusual_tensors(kind, grad):
+    x = UNUSUAL[kind](torch.randn(3, 5))
+    cell, plain = fusedrnn.GRUCell(x.shape[1], 9), x.clone().contiguous() + 0
+    with torch.set_grad_enabled(grad):
+        assert torch.equal(cell(x), cell(plain))
+
+
+def test_tensors_that_outlived_their_transform():
+    kept = []
+    torch.func.grad(lambda x: (kept.append(x), x.sum())[1])(torch.ones(3, 5))
+    cell = fusedrnn.GRUCell(5, 9)
+    with torch.no_grad():
+        assert torch.equal(cell(kept[0]), cell(torch.ones(3, 5)))
 
 
 @pytest.mark.filterwarnings("ignore:fusedrnn runs on a fallback")
 def test_vmap_sees_through(taken):
     layer, x = fusedrnn.GRU(5, 9), torch.randn(2, 4, 3, 5)
     expected = torch.stack([layer(part)[0] for part in x])
+    del taken[:]
     with torch.no_grad():
         mapped = torch.vmap(lambda part: layer(part)[0])(x)
     assert not taken

@@ -27,6 +27,7 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 def on_the_host(monkeypatch):
     monkeypatch.setattr(_ops, "recurrence_forward", hostcuda.forward)
     monkeypatch.setattr(_ops, "recurrence_backward", hostcuda.backward)
+    monkeypatch.setattr(_direct, "kernels", None)
 
 
 # Without an input of 50: σ near 1 leaves 1-σ a few bits, and whose rounding of σ is the luckier one is chance.
@@ -47,7 +48,6 @@ def check(call: Call) -> None:
 def test_modules(monkeypatch, case, schedules):
     """Whole modules: layers, directions, layouts, packed input, half precision that is not converted on the way."""
     monkeypatch.setattr(hostcuda, "schedules", schedules)
-    monkeypatch.setattr(_direct, "layer", lambda *_: None)
     monkeypatch.setattr(_dispatch, "choose", lambda *_: "cuda")
     ours = run_module(case.module(fusedrnn), case, make_data(case))
     assert_all_as_good(ours, *expected(case), case.torch_dtype)

@@ -10,7 +10,7 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fusedrnn
-from fusedrnn import _vmap
+from fusedrnn import _derivatives, _vmap
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated"),  # torch's own, at its first forward mode
@@ -228,3 +228,25 @@ def test_forward_mode_of_parameters(name):
     _, found = jvp(lambda p: loss(ours, p, x), (parameters_of(ours),), (tangents,))
     slopes = gradients(theirs, x)
     torch.testing.assert_close(found, sum((slopes[k] * t).sum() for k, t in tangents.items()))
+
+
+@NAMES
+def test_forward_mode_of_a_cotangent(name):
+    """A pulled-back cotangent is linear in it, and forward mode asks for that."""
+    ours, theirs = pair(name)
+    x, cotangent, tangent = randn(3, 2, 4), randn(3, 2, 5), randn(3, 2, 5)
+    found = []
+    for module in (ours, theirs):
+        _, pull = torch.func.vjp(lambda x, m=module: m(x)[0], x)
+        found.append(jvp(lambda g, pull=pull: pull(g)[0], (cotangent,), (tangent,)))
+    torch.testing.assert_close(*found)
+
+
+@NAMES
+def test_only_gradients_that_were_used_are_differentiated(name, monkeypatch):
+    """Of a gradient penalty that is the input's alone: those of the weights would take as long again."""
+    asked = []
+    original = _derivatives.gradients
+    monkeypatch.setattr(_derivatives, "gradients", lambda *a: asked.append(sum(a[-1])) or original(*a))
+    penalty(pair(name)[0], randn(6, 3, 4, requires_grad=True)).backward()
+    assert asked == [1]

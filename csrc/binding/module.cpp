@@ -4,7 +4,6 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <bit>
 #include <chrono>
 #include <memory>
 #include <string>
@@ -12,6 +11,8 @@
 
 #include "arguments.h"
 #include "cpu/cpu.h"
+#include "direct.h"
+#include "dlpack.h"
 #include "stack.h"
 #include "threads.h"
 
@@ -19,67 +20,7 @@ namespace {
 
 namespace py = pybind11;
 using namespace fusedrnn;
-using binding::CellInfo, binding::cell_info, binding::threads;
-
-// bfloat16 is the upper half of a float.
-void widen(const void* from, float* to, int64_t count) {
-  const uint16_t* halves = static_cast<const uint16_t*>(from);
-  for (int64_t i = 0; i < count; ++i) to[i] = std::bit_cast<float>(static_cast<uint32_t>(halves[i]) << 16);
-}
-
-// To the nearest, ties to even; a NaN stays one.
-void narrow(const float* from, void* to, int64_t count) {
-  uint16_t* halves = static_cast<uint16_t*>(to);
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t bits = std::bit_cast<uint32_t>(from[i]);
-    halves[i] = from[i] != from[i] ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-  }
-}
-
-// A forward pass without autograd, on memory that the caller has checked: contiguous tensors of one dtype and of the shapes
-// that ForwardParams states. Small layers spend more time on their way through torch's dispatcher than in their kernel.
-void forward_at(const std::string& cell_name, const std::string& dtype, int64_t T, int64_t B, int64_t I, int64_t H,
-                int directions, uintptr_t x, uintptr_t hx, uintptr_t cx, const std::vector<uintptr_t>& weights,
-                uintptr_t y, uintptr_t h_n, uintptr_t c_n) {
-  const py::gil_scoped_release unlocked;
-  const CellInfo cell = cell_info(cell_name);
-  ForwardParams p{};
-  p.cell = cell.kind;
-  p.scalar = binding::scalar_named(dtype);
-  p.sequence.T = T;
-  p.sequence.B = B;
-  p.I = I;
-  p.H = H;
-  p.directions = directions;
-  const size_t each = weights.size() / directions;
-  const auto weight = [&](int d, size_t i) {
-    return i < each ? reinterpret_cast<const void*>(weights[d * each + i]) : nullptr;
-  };
-  for (int d = 0; d < directions; ++d) p.weights[d] = {weight(d, 0), weight(d, 1), weight(d, 2), weight(d, 3)};
-  p.x = reinterpret_cast<const void*>(x);
-  p.hx = reinterpret_cast<const void*>(hx);
-  p.cx = reinterpret_cast<const void*>(cx);
-  p.y = reinterpret_cast<void*>(y);
-  p.h_n = reinterpret_cast<void*>(h_n);
-  p.c_n = reinterpret_cast<void*>(c_n);
-  if (p.scalar != ScalarKind::float32_of_bfloat16) return cpu::kernels().forward(p, threads());
-  // Everything but the weights is float32 inside: room for x, hx, cx, y, h_n, c_n.
-  const int64_t states = directions * B * H, inputs = T * B * I, outputs = T * directions * B * H;
-  const size_t bytes = (inputs + 4 * states + outputs) * sizeof(float);
-  const auto give_back = [=](float* room) { cpu::give_back(room, bytes); };
-  const std::unique_ptr<float, decltype(give_back)> room(static_cast<float*>(cpu::borrow(bytes)), give_back);
-  float *own_x = room.get(), *own_hx = own_x + inputs, *own_cx = own_hx + states, *own_h = own_cx + states,
-        *own_c = own_h + states, *own_y = y == h_n ? own_h : own_c + states;
-  widen(p.x, own_x, inputs);
-  widen(p.hx, own_hx, states);
-  if (cell.has_cell) widen(p.cx, own_cx, states);
-  ForwardParams wide = p;
-  wide.x = own_x, wide.hx = own_hx, wide.cx = own_cx, wide.y = own_y, wide.h_n = own_h, wide.c_n = own_c;
-  cpu::kernels().forward(wide, threads());
-  narrow(own_h, p.h_n, states);
-  if (y != h_n) narrow(own_y, p.y, outputs);
-  if (cell.has_cell) narrow(own_c, p.c_n, states);
-}
+using binding::cell_info, binding::threads;
 
 template <class S>
 using Array = py::array_t<S, py::array::c_style | py::array::forcecast>;
@@ -181,9 +122,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("read_bandwidth", &read_bandwidth, py::arg("bytes"),
         "Bytes per second at which all threads together read so many bytes again and again, measured.");
   m.def("pooled", &cpu::pooled, "Bytes of working memory that are kept for the next call.");
-  m.def("forward_at", &forward_at,
-        "forward_at(cell, dtype, T, B, I, H, directions, x, hx, cx, weights, y, h_n, c_n): a forward pass on the "
-        "addresses of contiguous memory, unchecked.");
+  m.def("use_tensors", &binding::use_tensors, py::arg("tensor"), py::arg("parameter"),
+        "Whether the next three can read tensors of these types; without it they must not be called.");
+  m.def("fits", &binding::direct::fits, "fits(cell, x, hx, cx, weights): whether forward takes them, with save.");
+  m.def("forward", &binding::direct::forward,
+        "forward(cell, x, hx, cx, weights, layers, save): y, h_n, c_n (lstm) and what is saved, or None.");
+  m.def("backward", &binding::direct::backward,
+        "backward(cell, dy, dh_n, dc_n, x, y, hx, cx, saved, weights, wanted): gradients of x, hx, cx and weights, or "
+        "None.");
   py::class_<binding::Stack>(m, "Stack",
                              "Layers in one direction with weights packed once and a state in place, unchecked.")
       .def(py::init<const std::string&, const std::string&, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t>(),

@@ -28,7 +28,7 @@ import torch
 from cases import Case
 
 import hostcuda
-from fusedrnn import _autograd, _dispatch, _ops
+from fusedrnn import _autograd, _direct, _dispatch, _ops
 from hostcuda import Schedules
 
 FILES = (
@@ -192,6 +192,7 @@ def main() -> None:
     os.environ["FUSEDRNN_HOSTCUDA"] = str(hostcuda.build(kernels=hostcuda.FEW_KERNELS))
     torch.set_num_threads(1)
     _ops.recurrence_forward, _ops.recurrence_backward = hostcuda.forward, hostcuda.backward
+    _direct.kernels = None
     todo = checks()
     mutated = [mutant for file in arguments.files for mutant in mutants(file)][:: arguments.every]
     print(f"{len(mutated)} mutants, {len(todo)} checks", flush=True)

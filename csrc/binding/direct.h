@@ -1,0 +1,250 @@
+// Passes on Python's tensors, without torch's dispatcher: small layers spend more time on their way through it than in their
+// kernel. What is not for them, by shape, dtype, layout or place, is given back with None: the caller takes the operators,
+// which say what is wrong, if anything is.
+//
+// Padded batches x [T, B, I] with states [layers*D, B, H], or one step of x [B, I] with states [B, H]. Weights are torch.nn's
+// flat list.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <bit>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "arguments.h"
+#include "cpu/cpu.h"
+#include "dlpack.h"
+#include "threads.h"
+
+namespace fusedrnn::binding::direct {
+
+// What forward and backward are given alike.
+struct Call {
+  CellInfo cell;
+  ScalarKind scalar;  // of all tensors
+  bool step;
+  int64_t layers, T, B, I, H, D, element;
+  void *x, *hx, *cx = nullptr;
+  std::vector<Weights> weights;  // per layer and direction
+
+  int64_t state() const { return D * B * H * element; }  // bytes of one layer's
+
+  ForwardParams problem(int64_t layer) const {
+    ForwardParams p{};
+    p.cell = cell.kind;
+    p.scalar = scalar == ScalarKind::bfloat16 ? ScalarKind::float32_of_bfloat16 : scalar;
+    p.sequence.T = T;
+    p.sequence.B = B;
+    p.I = layer ? D * H : I;
+    p.H = H;
+    p.directions = static_cast<int>(D);
+    std::copy_n(&weights[layer * D], D, p.weights);
+    return p;
+  }
+};
+
+inline std::optional<Call> call(const std::string& name, pybind11::handle x, pybind11::handle hx, pybind11::handle cx,
+                                const pybind11::sequence& weights, int64_t layers) {
+  Call c{cell_info(name)};
+  const std::optional<View> input = view(x), h = view(hx);
+  if (!input || !h || input->rank != h->rank || input->rank < 2 || input->rank > 3) return {};
+  c.step = h->rank == 2;
+  c.scalar = input->scalar;
+  c.element = c.scalar == ScalarKind::float64 ? 8 : c.scalar == ScalarKind::float32 ? 4 : 2;
+  const int64_t rows = c.step ? 1 : h->sizes[0];
+  c.layers = layers;
+  c.D = rows / layers;
+  c.T = c.step ? 1 : input->sizes[0];
+  c.B = h->sizes[h->rank - 2];
+  c.H = h->sizes[h->rank - 1];
+  c.I = input->sizes[input->rank - 1];
+  if (c.D * layers != rows || c.D < 1 || c.D > 2 || input->sizes[input->rank - 2] != c.B || h->scalar != c.scalar)
+    return {};
+  c.x = input->data;
+  c.hx = h->data;
+  if (c.cell.has_cell == cx.is_none()) return {};
+  if (c.cell.has_cell) {
+    const std::optional<View> cells = view(cx);
+    if (!cells || cells->scalar != c.scalar ||
+        !std::equal(h->sizes, h->sizes + h->rank, cells->sizes, cells->sizes + cells->rank))
+      return {};
+    c.cx = cells->data;
+  }
+  const int64_t count = static_cast<int64_t>(weights.size()), each = count / rows, sums = c.cell.gates * c.H;
+  if (each * rows != count || (each != 2 && each != 4)) return {};
+  for (int64_t row = 0; row < rows; ++row) {
+    const void* data[4] = {};
+    for (int64_t i = 0; i < each; ++i) {
+      const std::optional<View> w = view(pybind11::object(weights[row * each + i]));
+      const int64_t inputs = i ? c.H : row < c.D ? c.I : c.D * c.H;
+      if (!w || !(i < 2 ? w->is(c.scalar, {sums, inputs}) : w->is(c.scalar, {sums}))) return {};
+      data[i] = w->data;
+    }
+    c.weights.push_back({data[0], data[1], data[2], data[3]});
+  }
+  return c;
+}
+
+inline bool fits(const std::string& name, pybind11::handle x, pybind11::handle hx, pybind11::handle cx,
+                 const pybind11::sequence& weights) {
+  const std::optional<Call> c = call(name, x, hx, cx, weights, 1);
+  return c && c->scalar != ScalarKind::bfloat16;
+}
+
+using Sizes = std::initializer_list<int64_t>;
+
+// A new tensor as torch.Tensor.new_empty makes it, and its memory.
+inline std::pair<pybind11::object, void*> make(pybind11::handle like, const Call& c, Sizes sizes) {
+  pybind11::tuple shape(sizes.size());
+  size_t i = 0;
+  int64_t bytes = c.element;
+  for (int64_t size : sizes) shape[i++] = size, bytes *= size;
+  pybind11::object made = like.attr("new_empty")(*shape);
+  const std::optional<View> memory = view(made);
+  if (!memory) throw std::runtime_error("fusedrnn: expected torch.Tensor.new_empty to give a dense tensor");
+  cpu::prefer_huge_pages(memory->data, bytes);
+  return {std::move(made), memory->data};
+}
+
+// bfloat16 is the upper half of a float.
+inline void widen(const void* from, float* to, int64_t count) {
+  const uint16_t* halves = static_cast<const uint16_t*>(from);
+  for (int64_t i = 0; i < count; ++i) to[i] = std::bit_cast<float>(static_cast<uint32_t>(halves[i]) << 16);
+}
+
+// To the nearest, ties to even; a NaN stays one.
+inline void narrow(const float* from, void* to, int64_t count) {
+  uint16_t* halves = static_cast<uint16_t*>(to);
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bits = std::bit_cast<uint32_t>(from[i]);
+    halves[i] = from[i] != from[i] ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  }
+}
+
+// forward where x, states and results are bfloat16 too: everything but the weights is float32 inside.
+inline void forward_of_bfloat16(const ForwardParams& p, bool has_cell) {
+  const int64_t states = p.directions * p.sequence.B * p.H, inputs = p.sequence.T * p.sequence.B * p.I,
+                outputs = p.sequence.T * states;
+  const size_t bytes = (inputs + 4 * states + outputs) * sizeof(float);  // x, hx, cx, h_n, c_n, y
+  const auto give_back = [=](float* room) { cpu::give_back(room, bytes); };
+  const std::unique_ptr<float, decltype(give_back)> room(static_cast<float*>(cpu::borrow(bytes)), give_back);
+  float *x = room.get(), *hx = x + inputs, *cx = hx + states, *h = cx + states, *c = h + states,
+        *y = p.y == p.h_n ? h : c + states;
+  widen(p.x, x, inputs);
+  widen(p.hx, hx, states);
+  if (has_cell) widen(p.cx, cx, states);
+  ForwardParams wide = p;
+  wide.x = x, wide.hx = hx, wide.cx = cx, wide.y = y, wide.h_n = h, wide.c_n = c;
+  cpu::kernels().forward(wide, threads());
+  narrow(h, p.h_n, states);
+  if (y != h) narrow(y, p.y, outputs);
+  if (has_cell) narrow(c, p.c_n, states);
+}
+
+// (y, h_n, c_n of an LSTM) and, with save, what backward asks for: gates and cells where the cell has them. y of a step is
+// h_n itself, but with save, where h_n may be written to before backward reads y.
+inline pybind11::object forward(const std::string& name, pybind11::handle x, pybind11::handle hx, pybind11::handle cx,
+                                const pybind11::sequence& weights, int64_t layers, bool save) {
+  const std::optional<Call> given = call(name, x, hx, cx, weights, layers);
+  if (!given) return pybind11::none();
+  const Call& c = *given;
+  const bool half = c.scalar == ScalarKind::bfloat16;
+  if (half && (save || layers > 1)) return pybind11::none();  // the operators keep float32 between layers
+  const auto state = [&] { return c.step ? make(x, c, {c.B, c.H}) : make(x, c, {layers * c.D, c.B, c.H}); };
+  std::pair<pybind11::object, void*> y, h_n = state(), c_n, gates, cells;
+  if (c.cell.has_cell) c_n = state();
+  if (save && c.cell.saved) gates = make(x, c, {c.D, c.T * c.B, c.cell.saved * c.H});
+  if (save && c.cell.has_cell) cells = make(x, c, {c.D, c.T * c.B, c.H});
+  const auto part = [](void* of_all, int64_t offset) { return of_all ? static_cast<char*>(of_all) + offset : nullptr; };
+  for (int64_t layer = 0; layer < layers; ++layer) {
+    ForwardParams p = c.problem(layer);
+    p.x = layer ? y.second : c.x;
+    const pybind11::object input = std::move(y.first);
+    y = !c.step ? make(x, c, {c.T, c.B, c.D * c.H}) : save ? state() : h_n;
+    p.y = y.second;
+    p.hx = part(c.hx, layer * c.state());
+    p.cx = part(c.cx, layer * c.state());
+    p.h_n = part(h_n.second, layer * c.state());
+    p.c_n = part(c_n.second, layer * c.state());
+    p.gates = gates.second;
+    p.cells = cells.second;
+    const pybind11::gil_scoped_release unlocked;
+    if (half)
+      forward_of_bfloat16(p, c.cell.has_cell);
+    else
+      cpu::kernels().forward(p, threads());
+  }
+  pybind11::list results;
+  for (const auto& result : {y, h_n, c_n, gates, cells})
+    if (result.first) results.append(result.first);
+  return std::move(results);
+}
+
+// The gradient of x, hx, cx and each weight, None where it is not wanted. Of a step there is no dy.
+inline pybind11::object backward(const std::string& name, pybind11::handle dy, pybind11::handle dh_n,
+                                 pybind11::handle dc_n, pybind11::handle x, pybind11::handle y, pybind11::handle hx,
+                                 pybind11::handle cx, const pybind11::sequence& saved,
+                                 const pybind11::sequence& weights, const pybind11::sequence& wanted) {
+  const std::optional<Call> given = call(name, x, hx, cx, weights, 1);
+  if (!given || given->scalar == ScalarKind::bfloat16) return pybind11::none();
+  const Call& c = *given;
+  bool fit = true;
+  const auto read = [&](pybind11::handle tensor, Sizes sizes) -> const void* {
+    if (tensor.is_none()) return nullptr;
+    const std::optional<View> v = view(tensor);
+    fit = fit && v && v->is(c.scalar, sizes);
+    return fit ? v->data : nullptr;
+  };
+  const auto read_state = [&](pybind11::handle tensor) {
+    return c.step ? read(tensor, {c.B, c.H}) : read(tensor, {c.D, c.B, c.H});
+  };
+  const auto read_output = [&](pybind11::handle tensor) {
+    return c.step ? read(tensor, {c.B, c.H}) : read(tensor, {c.T, c.B, c.D * c.H});
+  };
+  BackwardParams p{};
+  static_cast<Problem&>(p) = c.problem(0);
+  p.x = c.x;
+  p.hx = c.hx;
+  p.cx = c.cx;
+  p.y = read_output(y);
+  p.dy = read_output(dy);
+  p.dh_n = read_state(dh_n);
+  p.dc_n = read_state(dc_n);
+  const size_t expected = (c.cell.saved ? 1 : 0) + (c.cell.has_cell ? 1 : 0), count = 3 + weights.size();
+  if (saved.size() != expected || wanted.size() != count) return pybind11::none();
+  if (c.cell.saved) p.gates = read(pybind11::object(saved[0]), {c.D, c.T * c.B, c.cell.saved * c.H});
+  if (c.cell.has_cell) p.cells = read(pybind11::object(saved[1]), {c.D, c.T * c.B, c.H});
+  if (!fit) return pybind11::none();
+  pybind11::list results(count);
+  std::vector<void*> places(count);
+  const auto want = [&](size_t i, Sizes sizes) {
+    pybind11::object result = pybind11::none();
+    if (pybind11::object(wanted[i]).ptr() == Py_True) std::tie(result, places[i]) = make(x, c, sizes);
+    results[i] = result;
+    return places[i];
+  };
+  p.dx = c.step ? want(0, {c.B, c.I}) : want(0, {c.T, c.B, c.I});
+  p.dhx = c.step ? want(1, {c.B, c.H}) : want(1, {c.D, c.B, c.H});
+  p.dcx = c.step ? want(2, {c.B, c.H}) : want(2, {c.D, c.B, c.H});
+  const int64_t each = weights.size() / c.D, sums = c.cell.gates * c.H;
+  for (int64_t d = 0; d < c.D; ++d) {
+    const size_t i = 3 + d * each;
+    p.gradients[d].w_ih = want(i, {sums, c.I});
+    p.gradients[d].w_hh = want(i + 1, {sums, c.H});
+    if (each == 4) {
+      p.gradients[d].b_ih = want(i + 2, {sums});
+      p.gradients[d].b_hh = want(i + 3, {sums});
+    }
+  }
+  {
+    const pybind11::gil_scoped_release unlocked;
+    cpu::kernels().backward(p, threads());
+  }
+  return std::move(results);
+}
+
+}  // namespace fusedrnn::binding::direct

@@ -1,0 +1,43 @@
+"""What of torch may be at work around a call: torch.func, forward-mode differentiation."""
+
+from __future__ import annotations
+
+import torch
+
+from fusedrnn import _dispatch
+
+_Kind = torch._C._functorch.TransformType
+_innermost = torch._C._functorch.peek_interpreter_stack
+_forward_ad = torch.autograd.forward_ad
+
+
+def transformed() -> bool:
+    """Whether torch.func is at work."""
+    return _innermost() is not None
+
+
+def active() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work."""
+    return _innermost() is not None or _forward_ad._current_level >= 0
+
+
+def needs_reference() -> bool:
+    """Whether something is at work that sees through plain PyTorch only: anything but vmap and reverse mode."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    needed = _forward_ad._current_level >= 0 or any(i.key() not in (_Kind.Vmap, _Kind.Grad) for i in stack)
+    if needed:
+        _warn()
+    return needed
+
+
+@_dispatch.constant_in_graphs
+def forward_mode_in_graph() -> bool:
+    """Whether the code that torch.compile traces is inside forward mode, which the graph's own calls will not know."""
+    needed = _forward_ad._current_level >= 0
+    if needed:
+        _warn()
+    return needed
+
+
+def _warn() -> None:
+    _dispatch.warn_once("forward-mode differentiation sees through the PyTorch reference only")

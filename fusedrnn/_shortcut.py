@@ -1,0 +1,77 @@
+"""A module's call the short way: no check of its own but whether the kernels take it as it is.
+
+What gets None here takes the long way, whose checks say what is wrong, if anything is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedrnn import _autograd, _direct
+
+_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+def cell(module: torch.nn.RNNCellBase, name: str, x: Tensor, hx: Any) -> Any:
+    """A cell's step of x ``[B, I]`` from its state ``[B, H]``, a pair for an LSTM; what forward returns, or None."""
+    if not _possible(x, 2, module.input_size):
+        return None
+    h, c = _states(name, x, hx, (len(x), module.hidden_size))
+    parameters = module._parameters  # a name is absent where a parametrization has taken its place
+    weights = [parameters.get(key) for key in (_NAMES if module.bias else _NAMES[:2])]
+    found = _run(name, x, h, c, weights)
+    if found is None:
+        return None
+    return tuple(found[-2:]) if name == "lstm" else found[-1]
+
+
+def layer(module: torch.nn.RNNBase, name: str, x: Tensor, hx: Any) -> Any:
+    """A stack of layers over a padded batch from its states ``[L*D, B, H]``; what forward returns, or None."""
+    if not _possible(x, 3, module.input_size):
+        return None
+    layers = module.num_layers
+    if torch.is_grad_enabled() and (layers > 1 or module.recompute):
+        return None  # a stack's layers are a node of the graph each
+    if module.proj_size or (layers > 1 and module.training and module.dropout):
+        return None
+    if module.batch_first:
+        x = x.transpose(0, 1)
+    if not x.is_contiguous():
+        x = x.contiguous()
+    rows = layers * (2 if module.bidirectional else 1)
+    h, c = _states(name, x, hx, (rows, x.shape[1], module.hidden_size))
+    weights = [module._parameters.get(key) for key in module._flat_weights_names]
+    found = _run(name, x, h, c, weights, layers)
+    if found is None:
+        return None
+    y, *states = found
+    return y.transpose(0, 1) if module.batch_first else y, tuple(states) if name == "lstm" else states[0]
+
+
+def _possible(x: Any, rank: int, inputs: int) -> bool:
+    return _direct.possible() and isinstance(x, Tensor) and x.is_cpu and x.dim() == rank and x.shape[-1] == inputs
+
+
+def _states(name: str, x: Tensor, hx: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:
+    """h and c as given or zero; None instead of what cannot be a state."""
+    if hx is None:
+        zeros = x.new_zeros(shape)
+        return zeros, zeros if name == "lstm" else None
+    if name != "lstm":
+        return hx, None
+    return hx if type(hx) in (tuple, list) and len(hx) == 2 else (None, None)
+
+
+def _run(name: str, x: Tensor, h: Any, c: Any, weights: list[Any], layers: int = 1) -> Any:
+    """The output (a layer's alone, where there will be gradients) and the states."""
+    kernels = _direct.kernels
+    if not torch.is_grad_enabled():
+        return kernels.forward(name, x, h, c, weights, layers, False)
+    if not kernels.fits(name, x, h, c, weights):
+        return None
+    if not _autograd.needs_gradient(x, h, c, weights):
+        return kernels.forward(name, x, h, c, weights, 1, False)
+    return _autograd.apply(name, False, None, None, None, x, h, c, *weights)
