@@ -8,7 +8,7 @@ from enum import IntEnum
 import hostcuda
 import pytest
 import torch
-from cases import Case, for_all_cells
+from cases import Case, for_all_cells, make_data
 from hostcuda import Schedules
 from numerics import assert_all_as_good
 from test_hostcuda import calls, check, on_the_host, wanted  # noqa: F401
@@ -91,6 +91,21 @@ def test_tf32(monkeypatch, schedule, case):
     assert_all_as_good(ours, *wanted(call), torch.float16)
     with pytest.raises(AssertionError, match="above the bound"):
         assert_all_as_good(ours, *wanted(call), torch.float32)
+
+
+def test_slots_that_are_left_over(monkeypatch):
+    """10 row tiles of 16 slots: 6 of them share their inner dimension, which is beyond the registers all the same."""
+    monkeypatch.setattr(hostcuda, "schedules", Schedules.CLUSTER)
+    monkeypatch.setattr(hostcuda, "largest_cluster", 8)
+    monkeypatch.setattr(hostcuda, "multiprocessors", 8)
+    case = Case("lstm", T=8, B=1, I=1, H=288)
+    made = hostcuda.library().resident_plan(8, Team.CLUSTER, 1, 288, 1, 4, False, True, 4)
+    assert (made["blocks"], made["halved_tiles"], made["half_groups"]) == (8, 6, 10)
+    data, weights = make_data(case), list(case.module(torch.nn).parameters())
+    results = hostcuda.forward("lstm", data.x, data.h0, data.c0, weights, None, None, None, False, True)
+    of_forward = ("y", "h_n", "c_n")
+    references = ({name: of[name] for name in of_forward} for of in wanted(Call(case)))
+    assert_all_as_good(dict(zip(of_forward, results, strict=True)), *references, torch.float16)
 
 
 @pytest.mark.parametrize("tf32", [False, True], ids=["float32", "tf32"])
@@ -177,6 +192,8 @@ def test_plans():
     assert (cluster["blocks"], cluster["units"], cluster["rows"], cluster["tiles"]) == (16, 32, 4, 1)
     assert cluster["part_groups"] == 8
     # Two teams of 64 blocks share the batch.
+    # Slots that 9 and 11 row tiles leave over hold weights too.
+    assert [plan(Team.CLUSTER, B=64, H=H, gates=3)["halved_tiles"] for H in (768, 896)] == [7, 5]
     grid = plan(Team.GRID, B=64, H=1024)
     assert (grid["blocks"], grid["teams"], grid["rows"] * grid["tiles"], grid["part_groups"]) == (64, 2, 32, 8)
     # Backward too, each four of them as a cluster; and of 2048 units, whose weights take the shared memory as well.

@@ -98,6 +98,10 @@ class Launch {
   int active_blocks() const {
     int count = 0;
     if (config_.numAttrs && attributes_[0].id == cudaLaunchAttributeClusterDimension) {
+      // Compiled for a GPU without clusters, as PTX that a later one takes may be, the kernel does not use them.
+      cudaFuncAttributes built;
+      expect_success(cudaFuncGetAttributes(&built, kernel_));
+      if (built.ptxVersion < 90) return 0;
       cudaLaunchConfig_t asked = config_;
       asked.numAttrs = 1;  // of a cluster only
       expect_success(cudaOccupancyMaxActiveClusters(&count, kernel_, &asked));

@@ -44,9 +44,12 @@ FUSEDRNN_DEVICE ClusterAddress address_in(const void* own, int rank) {
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(own)), "r"(rank));
   return address;
 }
-// A phase takes one arrival: that of whoever says how many bytes it takes too.
+// A phase takes one arrival: that of whoever says how many bytes it takes too. Others may send once they have waited for the
+// cluster after this.
 FUSEDRNN_DEVICE void init_barrier(uint64_t* barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(shared_address(barrier))
+      : "memory");
 }
 FUSEDRNN_DEVICE void expect_bytes(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)

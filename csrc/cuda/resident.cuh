@@ -33,9 +33,9 @@ FUSEDRNN_DEVICE void run_resident_forward(const ResidentForward<S>& p, unsigned 
     __syncthreads();
   }
 
-  for (int64_t number = p.begin; number < p.end; ++number) {
-    const Place here = place(p.sequence, block.d, number);
-    const int round = static_cast<int>(number - p.begin) + 1;
+  const int rounds = static_cast<int>(p.end - p.begin);
+  for (int round = 1; round <= rounds; ++round) {
+    const Place here = place(p.sequence, block.d, p.begin + round - 1);
     for (int tile = 0; tile < plan.tiles; ++tile) {
       V input[units_at_once][Cell::gates];
       block.for_items(tile, [&](int i, const auto& item) {
@@ -54,7 +54,7 @@ FUSEDRNN_DEVICE void run_resident_forward(const ResidentForward<S>& p, unsigned 
         block.make(item, 0, load<1>(h));
       });
       __syncthreads();
-      if (number + 1 < p.end) block.exchange.send(tile, round + 1);
+      if (round < rounds) block.exchange.send(tile, round + 1);
       // Only now, for nobody waits for these.
       block.for_items(tile, [&](int i, const auto& item) {
         if (!block.exists(item.at) || item.at.b >= here.rows) return;
@@ -94,10 +94,11 @@ FUSEDRNN_DEVICE void run_resident_backward(const ResidentBackward<S>& p, unsigne
     });
 
   // After the last step one more round, whose product is for the chunk before.
-  for (int64_t number = p.end - 1; number >= p.begin - 1; --number) {
+  const int rounds = static_cast<int>(p.end - p.begin);
+  for (int round = 0; round <= rounds; ++round) {
+    const int64_t number = p.end - 1 - round;
     const Place here = place(p.sequence, block.d, number);
-    const int round = static_cast<int>(p.end - 1 - number);
-    const bool is_step = number >= p.begin;
+    const bool is_step = round < rounds;
     for (int tile = 0; tile < plan.tiles; ++tile) {
       ForBackward<Cell, float, 1> values[units_at_once];
       const Place previous = place(p.sequence, block.d, number - 1);

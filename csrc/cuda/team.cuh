@@ -80,14 +80,16 @@ struct Resident {
   };
   FUSEDRNN_DEVICE Slot slot(int i) const {
     const int number = 2 * warp + i, part = number / layout.slots_per_part, row_tile = number % layout.slots_per_part;
-    const int begin = part * layout.part_groups, rest = layout.groups - begin;
-    const bool used = part < layout.parts && row_tile < layout.row_tiles;
-    return {part, row_tile, begin, !used ? 0 : rest < layout.part_groups ? rest : layout.part_groups};
+    const bool half = row_tile < layout.halved_tiles;
+    const int groups = half ? layout.half_groups : layout.part_groups, begin = part * groups;
+    const int rest = layout.groups - begin;
+    const bool used = part < layout.parts + half && row_tile < layout.row_tiles;
+    return {part, row_tile, begin, !used ? 0 : rest < groups ? rest : groups};
   }
   FUSEDRNN_DEVICE uint32_t* overflow(const Slot& slot, int group) const {
-    const int groups = layout.part_groups - register_groups, number = slot.part * layout.row_tiles + slot.row_tile;
     return reinterpret_cast<uint32_t*>(memory + layout.overflow) +
-           (number * groups + group - register_groups) * (fragment_bytes / 4) + lane * 4;
+           (overflow_before(layout, slot.part, slot.row_tile) + group - register_groups) * (fragment_bytes / 4) +
+           lane * 4;
   }
   static constexpr int half_fragment = fragment_bytes / 8;  // words from `upper` of all threads to their `lower`
 
@@ -100,12 +102,20 @@ struct Resident {
     const bool exists = gate_in < in && gate_out < gates_out(Cell::gates, is_backward) && unit_out < H;
     const S* const w = p.w_hh[d] + (is_backward ? (static_cast<int64_t>(gate_in) * H + unit_in) * H + unit_out
                                                 : (static_cast<int64_t>(gate_out) * H + unit_out) * H + unit_in);
+    constexpr int width = 4 * word_scalars;
     const int64_t next = is_backward ? H : 1;
     Words words{};
+    const auto put = [&](int i, S x) { words[i / word_scalars] |= Multiplier::bits(x) << 16 * (i % word_scalars); };
+    if (!is_backward && H % width == 0 && reinterpret_cast<uintptr_t>(p.w_hh[d]) % sizeof(Words) == 0) {
+      if (!exists || unit_in >= H) return words;
+      const auto pack = load_pack<width>(w);
 #pragma unroll
-    for (int i = 0; i < 4 * word_scalars; ++i)
-      if (exists && unit_in + i < H)
-        words[i / word_scalars] |= Multiplier::bits(w[i * next]) << 16 * (i % word_scalars);
+      for (int i = 0; i < width; ++i) put(i, pack.value[i]);
+      return words;
+    }
+#pragma unroll
+    for (int i = 0; i < width; ++i)
+      if (exists && unit_in + i < H) put(i, w[i * next]);
     return words;
   }
 
@@ -221,8 +231,8 @@ struct Resident {
 
   FUSEDRNN_DEVICE float sum_of_parts(int row, int of_weights) const {
     float sum = 0;
-    for (int part = 0; part < layout.parts; ++part)
-      sum += sums()[(part * tile_columns + row) * layout.sums_ld + of_weights];
+    const int parts = layout.parts + (of_weights < layout.halved_tiles * 16);
+    for (int part = 0; part < parts; ++part) sum += sums()[(part * tile_columns + row) * layout.sums_ld + of_weights];
     return sum;
   }
 

@@ -166,20 +166,30 @@ struct ResidentLayout {
   int slots_per_part;  // that share a part of the inner dimension, even or 1, so that a warp's two share it or the rows
   int parts;           // of the inner dimension
   int part_groups;     // groups of a part
+  int halved_tiles;    // row tiles, the first, that have two parts where there is one: slots are left for them
+  int half_groups;     // groups of such a part
   int operand_words;   // [groups and one of zeros][rows][16]: a warp's 16-byte loads are of neighbours
   int sums_ld;         // a step of 8 banks from every second row to the next, for the stores of two columns each
   // Offsets in bytes of shared memory:
   int operand;   // [tiles][2] in a cluster, one in a grid
   int made;      // [gates that come in][rows][units] what is handed on
-  int sums;      // [parts][8][sums_ld]
+  int sums;      // [parts of a row tile][8][sums_ld]
   int states;    // [tiles][rows][units] twice, once for cells without a cell state
   int shares;    // [tiles][split][rows][units] of sums, where they are split
   int barriers;  // [tiles][2] in a cluster, [tiles] where sums are split
-  int overflow;  // [parts][row_tiles][groups beyond the registers][2][32 threads][4]
+  int overflow;  // [parts and row_tiles: overflow_before][groups beyond the registers][2][32 threads][4]
   int bytes;
 };
 
 constexpr FUSEDRNN_INLINE int round_up(int64_t x, int to) { return static_cast<int>((x + to - 1) / to * to); }
+
+// Groups beyond the registers of the slots before that of a part and a row tile.
+constexpr FUSEDRNN_INLINE int overflow_before(const ResidentLayout& l, int part, int row_tile) {
+  const auto beyond = [](int groups) { return groups > register_groups ? groups - register_groups : 0; };
+  if (row_tile < l.halved_tiles) return (2 * row_tile + part) * beyond(l.half_groups);
+  const int whole = part * l.row_tiles + row_tile - l.halved_tiles;
+  return 2 * l.halved_tiles * beyond(l.half_groups) + whole * beyond(l.part_groups);
+}
 
 // Of what comes in and of what is made of it: forward the state and all gates, backward the other way round.
 constexpr FUSEDRNN_INLINE int gates_in(int gates, bool backward) { return backward ? gates : 1; }
@@ -193,21 +203,23 @@ constexpr FUSEDRNN_INLINE ResidentLayout resident_layout(const ResidentPlan& pla
   l.all_groups = round_up(static_cast<int64_t>(in) * l.gate_words, group_words) / group_words;
   l.groups = (l.all_groups + plan.split - 1) / plan.split;
   l.row_tiles = round_up(gates_out(gates, backward) * plan.split * plan.units, 16) / 16;
-  l.slots_per_part = l.row_tiles == 1 ? 1 : round_up(l.row_tiles, 2);
+  l.slots_per_part = l.row_tiles == 1 || 2 * l.row_tiles > slots ? l.row_tiles : round_up(l.row_tiles, 2);
   const int most_parts = slots / l.slots_per_part;
   l.part_groups = most_parts ? (l.groups + most_parts - 1) / most_parts : l.groups;
   l.parts = (l.groups + l.part_groups - 1) / l.part_groups;
+  if (l.parts == 1 && l.groups > register_groups && l.row_tiles < slots) l.halved_tiles = slots - l.row_tiles;
+  l.half_groups = (l.groups + 1) / 2;
   l.operand_words = (l.groups + 1) * plan.rows * group_words;
   l.sums_ld = l.row_tiles * 16 + 4;
-  const int buffers = plan.cluster ? 2 * plan.tiles : 1, beyond = l.part_groups - register_groups;
+  const int buffers = plan.cluster ? 2 * plan.tiles : 1, most_parts_of_a_tile = l.halved_tiles ? 2 : l.parts;
   const int tile_bytes = plan.rows * plan.units * 4, barriers = plan.cluster ? 2 : plan.split > 1 ? 1 : 0;
   l.made = l.operand + buffers * l.operand_words * 4;
   l.sums = l.made + in * plan.rows * plan.units * scalar_bytes;
-  l.states = l.sums + l.parts * tile_columns * l.sums_ld * 4;
+  l.states = l.sums + most_parts_of_a_tile * tile_columns * l.sums_ld * 4;
   l.shares = l.states + (1 + has_cell) * plan.tiles * tile_bytes;
   l.barriers = l.shares + (plan.split > 1 ? plan.tiles * plan.split * tile_bytes : 0);
   l.overflow = round_up(l.barriers + barriers * plan.tiles * 8, 16);
-  l.bytes = l.overflow + (beyond > 0 ? l.parts * l.row_tiles * beyond * fragment_bytes : 0);
+  l.bytes = l.overflow + overflow_before(l, l.parts - 1, l.row_tiles) * fragment_bytes;
   return l;
 }
 

@@ -178,11 +178,17 @@ std::map<std::string, int> resident_plan(int multiprocessors, int team, int64_t 
                           backward, has_cell, scalar_bytes);
   if (!plan.blocks) return {};
   const cuda::ResidentLayout layout = cuda::resident_layout(plan, gates, backward, has_cell, scalar_bytes);
-  return {{"blocks", plan.blocks}, {"units", plan.units},
-          {"rows", plan.rows},     {"tiles", plan.tiles},
-          {"teams", plan.teams},   {"shared_bytes", plan.shared_bytes},
-          {"parts", layout.parts}, {"part_groups", layout.part_groups},
-          {"split", plan.split}};
+  return {{"blocks", plan.blocks},
+          {"units", plan.units},
+          {"rows", plan.rows},
+          {"tiles", plan.tiles},
+          {"teams", plan.teams},
+          {"shared_bytes", plan.shared_bytes},
+          {"parts", layout.parts},
+          {"part_groups", layout.part_groups},
+          {"split", plan.split},
+          {"halved_tiles", layout.halved_tiles},
+          {"half_groups", layout.half_groups}};
 }
 
 auto forward(uint64_t seed, const Sizes& sizes, bool tf32, const std::optional<std::vector<int64_t>>& offsets,
