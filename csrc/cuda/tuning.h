@@ -236,8 +236,9 @@ constexpr ResidentPlan resident_plan(const Limits& limits, Team team, int64_t T,
   for (const bool in_registers : {true, false})
     for (int blocks = std::max(2, split); blocks <= most; blocks += cluster ? blocks : split) {
       const int units = round_up((H + blocks - 1) / blocks, 8);
-      if (units * tile_columns > units_at_once * resident_threads || (blocks - 1) * static_cast<int64_t>(units) >= H)
-        continue;
+      // Blocks without units serve where their share of the inner dimension is needed, or there is no other cluster.
+      const bool too_many = (blocks - split) * static_cast<int64_t>(units) >= H && !(cluster && !in_registers);
+      if (units * tile_columns > units_at_once * resident_threads || too_many) continue;
       const int room = std::max(1, limits.multiprocessors / blocks / directions);
       const int64_t of_a_team = (B + room - 1) / room, all_tiles = (of_a_team + tile_columns - 1) / tile_columns;
       const int rows = static_cast<int>((of_a_team + all_tiles - 1) / all_tiles);

@@ -145,9 +145,9 @@ def _sizes(cell: str, dtype: torch.dtype, shape: tuple[int, ...]):
     return library().Sizes(CELLS[cell], SCALARS[dtype], *shape, chunk_bytes, *limits, shifted)
 
 
-def schedule(cell: str, dtype: torch.dtype, shape: tuple[int, ...], tf32: bool = False) -> str:
-    """The one that such a call, of T, B, I, H and directions, takes forward."""
-    return library().schedule(_sizes(cell, dtype, shape), tf32)
+def schedule(cell: str, dtype: torch.dtype, shape: tuple[int, ...], tf32: bool = False, backward: bool = False) -> str:
+    """The one that such a call, of T, B, I, H and directions, takes."""
+    return library().schedule(_sizes(cell, dtype, shape), tf32, backward)
 
 
 def schedule_of(case, tf32: bool = False) -> str:

@@ -157,7 +157,7 @@ auto run(void (*pass)(const Params&, const cuda::Context&), const Params& p, boo
   return device.finish();
 }
 
-std::string schedule(const Sizes& s, bool tf32) {
+std::string schedule(const Sizes& s, bool tf32, bool backward) {
   Problem p{};
   p.cell = static_cast<CellKind>(s.cell);
   p.scalar = static_cast<ScalarKind>(s.scalar);
@@ -166,7 +166,7 @@ std::string schedule(const Sizes& s, bool tf32) {
   p.I = s.I;
   p.H = s.H;
   p.directions = s.directions;
-  return cuda::schedule(p, limits(s), tf32);
+  return cuda::schedule(p, limits(s), tf32, backward);
 }
 
 // What tuning.h chooses for a cluster (0), a grid whose products are split (1) or a grid (2), by name.

@@ -169,6 +169,7 @@ def of_tests() -> Iterator[Callable[[], None]]:
 
     def run_test(test: Callable[..., None], *arguments: object) -> None:
         with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(hostcuda, "multiprocessors", 132)
             test(monkeypatch, *arguments)
 
     yield partial(run_test, test_resident.test_slots_that_are_left_over)
