@@ -94,8 +94,8 @@ def test_tf32(monkeypatch, schedule, case):
 
 
 def test_slots_that_are_left_over(monkeypatch):
-    """10 row tiles of 16 slots: 6 of them share their inner dimension, which is beyond the registers all the same. And of 8
-    blocks the last has no units."""
+    """10 row tiles of 16 slots: 6 of them share their inner dimension, which is beyond the registers all the same. And the
+    last of 8 blocks has no units."""
     monkeypatch.setattr(hostcuda, "schedules", Schedules.CLUSTER)
     monkeypatch.setattr(hostcuda, "largest_cluster", 8)
     monkeypatch.setattr(hostcuda, "multiprocessors", 8)
@@ -219,9 +219,8 @@ def test_plans():
             if not p:
                 continue
             B, H, _, _, _, directions = sizes
-            assert H <= p["blocks"] * p["units"], sizes
             without = p["blocks"] // 2 if team == Team.CLUSTER else p["split"]
-            assert (p["blocks"] - without) * p["units"] < H, sizes
+            assert (p["blocks"] - without) * p["units"] < H <= p["blocks"] * p["units"], sizes
             assert (p["teams"] - 1) * p["rows"] * p["tiles"] < B <= p["teams"] * p["rows"] * p["tiles"], sizes
             assert p["rows"] <= 8, sizes
             assert p["shared_bytes"] <= 227 << 10, sizes
