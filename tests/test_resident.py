@@ -94,7 +94,7 @@ def test_tf32(monkeypatch, schedule, case):
 
 
 def test_slots_that_are_left_over(monkeypatch):
-    """Of 10 row tiles in 16 slots 6 have two, each with more weights than its registers hold. The last block has no units."""
+    """Of 10 row tiles in 16 slots, 6 have two, each of more groups than registers. The last block has no units."""
     monkeypatch.setattr(hostcuda, "schedules", Schedules.CLUSTER)
     monkeypatch.setattr(hostcuda, "largest_cluster", 8)
     monkeypatch.setattr(hostcuda, "multiprocessors", 8)
