@@ -178,7 +178,7 @@ def of_tests() -> Iterator[Callable[[], None]]:
         test_resident.test_device_says_how_many_blocks_there_is_room_for,
     ):
         for arguments in test.pytestmark[0].args[1]:
-            if arguments[1:3] in (("gru", torch.bfloat16), ("lstm", torch.float32)) or len(arguments) == 2:
+            if arguments[1:3] in (("gru", torch.bfloat16), ("lstm", torch.float32)) or len(arguments) == 3:
                 yield partial(run_test, test, *arguments)
 
 
