@@ -35,17 +35,17 @@ float microseconds(void (*kernel)(P), const Geometry& g, const P& p, int shared_
   return best;
 }
 
-struct Team {
+struct TeamParams {
   ResidentPlan plan;
   ResidentLayout layout;
   uint32_t *data, *counters;
 };
 
-__device__ Pieces pieces_of(const Team& p) {
+__device__ Pieces pieces_of(const TeamParams& p) {
   return {p.plan.units * 2 / static_cast<int>(sizeof(Words)), p.plan.rows, 1};
 }
 
-__global__ void __launch_bounds__(resident_threads, 1) exchange_in_cluster(const __grid_constant__ Team p) {
+__global__ void __launch_bounds__(resident_threads, 1) exchange_in_cluster(const __grid_constant__ TeamParams p) {
 #if FUSEDRNN_HAS_CLUSTERS
   FUSEDRNN_SHARED(memory);
   const ClusterExchange exchange{p.plan, p.layout, memory, pieces_of(p), static_cast<int>(blockIdx.x)};
@@ -58,17 +58,10 @@ __global__ void __launch_bounds__(resident_threads, 1) exchange_in_cluster(const
 #endif
 }
 
-__global__ void __launch_bounds__(resident_threads, 1) exchange_in_grid(const __grid_constant__ Team p) {
+__global__ void __launch_bounds__(resident_threads, 1) exchange_in_grid(const __grid_constant__ TeamParams p) {
   FUSEDRNN_SHARED(memory);
-  const Pieces pieces = pieces_of(p);
-  const int64_t data = static_cast<int64_t>(2) * p.plan.blocks * pieces.count() * 4;
-  const GridExchange exchange{p.plan,
-                              p.layout,
-                              memory,
-                              pieces,
-                              static_cast<int>(blockIdx.x),
-                              p.data + blockIdx.y * data,
-                              p.counters + blockIdx.y};
+  const int rank = blockIdx.x, team = blockIdx.y;
+  const GridExchange exchange{p.plan, p.layout, memory, pieces_of(p), rank, team, p.data, p.counters};
   for (int round = 1; round <= rounds; ++round) {
     exchange.send(0, round);
     exchange.receive(0, round);
@@ -76,7 +69,7 @@ __global__ void __launch_bounds__(resident_threads, 1) exchange_in_grid(const __
 }
 
 // Every word with the round that it belongs to, so that the data is its own flag.
-__global__ void __launch_bounds__(resident_threads, 1) exchange_flagged(const __grid_constant__ Team p) {
+__global__ void __launch_bounds__(resident_threads, 1) exchange_flagged(const __grid_constant__ TeamParams p) {
   const int count = p.plan.units / 2 * p.plan.rows, all = count * p.plan.blocks;
   auto* const words = reinterpret_cast<volatile unsigned long long*>(p.data) + blockIdx.y * 2 * all;
   for (unsigned long long round = 1; round <= rounds; ++round) {
@@ -89,7 +82,7 @@ __global__ void __launch_bounds__(resident_threads, 1) exchange_flagged(const __
   }
 }
 
-__global__ void __launch_bounds__(resident_threads, 1) synchronize_grid(const __grid_constant__ Team) {
+__global__ void __launch_bounds__(resident_threads, 1) synchronize_grid(const __grid_constant__ TeamParams) {
   const auto grid = cooperative_groups::this_grid();
   for (int round = 0; round < rounds; ++round) grid.sync();
 }
@@ -100,12 +93,19 @@ struct Pull {
   int words;
 };
 
+__device__ Words load_from_l2(const uint32_t* from) {
+  Words words;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "l"(from));
+  return words;
+}
+
 __global__ void __launch_bounds__(resident_threads, 1) pull(const __grid_constant__ Pull p) {
   uint32_t sum = 0;
   for (int round = 0; round < rounds; ++round)
 #pragma unroll 8
-    for (int i = threadIdx.x * 4; i < p.words; i += resident_threads * 4)
-      sum += load_words_of_others(p.from + i)[round & 3];
+    for (int i = threadIdx.x * 4; i < p.words; i += resident_threads * 4) sum += load_from_l2(p.from + i)[round & 3];
   if (sum == 1) *p.to = sum;
 }
 
@@ -124,10 +124,10 @@ __global__ void __launch_bounds__(resident_threads, 1) multiply(const __grid_con
   if (sums[0].value[0][0] + sums[1].value[1][3] == 1) *p.to = 1;
 }
 
-Team make_team(int blocks, int rows, bool cluster, uint32_t* memory) {
-  Team team{};
-  team.plan = {blocks, 32, rows, 1, 1, cluster, 0};
-  team.layout = resident_layout(team.plan, 1, 4, true, 2);
+TeamParams make_team(int blocks, int rows, bool cluster, uint32_t* memory) {
+  TeamParams team{};
+  team.plan = {blocks, 32, rows, 1, 1, cluster, 1, 0};
+  team.layout = resident_layout(team.plan, 4, false, true, 2);
   team.counters = memory;
   team.data = memory + 1024;
   return team;
@@ -147,12 +147,12 @@ int main() {
   if (gpu.major >= 9)
     for (int blocks = 2; blocks <= 16; blocks *= 2) {
       const Geometry all{blocks, 1, 1, resident_threads, 1};
-      Launch<Team> kernel(exchange_in_cluster, all, nullptr, shared, {blocks, false});
-      const int active = kernel.active();
+      Launch<TeamParams> kernel(exchange_in_cluster, all, nullptr, shared, {blocks, false});
+      const int active = kernel.active_blocks() / blocks;
       std::printf("clusters of %2d blocks with all shared memory: %d at once\n", blocks, active);
       for (const int rows : {1, 4, 8}) {
         if (!active) break;
-        const Team team = make_team(blocks, rows, true, memory);
+        const TeamParams team = make_team(blocks, rows, true, memory);
         const Geometry full{blocks, static_cast<unsigned>(active), 1, resident_threads, 1};
         std::printf("  exchange of %d rows, all clusters: %.3f us\n", rows,
                     microseconds(exchange_in_cluster, full, team, team.layout.bytes, {blocks, false}, memory));
@@ -166,7 +166,7 @@ int main() {
     std::printf("grid of %u teams of %d blocks: barrier of the grid %.3f us\n", teams, blocks,
                 microseconds(synchronize_grid, full, make_team(blocks, 8, false, memory), 0, together, memory));
     for (const int rows : {1, 8}) {
-      const Team team = make_team(blocks, rows, false, memory);
+      const TeamParams team = make_team(blocks, rows, false, memory);
       const float counted = microseconds(exchange_in_grid, full, team, team.layout.bytes, together, memory);
       expect_success(cudaMemset(memory, 0, 64 << 20));
       std::printf("  exchange of %d rows: counter %.3f us, data as flag %.3f us\n", rows, counted,

@@ -68,18 +68,18 @@ def _cuda_path(module: torch.nn.Module, input: Tensor | PackedSequence) -> str:
     dtype = str(data.dtype).removeprefix("torch.")
     hidden: int = module.hidden_size  # type: ignore[assignment]
     tf32 = _dispatch.use_tf32(data)
-    schedule = cuda_extension.schedule(
-        cell, dtype, steps, batch, hidden, directions, _dispatch.index_of(data.device), tf32
-    )
+    call = (cell, dtype, steps, batch, hidden, directions, _dispatch.index_of(data.device), tf32)
+    schedule, backward = (cuda_extension.schedule(*call, backward) for backward in (False, True))
+    other = f"; backward by the {backward} schedule" if backward != schedule else ""
     if schedule == "step":
         reason = "float64" if dtype == "float64" else "few steps, a large batch or a large layer"
-        return f"step schedule: a product and a kernel per time step ({reason})"
+        return f"step schedule: a product and a kernel per time step ({reason}){other}"
     where = {
         "block": "shared memory",
         "cluster": "the registers of a cluster of thread blocks",
         "grid": "the registers of the whole GPU",
     }[schedule]
-    return f"{schedule} schedule: all steps in one kernel, the recurrent weights in {where}"
+    return f"{schedule} schedule: all steps in one kernel, the recurrent weights in {where}{other}"
 
 
 def _path(module: torch.nn.Module, input: Tensor | PackedSequence) -> str:

@@ -152,6 +152,15 @@ def test_nothing_is_spilled_and_accesses_are_wide(folder, name, architecture):
         # Two slots of 8 groups: two instructions each on tensor cores, 4 columns of 2 rows of 4 words each without.
         assert len(products) >= 16 * (2 if multiplies == "HMMA" else 32), kernel
         assert [opcode for opcode in opcodes if re.match(r"LDS.*\b128\b", opcode)], kernel
+        if "forward<" in kernel:  # weights: of 2 slots, 2 rows of each group
+            assert len([opcode for opcode in opcodes if re.match(r"LDG.*\b128\b", opcode)]) >= 32, kernel
+        # What blocks hand each other: copied from the L2 past the L1, or sent into another's shared memory.
+        wide = {opcode for opcode in opcodes if re.match(r"(LDGSTS.*BYPASS|STAS).*\b128\b", opcode)}
+        in_grid, has_clusters = "cuda::grid_" in kernel, architecture >= "sm_90"
+        assert bool([opcode for opcode in wide if opcode.startswith("LDGSTS")]) == in_grid, kernel
+        assert bool([opcode for opcode in wide if opcode.startswith("STAS")]) == (
+            not in_grid or ("backward<" in kernel and has_clusters)
+        ), kernel
     for kernel in blocks(name):
         opcodes = find(kernel, code)
         assert [opcode for opcode in opcodes if re.match(r"LDS.*\b128\b", opcode)], kernel

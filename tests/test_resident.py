@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from enum import IntEnum
 
 import hostcuda
 import pytest
 import torch
-from cases import Case, for_all_cells
+from cases import Case, for_all_cells, make_data
 from hostcuda import Schedules
 from numerics import assert_all_as_good
 from test_hostcuda import calls, check, on_the_host, wanted  # noqa: F401
@@ -17,6 +18,15 @@ from fusedrnn import _autograd, _dispatch
 
 pytest.importorskip("pybind11")
 pytestmark = pytest.mark.skipif(not (hostcuda.ROOT / "csrc").is_dir(), reason="needs the sources")
+
+
+class Team(IntEnum):
+    """As csrc/cuda/tuning.h numbers them."""
+
+    CLUSTER = 0
+    SPLIT_GRID = 1
+    GRID = 2
+
 
 SCHEDULES = pytest.mark.parametrize("schedule", [Schedules.CLUSTER, Schedules.GRID], ids=["cluster", "grid"])
 
@@ -35,7 +45,7 @@ def expect(schedule: Schedules, case: Case, tf32: bool = False) -> None:
 SHAPES = (
     {"T": 8, "B": 9, "I": 3, "H": 40, "bidirectional": True},
     {"T": 9, "B": 5, "I": 2, "H": 9},
-    {"T": 8, "B": 17, "I": 1, "H": 30},
+    {"T": 8, "B": 16, "I": 1, "H": 30},
 )
 
 
@@ -83,6 +93,21 @@ def test_tf32(monkeypatch, schedule, case):
         assert_all_as_good(ours, *wanted(call), torch.float32)
 
 
+def test_slots_that_are_left_over(monkeypatch):
+    """Of 10 row tiles in 16 slots, 6 have two, each of more groups than registers. The last block has no units."""
+    monkeypatch.setattr(hostcuda, "schedules", Schedules.CLUSTER)
+    monkeypatch.setattr(hostcuda, "largest_cluster", 8)
+    monkeypatch.setattr(hostcuda, "multiprocessors", 8)
+    case = Case("lstm", T=8, B=1, I=1, H=280)
+    made = hostcuda.library().resident_plan(8, Team.CLUSTER, 1, 280, 1, 4, False, True, 4)
+    assert (made["blocks"], made["units"], made["halved_tiles"], made["half_groups"]) == (8, 40, 6, 10)
+    data, weights = make_data(case), list(case.module(torch.nn).parameters())
+    results = hostcuda.forward("lstm", data.x, data.h0, data.c0, weights, None, None, None, False, True)
+    of_forward = ("y", "h_n", "c_n")
+    references = ({name: of[name] for name in of_forward} for of in wanted(Call(case)))
+    assert_all_as_good(dict(zip(of_forward, results, strict=True)), *references, torch.float16)
+
+
 @pytest.mark.parametrize("tf32", [False, True], ids=["float32", "tf32"])
 @SCHEDULES
 def test_weights_beyond_the_registers(monkeypatch, schedule, tf32):
@@ -91,11 +116,8 @@ def test_weights_beyond_the_registers(monkeypatch, schedule, tf32):
     monkeypatch.setattr(hostcuda, "multiprocessors", 4)
     monkeypatch.setattr(_dispatch, "use_tf32", lambda x: tf32 and x.dtype == torch.float32)
     case = Case("lstm", T=8, B=3, I=2, H=160)
-    for gates_in, gates_out in ((1, 4), (4, 1)):
-        plan = hostcuda.library().resident_plan(
-            4, schedule == Schedules.CLUSTER, 3, 160, 1, gates_in, gates_out, True, 4
-        )
-        assert plan["part_groups"] > 8
+    for team, backward in ((schedule != Schedules.CLUSTER) * 2, False), (schedule == Schedules.GRID, True):
+        assert hostcuda.library().resident_plan(4, int(team), 3, 160, 1, 4, backward, True, 4)["part_groups"] > 8
     call = Call(case)
     dtype = torch.float16 if tf32 else torch.float32
     assert_all_as_good(run_recurrence(_autograd.recurrence, call), *wanted(call), dtype)
@@ -113,9 +135,35 @@ def test_order_of_blocks_makes_no_difference(monkeypatch, schedule):
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def plan(cluster: bool, B: int, H: int, gates: int = 4, scalar: int = 2, backward: bool = False, directions: int = 1):
-    sides = (gates, 1) if backward else (1, gates)
-    return hostcuda.library().resident_plan(132, cluster, B, H, directions, *sides, gates == 4, scalar)
+@pytest.mark.parametrize("tf32", [False, True], ids=["float32", "tf32"])
+@pytest.mark.parametrize("directions", [1, 2])
+def test_split_products(monkeypatch, directions, tf32):
+    """Backward in a grid, each four blocks of which share the inner dimension as a cluster."""
+    monkeypatch.setattr(hostcuda, "schedules", Schedules.GRID)
+    monkeypatch.setattr(hostcuda, "multiprocessors", 8)
+    monkeypatch.setattr(_dispatch, "use_tf32", lambda x: tf32 and x.dtype == torch.float32)
+    case = Case("lstm", T=8, B=19, I=2, H=27, bidirectional=directions == 2)
+    made = hostcuda.library().resident_plan(8, int(Team.SPLIT_GRID), 19, 27, directions, 4, True, True, 4)
+    assert (made["split"], made["teams"] * directions) == (4, 2)
+    call = Call(case, resets=True)
+    dtype = torch.float16 if tf32 else torch.float32
+    for seed in range(3):
+        monkeypatch.setattr(hostcuda, "seed", seed)
+        assert_all_as_good(run_recurrence(_autograd.recurrence, call), *wanted(call), dtype)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "room", "schedule"),
+    [("GRID", 0, "step"), ("GRID", 2, "step"), ("GRID", 4, "grid"), ("CLUSTER", 0, "step"), ("CLUSTER", 16, "cluster")],
+)
+def test_device_says_how_many_blocks_there_is_room_for(monkeypatch, allowed, room, schedule):
+    monkeypatch.setattr(hostcuda, "schedules", Schedules[allowed])
+    monkeypatch.setattr(hostcuda, "active_blocks", room)
+    assert hostcuda.schedule("lstm", torch.float32, (100, 3, 8, 240, 1)) == schedule
+
+
+def plan(team: Team, B: int, H: int, gates: int = 4, scalar: int = 2, backward: bool = False, directions: int = 1):
+    return hostcuda.library().resident_plan(132, int(team), B, H, directions, gates, backward, gates == 4, scalar)
 
 
 @pytest.mark.parametrize(
@@ -141,33 +189,52 @@ def test_schedule_on_an_h100(monkeypatch, schedule, cell, dtype, B, H, direction
     assert hostcuda.schedule(cell, dtype, (7, B, 8, H, directions)) == "step"  # few steps
 
 
+def test_backward_may_need_another_schedule(monkeypatch):
+    monkeypatch.setattr(hostcuda, "schedules", Schedules.ALL)
+    for cell, H in (("lstm", 768), ("gru", 896)):
+        call = (cell, torch.bfloat16, (100, 32, 8, H, 1), False)
+        assert [hostcuda.schedule(*call, backward) for backward in (False, True)] == ["cluster", "grid"]
+    assert hostcuda.schedule("lstm", torch.bfloat16, (100, 64, 8, 2048, 1), False, True) == "grid"
+
+
 def test_plans():
     # 128 KB of weights a block, all of it in registers, and a tile of 4 rows for each of 8 clusters.
-    cluster = plan(True, B=32, H=512)
+    cluster = plan(Team.CLUSTER, B=32, H=512)
     assert (cluster["blocks"], cluster["units"], cluster["rows"], cluster["tiles"]) == (16, 32, 4, 1)
     assert cluster["part_groups"] == 8
     # Two teams of 64 blocks share the batch.
-    grid = plan(False, B=64, H=1024)
+    # Slots that 9 and 11 row tiles leave over hold weights too.
+    assert [plan(Team.CLUSTER, B=64, H=H, gates=3)["halved_tiles"] for H in (768, 896)] == [7, 5]
+    grid = plan(Team.GRID, B=64, H=1024)
     assert (grid["blocks"], grid["teams"], grid["rows"] * grid["tiles"], grid["part_groups"]) == (64, 2, 32, 8)
+    # Backward too, each four of them as a cluster; and of 2048 units, whose weights take the shared memory as well.
+    assert not plan(Team.SPLIT_GRID, B=64, H=1024)
+    for H, blocks, teams, groups in ((1024, 64, 2, 8), (2048, 128, 1, 16)):
+        split = plan(Team.SPLIT_GRID, B=64, H=H, backward=True)
+        assert (split["blocks"], split["teams"], split["split"], split["part_groups"]) == (blocks, teams, 4, groups)
+    assert not plan(Team.GRID, B=64, H=2048, backward=True)
+    assert all(plan(Team.SPLIT_GRID, B=64, H=H, backward=True) for H in range(64, 2049, 3))
     for sizes in [(b, h, g, s, back, d) for b in (1, 7, 64, 200) for h in range(16, 2100, 61) for g in (1, 3, 4)
                   for s in (2, 4) for back in (False, True) for d in (1, 2)]:  # fmt: skip
-        for is_cluster in (True, False):
-            p = plan(is_cluster, *sizes)
+        for team in Team:
+            p = plan(team, *sizes)
             if not p:
                 continue
             B, H, _, _, _, directions = sizes
-            assert (p["blocks"] - 1) * p["units"] < H <= p["blocks"] * p["units"], sizes
+            without = p["blocks"] // 2 if team == Team.CLUSTER else p["split"]
+            assert (p["blocks"] - without) * p["units"] < H <= p["blocks"] * p["units"], sizes
             assert (p["teams"] - 1) * p["rows"] * p["tiles"] < B <= p["teams"] * p["rows"] * p["tiles"], sizes
             assert p["rows"] <= 8, sizes
             assert p["shared_bytes"] <= 227 << 10, sizes
-            if not is_cluster:
+            assert p["blocks"] % p["split"] == 0
+            if team != Team.CLUSTER:
                 assert p["blocks"] * p["teams"] * directions <= 132, sizes
 
 
 # What is broken, in which schedule, where and how, and the words in which that shows. A test that cannot fail is none.
 RACE = "one thread (reads|writes) what another|two threads write"
 BYTES = "return plan.blocks * pieces.count()"
-BLOCK = "(tile * 2 + round % 2) * plan.blocks"
+BUFFER = ") * 2 + round % 2;"
 EXISTS = "return at.b < p.step.B && at.j < H;"
 ZERO = "zero(counters_, counter_bytes_, stream);"
 PLANTED = {
@@ -190,7 +257,7 @@ PLANTED = {
     ),
     "one buffer": (1, "exchange.cuh", "tile * 2 + round % 2;", "tile * 2;", f"{RACE}|above the bound"),
     "nobody counts": (2, "exchange.cuh", "while (static_cast<int32_t>(", "while (false && static_cast<int32_t>(", RACE),
-    "one buffer in the L2": (2, "exchange.cuh", BLOCK, BLOCK.replace(" + round % 2", ""), RACE),
+    "one buffer in the L2": (2, "exchange.cuh", BUFFER, BUFFER.replace(" + round % 2", ""), RACE),
     "counters not reset": (2, "chunk_kernel.cuh", ZERO, "", "nobody has set"),
     "units beyond the layer": (2, "team.cuh", EXISTS, "return at.b < p.step.B;", f"out of bounds|{RACE}"),
 }

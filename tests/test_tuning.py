@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fusedrnn
+from fusedrnn import _dispatch, _explain
 
 extension = pytest.importorskip("fusedrnn._C", exc_type=ImportError)
 
@@ -82,3 +83,25 @@ def test_explain_names_the_path(module, x, words, threads):
     assert extension.instruction_set() in reason
     for word in words:
         assert word in reason
+
+
+@pytest.mark.parametrize(
+    ("schedules", "words"),
+    [
+        (("cluster", "grid"), ("cluster schedule", "; backward by the grid schedule")),
+        (("grid", "step"), ("grid schedule", "; backward by the step schedule")),
+        (("step", "step"), ("step schedule", "large layer)")),
+    ],
+)
+def test_explain_names_a_gpus_schedules(monkeypatch, schedules, words):
+    class Extension:
+        def schedule(self, *call: object) -> str:
+            assert call[:-1] == ("lstm", "float32", 50, 4, 768, 1, 0, False)
+            return schedules[call[-1]]
+
+    monkeypatch.setattr(_dispatch, "cuda_extension", Extension())
+    monkeypatch.setattr(_dispatch, "index_of", lambda _: 0)
+    monkeypatch.setattr(_dispatch, "use_tf32", lambda _: False)
+    said = _explain._cuda_path(fusedrnn.LSTM(3, 768, device="meta"), torch.zeros(50, 4, 3))
+    assert said.startswith(words[0])
+    assert said.endswith(words[1])

@@ -78,7 +78,7 @@ Tensors backward_on_gpu(std::string cell, MaybeTensor dy, MaybeTensor dh_n, Mayb
 }
 
 std::string schedule(const std::string& cell, const std::string& dtype, int64_t T, int64_t B, int64_t H, int directions,
-                     int device, bool tf32) {
+                     int device, bool tf32, bool backward) {
   Problem p{};
   p.cell = cell_info(cell).kind;
   p.scalar = dtype == "float32"   ? ScalarKind::float32
@@ -90,7 +90,7 @@ std::string schedule(const std::string& cell, const std::string& dtype, int64_t 
   p.H = H;
   p.directions = directions;
   const torch::stable::accelerator::DeviceGuard guard(device);
-  return cuda::schedule(p, limits_of(device), tf32);
+  return cuda::schedule(p, limits_of(device), tf32, backward);
 }
 
 }  // namespace
@@ -106,7 +106,8 @@ PYBIND11_MODULE(_cuda, m) {
       "use_schedules", [](unsigned which) { allowed_schedules = which; }, py::arg("which"),
       "For tests: which schedules may run besides the step schedule (block 1, cluster 2, grid 4, added up).");
   m.def("schedule", &schedule, py::arg("cell"), py::arg("dtype"), py::arg("T"), py::arg("B"), py::arg("H"),
-        py::arg("directions"), py::arg("device"), py::arg("tf32"), "How the time steps of a layer would be run.");
+        py::arg("directions"), py::arg("device"), py::arg("tf32"), py::arg("backward"),
+        "How the time steps of a layer would be run.");
   m.def(
       "architectures", [] { return std::string(FUSEDRNN_CUDA_ARCHITECTURES); }, "What the kernels were compiled for.");
 }

@@ -16,20 +16,14 @@ class ChunkKernel {
   static constexpr bool is_double = sizeof(Accumulator<S>) == 8;  // float64 is for checks of gradients
 
  public:
-  ChunkKernel(const Problem& p, const Limits& limits, bool tf32, bool backward) : p_(p) {
+  ChunkKernel(const Problem& p, const Limits& limits, bool tf32, bool backward) : p_(p), backward_(backward) {
     if constexpr (!is_double) {
       const Sequence& s = p.sequence;
       block_ = block_plan(limits, s.T, s.B, p.H, p.directions, Cell::gates, Cell::has_cell, sizeof(S), sizeof(float));
       exact_ = sizeof(S) == 4 && !tf32;
       if (block_.rows && Cell::gates * p.H * p.H * static_cast<int64_t>(sizeof(S)) <= block_weight_bytes) return;
-      const int in = gates_in(Cell::gates, backward), out = gates_out(Cell::gates, backward);
-      for (const bool cluster : {true, false}) {
-        plan_ = resident_plan(limits, cluster, s.T, s.B, p.H, p.directions, in, out, Cell::has_cell, sizeof(S));
-        if (plan_.blocks && !(backward ? fits_device(backward_kernel()) : fits_device(forward_kernel()))) plan_ = {};
-        if (!plan_.blocks) continue;
-        layout_ = resident_layout(plan_, in, out, Cell::has_cell, sizeof(S));
-        break;
-      }
+      for (const Team team : {Team::cluster, Team::split_grid, Team::grid})
+        if (choose(limits, team)) break;
     }
   }
 
@@ -44,7 +38,7 @@ class ChunkKernel {
   void take(Room& room) {
     if (!plan_.blocks || plan_.cluster) return;
     const int64_t tiles = static_cast<int64_t>(p_.directions) * plan_.teams * plan_.tiles;
-    data_ = room.template take<uint32_t>(tiles * 2 * plan_.blocks * (layout_.sums - layout_.made) / 4);
+    data_ = room.template take<uint32_t>(tiles * 2 * layout_.all_groups * plan_.rows * group_words);
     counters_ = room.template take<uint32_t>(tiles);
     counter_bytes_ = tiles * 4;
   }
@@ -76,7 +70,7 @@ class ChunkKernel {
     return {plan_.blocks, static_cast<unsigned>(plan_.teams), static_cast<unsigned>(p_.directions), resident_threads,
             1};
   }
-  Together together() const { return plan_.cluster ? Together{plan_.blocks, false} : Together{1, true}; }
+  Together together() const { return plan_.cluster ? Together{plan_.blocks, false} : Together{plan_.split, true}; }
 
   auto forward_kernel() const {
     if constexpr (sizeof(S) == 4)
@@ -88,9 +82,26 @@ class ChunkKernel {
       if (exact_) return plan_.cluster ? cluster_backward<Cell, Fma> : grid_backward<Cell, Fma>;
     return plan_.cluster ? cluster_backward<Cell, TensorCores<S>> : grid_backward<Cell, TensorCores<S>>;
   }
+
+  // A plan is for the multiprocessors that there are. The device knows how many of them a kernel can fill, which clusters do
+  // not: they lie within the parts that it is made of. What it says may lead to another plan, of which it is asked again.
+  bool choose(Limits limits, Team team) {
+    const Sequence& s = p_.sequence;
+    int room = 0;
+    for (int i = 0; i < 2; ++i) {
+      plan_ =
+          resident_plan(limits, team, s.T, s.B, p_.H, p_.directions, Cell::gates, backward_, Cell::has_cell, sizeof(S));
+      if (!plan_.blocks) return false;
+      room = backward_ ? room_for(backward_kernel()) : room_for(forward_kernel());
+      limits.multiprocessors = std::min(limits.multiprocessors, room);
+    }
+    layout_ = resident_layout(plan_, Cell::gates, backward_, Cell::has_cell, sizeof(S));
+    if (room < (plan_.cluster ? 1 : plan_.teams * p_.directions) * plan_.blocks) plan_ = {};
+    return plan_.blocks;
+  }
   template <class Kernel>
-  bool fits_device(Kernel kernel) const {
-    return can_run(kernel, resident_geometry(), plan_.shared_bytes, together());
+  int room_for(Kernel kernel) const {
+    return active_blocks(kernel, resident_geometry(), plan_.shared_bytes, together());
   }
 
   template <class P, class Step>
@@ -111,6 +122,7 @@ class ChunkKernel {
   }
 
   const Problem& p_;
+  const bool backward_;
   bool exact_ = false;  // float32 that may not be rounded to TF32
   BlockPlan block_{};
   ResidentPlan plan_{};

@@ -27,8 +27,8 @@ auto with_cell(CellKind cell, const F& f) {
 
 }  // namespace
 
-const char* schedule(const Problem& p, const Limits& limits, bool tf32) {
-  return with_cell(p.cell, [&](auto cell) { return cell.schedule(p, limits, tf32); });
+const char* schedule(const Problem& p, const Limits& limits, bool tf32, bool backward) {
+  return with_cell(p.cell, [&](auto cell) { return cell.schedule(p, limits, tf32, backward); });
 }
 
 int64_t workspace_bytes(const Problem& p, bool backward, const Context& context) {

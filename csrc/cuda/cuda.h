@@ -21,8 +21,8 @@ struct Context {
 
 Limits limits_of(int device);
 
-// How the steps of a problem would be run forward: "block", "cluster", "grid" or "step".
-const char* schedule(const Problem& problem, const Limits& limits, bool tf32);
+// How the steps of a problem would be run: "block", "cluster", "grid" or "step".
+const char* schedule(const Problem& problem, const Limits& limits, bool tf32, bool backward);
 
 // For a pass with this context, whose workspace may be missing yet.
 int64_t workspace_bytes(const Problem& problem, bool backward, const Context& context);

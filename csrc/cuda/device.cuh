@@ -12,6 +12,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+#include <map>
+#include <mutex>
+#include <tuple>
 #endif
 
 #include "tuning.h"
@@ -32,7 +36,7 @@ inline void expect_success(cudaError_t status) {
     throw std::runtime_error(std::string("fusedrnn: CUDA says: ") + cudaGetErrorString(status));
 }
 
-// Which blocks of a launch must run at the same time: those of a cluster (neighbours along x), or all.
+// Which blocks of a launch must run at the same time: those of a cluster (neighbours along x), and those of the whole grid.
 struct Together {
   int cluster = 1;
   bool grid = false;
@@ -40,19 +44,25 @@ struct Together {
 
 #if defined(FUSEDRNN_HOSTCUDA)
 template <class P>
-bool can_run(void (*)(P), const Geometry&, int, Together) {
-  return true;
+int active_blocks(void (*)(P), const Geometry&, int, Together) {
+  return shim::active_blocks;
 }
 
 template <class P>
 void launch(void (*kernel)(P), const Geometry& g, cudaStream_t, const P& p, int shared_bytes = 0,
             Together together = {}) {
-  const dim3 grid(static_cast<unsigned>(g.grid_x), g.grid_y, g.grid_z);
-  const unsigned all = grid.x * grid.y * grid.z;
   shim::launch(
-      grid, dim3(g.block_x, g.block_y), shared_bytes, [&] { kernel(p); }, together.grid ? all : together.cluster);
+      dim3(static_cast<unsigned>(g.grid_x), g.grid_y, g.grid_z), dim3(g.block_x, g.block_y), shared_bytes,
+      [&] { kernel(p); }, together.cluster, together.grid);
 }
 #else
+inline int current_device(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  expect_success(cudaGetDevice(&device));
+  expect_success(cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
+}
+
 // Kernels take one struct by value; their shared memory is what the launch gives them.
 template <class P>
 class Launch {
@@ -64,8 +74,10 @@ class Launch {
     config_.dynamicSmemBytes = shared_bytes;
     config_.stream = stream;
     config_.attrs = attributes_;
+    // Always the same values, for another host thread may be launching the kernel with other sizes.
     constexpr int without_asking = 48 << 10, portable_cluster = 8;
-    if (shared_bytes > without_asking) set(cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (shared_bytes > without_asking)
+      set(cudaFuncAttributeMaxDynamicSharedMemorySize, current_device(cudaDevAttrMaxSharedMemoryPerBlockOptin));
     if (together.cluster > portable_cluster) set(cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (together.cluster > 1) {
       cudaLaunchAttribute& attribute = attributes_[config_.numAttrs++];
@@ -82,35 +94,48 @@ class Launch {
 
   void run(const P& p) const { expect_success(cudaLaunchKernelEx(&config_, kernel_, p)); }
 
-  // How many clusters, or blocks of a multiprocessor, would run at the same time.
-  int active() const {
+  // How many blocks, alone or in clusters, would run at the same time on the current device, which has no other work.
+  int active_blocks() const {
     int count = 0;
-    const bool cluster = config_.numAttrs && attributes_[0].id == cudaLaunchAttributeClusterDimension;
-    expect_success(cluster ? cudaOccupancyMaxActiveClusters(&count, kernel_, &config_)
-                           : cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-                                 &count, kernel_, static_cast<int>(config_.blockDim.x * config_.blockDim.y),
-                                 config_.dynamicSmemBytes));
-    return count;
+    if (config_.numAttrs && attributes_[0].id == cudaLaunchAttributeClusterDimension) {
+      // Compiled for a GPU without clusters, as PTX that a later one takes may be, the kernel does not use them.
+      cudaFuncAttributes built;
+      expect_success(cudaFuncGetAttributes(&built, kernel_));
+      if (built.ptxVersion < 90) return 0;
+      cudaLaunchConfig_t asked = config_;
+      asked.numAttrs = 1;  // of a cluster only
+      expect_success(cudaOccupancyMaxActiveClusters(&count, kernel_, &asked));
+      return count * static_cast<int>(attributes_[0].val.clusterDim.x);
+    }
+    const int threads = static_cast<int>(config_.blockDim.x * config_.blockDim.y);
+    expect_success(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel_, threads, config_.dynamicSmemBytes));
+    return count * current_device(cudaDevAttrMultiProcessorCount);
   }
 
  private:
   void set(cudaFuncAttribute attribute, int value) { expect_success(cudaFuncSetAttribute(kernel_, attribute, value)); }
 
   void (*const kernel_)(P);
-  cudaLaunchAttribute attributes_[1];
+  cudaLaunchAttribute attributes_[2];
   cudaLaunchConfig_t config_{};
 };
 
-// Whether the current device can hold the blocks that must run at the same time; where it refuses to say, as it may of a
-// cluster larger than it has, it cannot. A grid is of no more blocks than there are multiprocessors.
+// How many of these blocks the current device can run at the same time, asked once; where it refuses to say, as it may of a
+// cluster larger than it has, none.
 template <class P>
-bool can_run(void (*kernel)(P), const Geometry& g, int shared_bytes, Together together) {
-  try {
-    return Launch<P>(kernel, g, nullptr, shared_bytes, together).active() > 0;
-  } catch (const std::runtime_error&) {
-    cudaGetLastError();  // or the next call would report it
-    return false;
-  }
+int active_blocks(void (*kernel)(P), const Geometry& g, int shared_bytes, Together together) {
+  static std::mutex one_at_a_time;
+  static std::map<std::tuple<int, void (*)(P), int, int>, int> known;
+  int device = 0;
+  expect_success(cudaGetDevice(&device));
+  const std::lock_guard lock(one_at_a_time);
+  const auto [at, is_new] = known.try_emplace({device, kernel, shared_bytes, together.cluster}, 0);
+  if (is_new) try {
+      at->second = Launch<P>(kernel, g, nullptr, shared_bytes, together).active_blocks();
+    } catch (const std::runtime_error&) {
+      cudaGetLastError();  // or the next call would report it
+    }
+  return at->second;
 }
 
 template <class P>

@@ -23,7 +23,8 @@ FUSEDRNN_DEVICE void send_words(ClusterAddress to, const Words& words, ClusterAd
 }
 FUSEDRNN_DEVICE void raise(uint32_t* counter) { shim::add_release(counter, 1); }
 FUSEDRNN_DEVICE uint32_t counted(const uint32_t* counter) { return shim::load_acquire(counter); }
-FUSEDRNN_DEVICE Words load_words_of_others(const uint32_t* from) { return load_words(from); }
+FUSEDRNN_DEVICE void begin_copy(uint32_t* to, const uint32_t* from) { shim::begin_copy(to, from, sizeof(Words)); }
+FUSEDRNN_DEVICE void end_copies() { shim::end_copies(); }
 #else
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define FUSEDRNN_HAS_CLUSTERS 1
@@ -43,9 +44,12 @@ FUSEDRNN_DEVICE ClusterAddress address_in(const void* own, int rank) {
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(own)), "r"(rank));
   return address;
 }
-// A phase takes one arrival: that of whoever says how many bytes it takes too.
+// A phase takes one arrival: that of whoever says how many bytes it takes too. Others may send once they have waited for the
+// cluster after this.
 FUSEDRNN_DEVICE void init_barrier(uint64_t* barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(shared_address(barrier))
+      : "memory");
 }
 FUSEDRNN_DEVICE void expect_bytes(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
@@ -76,16 +80,15 @@ FUSEDRNN_DEVICE uint32_t counted(const uint32_t* counter) {
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
   return count;
 }
-// From the L2: an L1 is no place for what is read once.
-FUSEDRNN_DEVICE Words load_words_of_others(const uint32_t* from) {
-  Words words;
-  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-               : "l"(from)
-               : "memory");
-  return words;
+// From the L2 into shared memory, past the L1, which may have what was there before, and past registers, of which there are
+// not enough for as many loads as keep the L2 busy.
+FUSEDRNN_DEVICE void begin_copy(uint32_t* to, const uint32_t* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
+FUSEDRNN_DEVICE void end_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 #endif
+
+constexpr int piece_words = sizeof(Words) / 4;
 
 // A piece of what a block has made: 16 bytes of units of one gate and row, and how many there are.
 struct Pieces {
@@ -93,10 +96,11 @@ struct Pieces {
 
   FUSEDRNN_DEVICE int count() const { return a_row * rows * gates; }
 
-  // Where a piece of that block is in an operand.
+  // Where a piece of that block is in an operand of all groups.
   FUSEDRNN_DEVICE int place(const ResidentLayout& layout, int block, int piece) const {
     const int line = piece / a_row, row = line % rows, gate = line / rows;
-    return row * layout.operand_ld + gate * layout.gate_words + (block * a_row + piece % a_row) * 4;
+    const int word = gate * layout.gate_words + (block * a_row + piece % a_row) * piece_words;
+    return (word / group_words * rows + row) * group_words + word % group_words;
   }
 };
 
@@ -112,7 +116,7 @@ struct ClusterExchange {
 
   FUSEDRNN_DEVICE uint32_t* operand(int tile, int round) const {
     const int buffer = tile * 2 + round % 2;
-    return reinterpret_cast<uint32_t*>(memory + layout.operand) + buffer * plan.rows * layout.operand_ld;
+    return reinterpret_cast<uint32_t*>(memory + layout.operand) + buffer * layout.operand_words;
   }
   FUSEDRNN_DEVICE uint64_t* barrier(int tile, int round) const {
     return reinterpret_cast<uint64_t*>(memory + layout.barriers) + tile * 2 + round % 2;
@@ -141,7 +145,7 @@ struct ClusterExchange {
     for (int i = threadIdx.x; i < count * plan.blocks; i += resident_threads) {
       const int piece = i % count, to = (i / count + rank) % plan.blocks;  // each begins with itself, not all with one
       uint32_t* const at = operand(tile, round) + pieces.place(layout, rank, piece);
-      send_words(address_in(at, to), load_words(made + piece * 4), address_in(barrier(tile, round), to));
+      send_words(address_in(at, to), load_words(made + piece * piece_words), address_in(barrier(tile, round), to));
     }
   }
 };
@@ -152,14 +156,16 @@ struct GridExchange {
   const ResidentLayout& layout;
   unsigned char* const memory;
   const Pieces pieces;
-  const int rank;
-  uint32_t* const data;      // of the team: [tiles][2][blocks][pieces][4]
-  uint32_t* const counters;  // of the team: [tiles], zero before the launch
+  const int rank, team;
+  uint32_t* const data;      // [teams][tiles][2] operands of all groups, without zeros
+  uint32_t* const counters;  // [teams][tiles], zero before the launch
 
   FUSEDRNN_DEVICE uint32_t* operand(int, int) const { return reinterpret_cast<uint32_t*>(memory + layout.operand); }
-  FUSEDRNN_DEVICE uint32_t* at(int tile, int round, int block) const {
-    return data + static_cast<int64_t>((tile * 2 + round % 2) * plan.blocks + block) * pieces.count() * 4;
+  FUSEDRNN_DEVICE uint32_t* buffer(int tile, int round) const {
+    const int64_t number = (team * plan.tiles + tile) * 2 + round % 2;
+    return data + number * layout.all_groups * plan.rows * group_words;
   }
+  FUSEDRNN_DEVICE uint32_t* counter(int tile) const { return counters + team * plan.tiles + tile; }
 
   FUSEDRNN_DEVICE void begin() const { __syncthreads(); }
 
@@ -167,25 +173,75 @@ struct GridExchange {
     const uint32_t all = static_cast<uint32_t>(round) * plan.blocks;
     // The difference, for a counter that has gone around.
     if (threadIdx.x == 0)
-      while (static_cast<int32_t>(counted(counters + tile) - all) < 0) {
+      while (static_cast<int32_t>(counted(counter(tile)) - all) < 0) {
       }
     __syncthreads();
-    const int count = pieces.count();
-    for (int i = threadIdx.x; i < count * plan.blocks; i += resident_threads) {
-      const int piece = i % count, from = i / count;
-      uint32_t* const to = operand(tile, round) + pieces.place(layout, from, piece);
-      store_words(to, load_words_of_others(at(tile, round, from) + piece * 4));
-    }
+    // The groups of this block, without those pieces of the last that nobody makes.
+    constexpr int group_pieces = group_words / piece_words;
+    const int row_pieces = pieces.gates * layout.gate_words / piece_words, first = rank % plan.split * layout.groups;
+    const int whole = (row_pieces / group_pieces - first) * plan.rows * group_pieces;
+    const int count = layout.groups * plan.rows * group_pieces, partly = row_pieces % group_pieces;
+    const auto exists = [&](int i) {
+      return i < count && (i < whole || (i < whole + plan.rows * group_pieces && i % group_pieces < partly));
+    };
+    const uint32_t* const from = buffer(tile, round) + first * plan.rows * group_words;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count; i += resident_threads)
+      if (exists(i)) begin_copy(operand(tile, round) + i * piece_words, from + i * piece_words);
+    end_copies();
     __syncthreads();
   }
 
   FUSEDRNN_DEVICE void send(int tile, int round) const {
     const uint32_t* const made = reinterpret_cast<const uint32_t*>(memory + layout.made);
     for (int i = threadIdx.x; i < pieces.count(); i += resident_threads)
-      store_words(at(tile, round, rank) + i * 4, load_words(made + i * 4));
+      store_words(buffer(tile, round) + pieces.place(layout, rank, i), load_words(made + i * piece_words));
     __syncthreads();
-    if (threadIdx.x == 0) raise(counters + tile);
+    if (threadIdx.x == 0) raise(counter(tile));
   }
 };
+
+// Sums of a product whose inner dimension neighbours in a grid share out, as a cluster: each sends the others what it has of
+// their units. A round's are read before what is made of them is handed on, and thus before anyone sends the next.
+#if FUSEDRNN_HAS_CLUSTERS
+struct SharedSums {
+  const ResidentPlan& plan;
+  const ResidentLayout& layout;
+  unsigned char* const memory;
+  const int rank;  // in the team
+
+  FUSEDRNN_DEVICE float* share(int tile, int member) const {
+    return reinterpret_cast<float*>(memory + layout.shares) + (tile * plan.split + member) * plan.rows * plan.units;
+  }
+  FUSEDRNN_DEVICE uint64_t* barrier(int tile) const {
+    return reinterpret_cast<uint64_t*>(memory + layout.barriers) + tile;
+  }
+  FUSEDRNN_DEVICE int bytes() const { return plan.split * plan.rows * plan.units * static_cast<int>(sizeof(float)); }
+
+  FUSEDRNN_DEVICE void begin() const {
+    if (threadIdx.x == 0)
+      for (int tile = 0; tile < plan.tiles; ++tile) {
+        init_barrier(barrier(tile));
+        expect_bytes(barrier(tile), bytes());
+      }
+    wait_for_cluster();
+  }
+
+  // sum(row of the tile, row of the weights) is what this block has, of 4 neighbours.
+  template <class F>
+  FUSEDRNN_DEVICE void exchange(int tile, int round, const F& sum) const {
+    const int a_row = plan.units / piece_words, count = plan.rows * a_row, own = rank % plan.split;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count * plan.split; i += resident_threads) {
+      const int piece = i % count, to = i / count, row = piece / a_row, unit = piece % a_row * piece_words;
+      send_words(address_in(share(tile, own) + piece * piece_words, to), sum(row, to * plan.units + unit),
+                 address_in(barrier(tile), to));
+    }
+    while (!phase_is_over(barrier(tile), (round - 1) % 2)) {
+    }
+    if (threadIdx.x == 0) expect_bytes(barrier(tile), bytes());  // of round + 1
+  }
+};
+#endif
 
 }  // namespace fusedrnn::cuda

@@ -72,13 +72,13 @@ struct Fragment {
   Words upper, lower;
 };
 
-// What comes in: column c is `ld` words after column c - 1, and beyond the last the last is taken, for a product that nobody
-// looks at.
+// Columns of what comes in, a group of one after that of the other; beyond the last the last is taken, for a product that
+// nobody looks at.
 struct Columns {
   const uint32_t* first;
-  int ld, count;
+  int count;
 
-  FUSEDRNN_DEVICE const uint32_t* operator[](int c) const { return first + (c < count ? c : count - 1) * ld; }
+  FUSEDRNN_DEVICE const uint32_t* operator[](int c) const { return first + (c < count ? c : count - 1) * group_words; }
 };
 
 // float is rounded to TF32.
@@ -101,7 +101,7 @@ struct TensorCores {
       return x.bits;
   }
 
-  // Of both slots of a warp; slot i's group begins group[i] words into a column.
+  // Of both slots of a warp; slot i's group begins group[i] words after the first.
   static FUSEDRNN_DEVICE void add(Sum (&sums)[2], const Fragment& a0, const Fragment& a1, const int (&group)[2],
                                   const Columns& columns, int lane) {
     const uint32_t* const own = columns[lane / 4] + lane % 4 * 4;

@@ -263,9 +263,9 @@ void with_scalar(ScalarKind scalar, const F& f) {
 }
 
 template <class Cell>
-const char* RecurrenceOf<Cell>::schedule(const Problem& p, const Limits& limits, bool tf32) {
+const char* RecurrenceOf<Cell>::schedule(const Problem& p, const Limits& limits, bool tf32, bool backward) {
   const char* name = nullptr;
-  with_scalar(p.scalar, [&](auto s) { name = ChunkKernel<Cell, decltype(s)>(p, limits, tf32, false).name(); });
+  with_scalar(p.scalar, [&](auto s) { name = ChunkKernel<Cell, decltype(s)>(p, limits, tf32, backward).name(); });
   return name;
 }
 

@@ -17,41 +17,31 @@ FUSEDRNN_DEVICE void run_resident_forward(const ResidentForward<S>& p, unsigned 
   const ResidentPlan& plan = p.plan;
   Fragment weights[2][register_groups];
   block.load_weights(weights);
-  block.clear_operands();
-  for (int tile = 0; tile < plan.tiles; ++tile)
+  block.begin();
+  for (int tile = 0; tile < plan.tiles; ++tile) {
     block.for_items(tile, [&](int, const auto& item) {
       const int64_t state = (block.d * step.B + item.at.b) * step.H + item.at.j;
       const bool exists = block.exists(item.at);
-      store<1>(block.states(0, tile) + item.in_states(plan), exists ? load<1>(step.h + state) : V{});
+      const V h = exists ? load<1>(step.h + state) : V{};
+      store<1>(block.states(0, tile) + item.in_states(plan), h);
       if constexpr (Cell::has_cell)
         store<1>(block.states(1, tile) + item.in_states(plan), exists ? load<1>(step.c + state) : V{});
+      block.make(item, 0, h);
     });
-  __syncthreads();
-  // The first state is not handed on: every block reads all of it.
-  const auto read_state = [&](int tile) {
-    for (int64_t i = block.thread; i < plan.rows * step.H; i += resident_threads) {
-      const int64_t row = i / step.H, j = i % step.H, b = block.first + tile * plan.rows + row;
-      S* const to = reinterpret_cast<S*>(block.exchange.operand(tile, 0) + row * p.layout.operand_ld) + j;
-      const V h = b < step.B ? load<1>(step.h + (block.d * step.B + b) * step.H + j) : V{};
-      store<1>(to, V{Multiplier::rounded(h[0])});
-    }
-  };
-  block.exchange.begin();
+    __syncthreads();
+    block.exchange.send(tile, 1);
+    __syncthreads();
+  }
 
-  for (int64_t number = p.begin; number < p.end; ++number) {
-    const Place here = place(p.sequence, block.d, number);
-    const int round = static_cast<int>(number - p.begin);
+  const int rounds = static_cast<int>(p.end - p.begin);
+  for (int round = 1; round <= rounds; ++round) {
+    const Place here = place(p.sequence, block.d, p.begin + round - 1);
     for (int tile = 0; tile < plan.tiles; ++tile) {
       V input[units_at_once][Cell::gates];
       block.for_items(tile, [&](int i, const auto& item) {
         if (item.at.j < step.H && step.rows.has(here, item.at.b)) load_input<Cell, S, 1>(step, here, item.at, input[i]);
       });
-      if (round) {
-        block.exchange.receive(tile, round);
-      } else {
-        read_state(tile);
-        __syncthreads();
-      }
+      block.exchange.receive(tile, round);
       block.multiply(weights, block.exchange.operand(tile, round));
       __syncthreads();
       Forwarded<Cell, float, 1> made[units_at_once];
@@ -59,13 +49,12 @@ FUSEDRNN_DEVICE void run_resident_forward(const ResidentForward<S>& p, unsigned 
         float* const h = block.states(0, tile) + item.in_states(plan);
         if (block.exists(item.at) && step.rows.has(here, item.at.b))
           made[i] = forward_units<Cell, S, 1>(
-              step, here, item.at, input[i],
-              [&](int gate) { return block.product(item, gate * plan.units + item.unit); }, h,
+              step, here, item.at, input[i], [&](int gate) { return block.product(tile, item, gate); }, h,
               block.states(Cell::has_cell, tile) + item.in_states(plan));
         block.make(item, 0, load<1>(h));
       });
       __syncthreads();
-      block.exchange.send(tile, round + 1);
+      if (round < rounds) block.exchange.send(tile, round + 1);
       // Only now, for nobody waits for these.
       block.for_items(tile, [&](int i, const auto& item) {
         if (!block.exists(item.at) || item.at.b >= here.rows) return;
@@ -77,16 +66,13 @@ FUSEDRNN_DEVICE void run_resident_forward(const ResidentForward<S>& p, unsigned 
     }
   }
 
-  for (int tile = 0; tile < plan.tiles; ++tile) {
-    // Nobody reads the first state any more.
-    block.exchange.receive(tile, static_cast<int>(p.end - p.begin));
+  for (int tile = 0; tile < plan.tiles; ++tile)
     block.for_items(tile, [&](int, const auto& item) {
       if (!block.exists(item.at)) return;
       const int64_t state = (block.d * step.B + item.at.b) * step.H + item.at.j;
       store<1>(step.h + state, load<1>(block.states(0, tile) + item.in_states(plan)));
       if constexpr (Cell::has_cell) store<1>(step.c + state, load<1>(block.states(1, tile) + item.in_states(plan)));
     });
-  }
 }
 
 template <class Cell, class Multiplier, class Exchange, class S>
@@ -97,7 +83,7 @@ FUSEDRNN_DEVICE void run_resident_backward(const ResidentBackward<S>& p, unsigne
   const ResidentPlan& plan = p.plan;
   Fragment weights[2][register_groups];
   block.load_weights(weights);
-  block.clear_operands();
+  block.begin();
   const auto in_memory = [&](const Position& at) { return (block.d * step.B + at.b) * step.H + at.j; };
   for (int tile = 0; tile < plan.tiles; ++tile)
     block.for_items(tile, [&](int, const auto& item) {
@@ -106,13 +92,13 @@ FUSEDRNN_DEVICE void run_resident_backward(const ResidentBackward<S>& p, unsigne
       if constexpr (Cell::has_cell)
         store<1>(block.states(1, tile) + item.in_states(plan), exists ? load<1>(step.dc + in_memory(item.at)) : V{});
     });
-  block.exchange.begin();
 
   // After the last step one more round, whose product is for the chunk before.
-  for (int64_t number = p.end - 1; number >= p.begin - 1; --number) {
+  const int rounds = static_cast<int>(p.end - p.begin);
+  for (int round = 0; round <= rounds; ++round) {
+    const int64_t number = p.end - 1 - round;
     const Place here = place(p.sequence, block.d, number);
-    const int round = static_cast<int>(p.end - 1 - number);
-    const bool is_step = number >= p.begin;
+    const bool is_step = round < rounds;
     for (int tile = 0; tile < plan.tiles; ++tile) {
       ForBackward<Cell, float, 1> values[units_at_once];
       const Place previous = place(p.sequence, block.d, number - 1);
@@ -123,6 +109,7 @@ FUSEDRNN_DEVICE void run_resident_backward(const ResidentBackward<S>& p, unsigne
       if (round) {
         block.exchange.receive(tile, round);
         block.multiply(weights, block.exchange.operand(tile, round));
+        block.exchange_sums(tile, round);
       }
       __syncthreads();
       const Place later = place(p.sequence, block.d, number + 1);
@@ -132,7 +119,7 @@ FUSEDRNN_DEVICE void run_resident_backward(const ResidentBackward<S>& p, unsigne
         if (block.exists(item.at)) {
           V returned{};
           if (round)
-            returned = block.product(item, item.unit);
+            returned = block.product(tile, item, 0);
           else if (p.end < p.sequence.T)
             returned = load<1>(step.product + in_memory(item.at));
           if (!is_step) return store<1>(step.product + in_memory(item.at), returned);

@@ -16,8 +16,7 @@ struct ResidentParams {
   const S* w_hh[2];   // [gates*H, H]
   ResidentPlan plan;
   ResidentLayout layout;
-  uint32_t* data;      // of a grid, [D, teams] of what GridExchange says
-  uint32_t* counters;  // of a grid, [D, teams, tiles]
+  uint32_t *data, *counters;  // of a grid, as GridExchange says of all directions' teams
 };
 
 template <class S>
@@ -25,14 +24,13 @@ using ResidentForward = ResidentParams<ForwardStep<S>, S>;
 template <class S>
 using ResidentBackward = ResidentParams<BackwardStep<S>, S>;
 
-constexpr FUSEDRNN_INLINE int gates_in(int gates, bool backward) { return backward ? gates : 1; }
-constexpr FUSEDRNN_INLINE int gates_out(int gates, bool backward) { return backward ? 1 : gates; }
-
 template <class Cell, class Multiplier, class Exchange, class P, bool is_backward>
 struct Resident {
   using S = typename Multiplier::Scalar;
   static constexpr int in = gates_in(Cell::gates, is_backward);
   static constexpr int word_scalars = sizeof(uint32_t) / sizeof(S);
+  static constexpr bool in_grid = std::is_same_v<Exchange, GridExchange>;
+  static constexpr bool can_split = is_backward && in_grid && FUSEDRNN_HAS_CLUSTERS;
   using V = Values<float, 1>;
 
   const P& p;
@@ -67,19 +65,14 @@ struct Resident {
 
   FUSEDRNN_DEVICE Exchange make_exchange() const {
     const Pieces pieces{plan.units * static_cast<int>(sizeof(S)) / static_cast<int>(sizeof(Words)), plan.rows, in};
-    if constexpr (std::is_same_v<Exchange, GridExchange>) {
-      const int64_t team = d * plan.teams + blockIdx.y;
-      return {plan,
-              layout,
-              memory,
-              pieces,
-              rank,
-              p.data + team * plan.tiles * 2 * plan.blocks * pieces.count() * 4,
-              p.counters + team * plan.tiles};
-    } else {
+    if constexpr (in_grid)
+      return {plan, layout, memory, pieces, rank, static_cast<int>(d * plan.teams + blockIdx.y), p.data, p.counters};
+    else
       return {plan, layout, memory, pieces, rank};
-    }
   }
+
+  // Blocks that share the inner dimension: this one and its neighbours.
+  FUSEDRNN_DEVICE int split() const { return can_split ? plan.split : 1; }
 
   // Slot `i` of the warp: which rows and which groups of the inner dimension.
   struct Slot {
@@ -87,31 +80,42 @@ struct Resident {
   };
   FUSEDRNN_DEVICE Slot slot(int i) const {
     const int number = 2 * warp + i, part = number / layout.slots_per_part, row_tile = number % layout.slots_per_part;
-    const int begin = part * layout.part_groups, rest = layout.groups - begin;
-    const bool used = part < layout.parts && row_tile < layout.row_tiles;
-    return {part, row_tile, begin, !used ? 0 : rest < layout.part_groups ? rest : layout.part_groups};
+    const bool half = row_tile < layout.halved_tiles;
+    const int groups = half ? layout.half_groups : layout.part_groups, begin = part * groups;
+    const int rest = layout.groups - begin;
+    const bool used = part < layout.parts + half && row_tile < layout.row_tiles;
+    return {part, row_tile, begin, !used ? 0 : rest < groups ? rest : groups};
   }
   FUSEDRNN_DEVICE uint32_t* overflow(const Slot& slot, int group) const {
-    const int groups = layout.part_groups - register_groups, number = slot.part * layout.row_tiles + slot.row_tile;
     return reinterpret_cast<uint32_t*>(memory + layout.overflow) +
-           (number * groups + group - register_groups) * (fragment_bytes / 4) + lane * 4;
+           (overflow_before(layout, slot.part, slot.row_tile) + group - register_groups) * (fragment_bytes / 4) +
+           lane * 4;
   }
   static constexpr int half_fragment = fragment_bytes / 8;  // words from `upper` of all threads to their `lower`
 
   // Words 4q to 4q + 3 of a group of row `row` of the weights as they are multiplied; zeros where there is no such unit.
   FUSEDRNN_DEVICE Words load_row(int row, int group) const {
-    const int groups = layout.gate_words / group_words, gate_in = group / groups;
-    const int unit_in = (group % groups * group_words + lane % 4 * 4) * word_scalars;
-    const int gate_out = row / plan.units, unit_out = rank * plan.units + row % plan.units;
-    const bool exists = gate_out < gates_out(Cell::gates, is_backward) && unit_out < H;
+    const int word = (rank % split() * layout.groups + group) * group_words + lane % 4 * 4;
+    const int gate_in = word / layout.gate_words, unit_in = word % layout.gate_words * word_scalars;
+    const int units = split() * plan.units, gate_out = row / units;
+    const int unit_out = rank / split() * units + row % units;
+    const bool exists = gate_in < in && gate_out < gates_out(Cell::gates, is_backward) && unit_out < H;
     const S* const w = p.w_hh[d] + (is_backward ? (static_cast<int64_t>(gate_in) * H + unit_in) * H + unit_out
                                                 : (static_cast<int64_t>(gate_out) * H + unit_out) * H + unit_in);
+    constexpr int width = 4 * word_scalars;
     const int64_t next = is_backward ? H : 1;
     Words words{};
+    const auto put = [&](int i, S x) { words[i / word_scalars] |= Multiplier::bits(x) << 16 * (i % word_scalars); };
+    if (!is_backward && H % width == 0 && reinterpret_cast<uintptr_t>(p.w_hh[d]) % sizeof(Words) == 0) {
+      if (!exists || unit_in >= H) return words;
+      const auto pack = load_pack<width>(w);
 #pragma unroll
-    for (int i = 0; i < 4 * word_scalars; ++i)
-      if (exists && unit_in + i < H)
-        words[i / word_scalars] |= Multiplier::bits(w[i * next]) << 16 * (i % word_scalars);
+      for (int i = 0; i < width; ++i) put(i, pack.value[i]);
+      return words;
+    }
+#pragma unroll
+    for (int i = 0; i < width; ++i)
+      if (exists && unit_in + i < H) put(i, w[i * next]);
     return words;
   }
 
@@ -137,10 +141,14 @@ struct Resident {
     }
   }
 
-  // Zeros where no block ever writes.
-  FUSEDRNN_DEVICE void clear_operands() const {
+  FUSEDRNN_DEVICE void begin() const {
+    // Zeros where no block ever writes.
     uint32_t* const words = exchange.operand(0, 0);
     for (int i = thread; i < (layout.made - layout.operand) / 16; i += resident_threads) store_words(words + i * 4, {});
+#if FUSEDRNN_HAS_CLUSTERS
+    if (split() > 1) shared_sums().begin();
+#endif
+    exchange.begin();
   }
 
   // sums = the weights times what came in.
@@ -154,11 +162,11 @@ struct Resident {
     for (int column = 0; column < plan.rows; column += Multiplier::columns) {
       typename Multiplier::Sum products[2] = {};
       const auto add = [&](int group, const Fragment& a0, const Fragment& a1) {
-        // Where a slot has no such group, the zeros behind a column: its weights there are zero too.
+        // Where a slot has no such group, the zeros behind all: its weights there are zero too.
         const auto at = [&](const Slot& s) {
-          return (group < s.groups ? s.first_group + group : layout.groups) * group_words;
+          return (group < s.groups ? s.first_group + group : layout.groups) * plan.rows * group_words;
         };
-        const Columns columns{operand + column * layout.operand_ld, layout.operand_ld, plan.rows - column};
+        const Columns columns{operand + column * group_words, plan.rows - column};
         Multiplier::add(products, a0, a1, {at(slots[0]), at(slots[1])}, columns, lane);
       };
 #pragma unroll
@@ -179,6 +187,24 @@ struct Resident {
   }
 
   FUSEDRNN_DEVICE float* sums() const { return reinterpret_cast<float*>(memory + layout.sums); }
+
+#if FUSEDRNN_HAS_CLUSTERS
+  FUSEDRNN_DEVICE SharedSums shared_sums() const { return {plan, layout, memory, rank}; }
+#endif
+
+  // After a product whose inner dimension other blocks have a share of.
+  FUSEDRNN_DEVICE void exchange_sums(int tile, int round) const {
+#if FUSEDRNN_HAS_CLUSTERS
+    if (split() == 1) return;
+    __syncthreads();
+    shared_sums().exchange(tile, round, [&](int row, int of_weights) {
+      Words words;
+#pragma unroll
+      for (int k = 0; k < piece_words; ++k) words[k] = bits_of(sum_of_parts(row, of_weights + k));
+      return words;
+    });
+#endif
+  }
 
   // The two arrays of states, of a tile.
   FUSEDRNN_DEVICE float* states(int which, int tile) const {
@@ -203,12 +229,24 @@ struct Resident {
   }
   FUSEDRNN_DEVICE bool exists(const Position& at) const { return at.b < p.step.B && at.j < H; }
 
-  // The product of row `row` of the weights, from all parts.
-  FUSEDRNN_DEVICE V product(const Item& item, int row) const {
-    V sum{};
-    for (int part = 0; part < layout.parts; ++part)
-      sum += V{sums()[(part * tile_columns + item.row) * layout.sums_ld + row]};
+  FUSEDRNN_DEVICE float sum_of_parts(int row, int of_weights) const {
+    float sum = 0;
+    const int parts = layout.parts + (of_weights < layout.halved_tiles * 16);
+    for (int part = 0; part < parts; ++part) sum += sums()[(part * tile_columns + row) * layout.sums_ld + of_weights];
     return sum;
+  }
+
+  // The product of a gate's row of the weights, from all parts and shares.
+  FUSEDRNN_DEVICE V product(int tile, const Item& item, int gate) const {
+#if FUSEDRNN_HAS_CLUSTERS
+    if (split() > 1) {
+      V sum{};
+      for (int member = 0; member < plan.split; ++member)
+        sum += load<1>(shared_sums().share(tile, member) + item.in_states(plan));
+      return sum;
+    }
+#endif
+    return V{sum_of_parts(item.row, gate * plan.units + item.unit)};
   }
 
   // Puts a value of an item where it is handed on from.

@@ -139,75 +139,111 @@ constexpr int most_tiles = 8;
 // A chunk's steps pay for loading the weights; what a chunk makes need not stay in L2, for it is read ahead of its use.
 constexpr int64_t resident_chunk_factor = 4;
 
+// Who works on a product in backward, whose inner dimension is the longer: that of all gates. Blocks of a grid that are
+// neighbours, and a cluster, share it out for all of their units, so that each takes in a fourth of it: from the L2 the whole
+// (1 MB a step for an LSTM of 2048 and 64 rows) would take longer than the step schedule does. What they have of each other's
+// units is a few hundred bytes. More than 4 do not fit the 16 or 18 multiprocessors of an H100's GPC as well.
+constexpr int split_blocks = 4;
+
+enum class Team { cluster, split_grid, grid };
+
 struct ResidentPlan {
   int blocks;       // of a team, or 0 where another schedule must do
   int units;        // of a block, a multiple of 8
   int rows, tiles;  // of the batch in a tile, and tiles of a team
   int teams;        // of a direction
   bool cluster;     // or a grid
+  int split;        // blocks of a team that share the inner dimension, or 1
   int shared_bytes;
 };
 
 // How a block lies in its registers and its shared memory. Operands are 32-bit words, two or one of the scalars.
 struct ResidentLayout {
   int gate_words;      // of all units, of one gate of what comes in
-  int groups;          // of words of the inner dimension
+  int all_groups;      // of words of the inner dimension
+  int groups;          // of them, those of a block
   int row_tiles;       // of 16 rows of weights
   int slots_per_part;  // that share a part of the inner dimension, even or 1, so that a warp's two share it or the rows
   int parts;           // of the inner dimension
   int part_groups;     // groups of a part
-  int operand_ld;  // words of a row of what comes in, and zeros: half of the banks from row to row, for 16-byte loads
-  int sums_ld;     // a step of 8 banks from every second row to the next, for the stores of two columns each
+  int halved_tiles;    // row tiles, the first, that have two parts where there is one: slots are left for them
+  int half_groups;     // groups of such a part
+  int operand_words;   // [groups and one of zeros][rows][16]: a warp's 16-byte loads are of neighbours
+  int sums_ld;         // a step of 8 banks from every second row to the next, for the stores of two columns each
   // Offsets in bytes of shared memory:
-  int operand;   // [tiles][2][rows][operand_ld] in a cluster, [rows][operand_ld] in a grid
+  int operand;   // [tiles][2] in a cluster, one in a grid
   int made;      // [gates that come in][rows][units] what is handed on
-  int sums;      // [parts][8][sums_ld]
+  int sums;      // [parts of a row tile][8][sums_ld]
   int states;    // [tiles][rows][units] twice, once for cells without a cell state
-  int barriers;  // [tiles][2] in a cluster
-  int overflow;  // [parts][row_tiles][groups beyond the registers][2][32 threads][4]
+  int shares;    // [tiles][split][rows][units] of sums, where they are split
+  int barriers;  // [tiles][2] in a cluster, [tiles] where sums are split
+  int overflow;  // [parts and row_tiles: overflow_before][groups beyond the registers][2][32 threads][4]
   int bytes;
 };
 
 constexpr FUSEDRNN_INLINE int round_up(int64_t x, int to) { return static_cast<int>((x + to - 1) / to * to); }
 
-constexpr FUSEDRNN_INLINE ResidentLayout resident_layout(const ResidentPlan& plan, int gates_in, int gates_out,
+// Groups beyond the registers of the slots before that of a part and a row tile.
+constexpr FUSEDRNN_INLINE int overflow_before(const ResidentLayout& l, int part, int row_tile) {
+  const auto beyond = [](int groups) { return groups > register_groups ? groups - register_groups : 0; };
+  if (row_tile < l.halved_tiles) return (2 * row_tile + part) * beyond(l.half_groups);
+  const int whole = part * l.row_tiles + row_tile - l.halved_tiles;
+  return 2 * l.halved_tiles * beyond(l.half_groups) + whole * beyond(l.part_groups);
+}
+
+// Of what comes in and of what is made of it: forward the state and all gates, backward the other way round.
+constexpr FUSEDRNN_INLINE int gates_in(int gates, bool backward) { return backward ? gates : 1; }
+constexpr FUSEDRNN_INLINE int gates_out(int gates, bool backward) { return backward ? 1 : gates; }
+
+constexpr FUSEDRNN_INLINE ResidentLayout resident_layout(const ResidentPlan& plan, int gates, bool backward,
                                                          bool has_cell, int scalar_bytes) {
   ResidentLayout l{};
-  l.gate_words = round_up(static_cast<int64_t>(plan.blocks) * plan.units * scalar_bytes / 4, group_words);
-  l.groups = gates_in * l.gate_words / group_words;
-  l.row_tiles = round_up(gates_out * plan.units, 16) / 16;
-  l.slots_per_part = l.row_tiles == 1 ? 1 : round_up(l.row_tiles, 2);
+  const int in = gates_in(gates, backward);
+  l.gate_words = plan.blocks * plan.units * scalar_bytes / 4;
+  l.all_groups = round_up(static_cast<int64_t>(in) * l.gate_words, group_words) / group_words;
+  l.groups = (l.all_groups + plan.split - 1) / plan.split;
+  l.row_tiles = round_up(gates_out(gates, backward) * plan.split * plan.units, 16) / 16;
+  l.slots_per_part = l.row_tiles == 1 || 2 * l.row_tiles > slots ? l.row_tiles : round_up(l.row_tiles, 2);
   const int most_parts = slots / l.slots_per_part;
   l.part_groups = most_parts ? (l.groups + most_parts - 1) / most_parts : l.groups;
   l.parts = (l.groups + l.part_groups - 1) / l.part_groups;
-  l.operand_ld = (l.groups % 2 ? l.groups + 2 : l.groups + 1) * group_words;
+  if (l.parts == 1 && l.groups > register_groups && l.row_tiles < slots) l.halved_tiles = slots - l.row_tiles;
+  l.half_groups = (l.groups + 1) / 2;
+  l.operand_words = (l.groups + 1) * plan.rows * group_words;
   l.sums_ld = l.row_tiles * 16 + 4;
-  const int buffers = plan.cluster ? 2 * plan.tiles : 1, beyond = l.part_groups - register_groups;
-  l.made = l.operand + buffers * plan.rows * l.operand_ld * 4;
-  l.sums = l.made + gates_in * plan.rows * plan.units * scalar_bytes;
-  l.states = l.sums + l.parts * tile_columns * l.sums_ld * 4;
-  l.barriers = round_up(l.states + (1 + has_cell) * plan.tiles * plan.rows * plan.units * 4, 8);
-  l.overflow = round_up(l.barriers + (plan.cluster ? plan.tiles * 2 * 8 : 0), 16);
-  l.bytes = l.overflow + (beyond > 0 ? l.parts * l.row_tiles * beyond * fragment_bytes : 0);
+  const int buffers = plan.cluster ? 2 * plan.tiles : 1, most_parts_of_a_tile = l.halved_tiles ? 2 : l.parts;
+  const int tile_bytes = plan.rows * plan.units * 4, barriers = plan.cluster ? 2 : plan.split > 1 ? 1 : 0;
+  l.made = l.operand + buffers * l.operand_words * 4;
+  l.sums = l.made + in * plan.rows * plan.units * scalar_bytes;
+  l.states = l.sums + most_parts_of_a_tile * tile_columns * l.sums_ld * 4;
+  l.shares = l.states + (1 + has_cell) * plan.tiles * tile_bytes;
+  l.barriers = l.shares + (plan.split > 1 ? plan.tiles * plan.split * tile_bytes : 0);
+  l.overflow = round_up(l.barriers + barriers * plan.tiles * 8, 16);
+  l.bytes = l.overflow + overflow_before(l, l.parts - 1, l.row_tiles) * fragment_bytes;
   return l;
 }
 
 // The fewest blocks whose registers hold all the weights, for the fewer share a state, the less there is to hand on; or else
 // the fewest that hold them at all. The batch is shared out over as many teams as there is room for.
-constexpr ResidentPlan resident_plan(const Limits& limits, bool cluster, int64_t T, int64_t B, int64_t H,
-                                     int directions, int gates_in, int gates_out, bool has_cell, int scalar_bytes) {
+constexpr ResidentPlan resident_plan(const Limits& limits, Team team, int64_t T, int64_t B, int64_t H, int directions,
+                                     int gates, bool backward, bool has_cell, int scalar_bytes) {
+  const bool cluster = team == Team::cluster;
   const bool allowed = limits.schedules & (cluster ? cluster_schedule : grid_schedule);
   const int most = cluster ? std::min(limits.largest_cluster, 16) : limits.multiprocessors / directions;
   if (!allowed || T < fewest_resident_steps || B == 0 || H > (int64_t{1} << 20)) return {};
+  const int split = team == Team::split_grid ? split_blocks : 1;
+  if (split > (backward ? limits.largest_cluster : 1)) return {};
   for (const bool in_registers : {true, false})
-    for (int blocks = 2; blocks <= most; blocks = cluster ? 2 * blocks : blocks + 1) {
+    for (int blocks = std::max(2, split); blocks <= most; blocks += cluster ? blocks : split) {
       const int units = round_up((H + blocks - 1) / blocks, 8);
-      if (units * tile_columns > units_at_once * resident_threads || (blocks - 1) * static_cast<int64_t>(units) >= H)
-        continue;
+      // Blocks without units serve where their share of the inner dimension is needed, or there is no other cluster.
+      const bool too_many = (blocks - split) * static_cast<int64_t>(units) >= H && !(cluster && !in_registers);
+      if (units * tile_columns > units_at_once * resident_threads || too_many) continue;
       const int room = std::max(1, limits.multiprocessors / blocks / directions);
       const int64_t of_a_team = (B + room - 1) / room, all_tiles = (of_a_team + tile_columns - 1) / tile_columns;
-      ResidentPlan plan{blocks, units, static_cast<int>((of_a_team + all_tiles - 1) / all_tiles), 1, 0, cluster, 0};
-      const auto layout = [&] { return resident_layout(plan, gates_in, gates_out, has_cell, scalar_bytes); };
+      const int rows = static_cast<int>((of_a_team + all_tiles - 1) / all_tiles);
+      ResidentPlan plan{blocks, units, rows, 1, 0, cluster, split, 0};
+      const auto layout = [&] { return resident_layout(plan, gates, backward, has_cell, scalar_bytes); };
       if (layout().slots_per_part > slots || (in_registers && layout().part_groups > register_groups)) continue;
       if (all_tiles > most_tiles) return {};
       const auto fits = [&](int64_t tiles) {
@@ -219,8 +255,8 @@ constexpr ResidentPlan resident_plan(const Limits& limits, bool cluster, int64_t
       int64_t turns = 1;
       while (!fits((all_tiles + turns - 1) / turns) && cluster && turns < all_tiles) ++turns;
       if (plan.shared_bytes > limits.shared_bytes) continue;
-      const int64_t rows = static_cast<int64_t>(plan.tiles) * plan.rows;
-      plan.teams = static_cast<int>((B + rows - 1) / rows);
+      const int64_t team_rows = static_cast<int64_t>(plan.tiles) * plan.rows;
+      plan.teams = static_cast<int>((B + team_rows - 1) / team_rows);
       return plan;
     }
   return {};

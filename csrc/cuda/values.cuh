@@ -62,12 +62,17 @@ struct Values {
 };
 
 template <int width, class S>
-FUSEDRNN_DEVICE Values<Accumulator<S>, width> load(const S* from) {
+FUSEDRNN_DEVICE Pack<S, width> load_pack(const S* from) {
 #if defined(FUSEDRNN_HOSTCUDA)
-  const auto pack = shim::load<Pack<S, width>>(from);
+  return shim::load<Pack<S, width>>(from);
 #else
-  const auto pack = *reinterpret_cast<const Pack<S, width>*>(from);
+  return *reinterpret_cast<const Pack<S, width>*>(from);
 #endif
+}
+
+template <int width, class S>
+FUSEDRNN_DEVICE Values<Accumulator<S>, width> load(const S* from) {
+  const auto pack = load_pack<width>(from);
   Values<Accumulator<S>, width> values;
 #pragma unroll
   for (int i = 0; i < width; ++i) values[i] = widen(pack.value[i]);

@@ -131,6 +131,7 @@ chunk_bytes = 32 << 20  # as tuning.h has it
 shifted = False  # whether arrays begin an element after an aligned address
 multiprocessors = 132  # of the GPU that is imitated, and the most blocks of a cluster there
 largest_cluster = 16
+active_blocks = 1 << 30  # of those that wait for each other, by what the device says
 schedules = Schedules.STEP
 
 
@@ -140,13 +141,13 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def _sizes(cell: str, dtype: torch.dtype, shape: tuple[int, ...]):
-    limits = (multiprocessors, largest_cluster, int(schedules))
+    limits = (multiprocessors, largest_cluster, active_blocks, int(schedules))
     return library().Sizes(CELLS[cell], SCALARS[dtype], *shape, chunk_bytes, *limits, shifted)
 
 
-def schedule(cell: str, dtype: torch.dtype, shape: tuple[int, ...], tf32: bool = False) -> str:
-    """The one that such a call, of T, B, I, H and directions, takes forward."""
-    return library().schedule(_sizes(cell, dtype, shape), tf32)
+def schedule(cell: str, dtype: torch.dtype, shape: tuple[int, ...], tf32: bool = False, backward: bool = False) -> str:
+    """The one that such a call, of T, B, I, H and directions, takes."""
+    return library().schedule(_sizes(cell, dtype, shape), tf32, backward)
 
 
 def schedule_of(case, tf32: bool = False) -> str:

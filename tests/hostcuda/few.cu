@@ -3,40 +3,40 @@
 
 namespace fusedrnn::cuda {
 
-#define INSTANTIATE(Cell, S)                                                                             \
-  template <>                                                                                            \
-  const char* RecurrenceOf<Cell>::schedule(const Problem& p, const Limits& limits, bool tf32) {          \
-    return ChunkKernel<Cell, S>(p, limits, tf32, false).name();                                          \
-  }                                                                                                      \
-  template <>                                                                                            \
-  int64_t RecurrenceOf<Cell>::workspace_bytes(const Problem& p, bool backward, const Context& context) { \
-    Context counting = context;                                                                          \
-    counting.workspace = nullptr;                                                                        \
-    return Recurrence<Cell, S>(p, counting, backward).workspace_bytes(backward);                         \
-  }                                                                                                      \
-  template <>                                                                                            \
-  void RecurrenceOf<Cell>::forward(const ForwardParams& p, const Context& context) {                     \
-    Recurrence<Cell, S>(p, context, false).forward(p);                                                   \
-  }                                                                                                      \
-  template <>                                                                                            \
-  void RecurrenceOf<Cell>::backward(const BackwardParams& p, const Context& context) {                   \
-    Recurrence<Cell, S>(p, context, true).backward(p);                                                   \
+#define INSTANTIATE(Cell, S)                                                                                   \
+  template <>                                                                                                  \
+  const char* RecurrenceOf<Cell>::schedule(const Problem& p, const Limits& limits, bool tf32, bool backward) { \
+    return ChunkKernel<Cell, S>(p, limits, tf32, backward).name();                                             \
+  }                                                                                                            \
+  template <>                                                                                                  \
+  int64_t RecurrenceOf<Cell>::workspace_bytes(const Problem& p, bool backward, const Context& context) {       \
+    Context counting = context;                                                                                \
+    counting.workspace = nullptr;                                                                              \
+    return Recurrence<Cell, S>(p, counting, backward).workspace_bytes(backward);                               \
+  }                                                                                                            \
+  template <>                                                                                                  \
+  void RecurrenceOf<Cell>::forward(const ForwardParams& p, const Context& context) {                           \
+    Recurrence<Cell, S>(p, context, false).forward(p);                                                         \
+  }                                                                                                            \
+  template <>                                                                                                  \
+  void RecurrenceOf<Cell>::backward(const BackwardParams& p, const Context& context) {                         \
+    Recurrence<Cell, S>(p, context, true).backward(p);                                                         \
   }
 INSTANTIATE(GRU, bfloat16)
 INSTANTIATE(LSTM, float)
 
-#define LEAVE_OUT(Cell)                                                               \
-  template <>                                                                         \
-  const char* RecurrenceOf<Cell>::schedule(const Problem&, const Limits&, bool) {     \
-    return "";                                                                        \
-  }                                                                                   \
-  template <>                                                                         \
-  int64_t RecurrenceOf<Cell>::workspace_bytes(const Problem&, bool, const Context&) { \
-    throw std::logic_error("not built");                                              \
-  }                                                                                   \
-  template <>                                                                         \
-  void RecurrenceOf<Cell>::forward(const ForwardParams&, const Context&) {}           \
-  template <>                                                                         \
+#define LEAVE_OUT(Cell)                                                                 \
+  template <>                                                                           \
+  const char* RecurrenceOf<Cell>::schedule(const Problem&, const Limits&, bool, bool) { \
+    return "";                                                                          \
+  }                                                                                     \
+  template <>                                                                           \
+  int64_t RecurrenceOf<Cell>::workspace_bytes(const Problem&, bool, const Context&) {   \
+    throw std::logic_error("not built");                                                \
+  }                                                                                     \
+  template <>                                                                           \
+  void RecurrenceOf<Cell>::forward(const ForwardParams&, const Context&) {}             \
+  template <>                                                                           \
   void RecurrenceOf<Cell>::backward(const BackwardParams&, const Context&) {}
 LEAVE_OUT(RNN<false>)
 LEAVE_OUT(RNN<true>)

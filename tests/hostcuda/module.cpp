@@ -88,7 +88,7 @@ struct Sizes {
   int64_t T, B, I, H;
   int directions;
   int64_t chunk_bytes;
-  int multiprocessors, largest_cluster;
+  int multiprocessors, largest_cluster, active_blocks;
   unsigned schedules;  // besides the step schedule
   bool shifted;        // whether arrays begin an element after an aligned address
 };
@@ -128,7 +128,10 @@ class Device {
 };
 
 // Of an H100, but for what is given.
-cuda::Limits limits(const Sizes& s) { return {s.multiprocessors, 227 << 10, s.largest_cluster, s.schedules}; }
+cuda::Limits limits(const Sizes& s) {
+  shim::active_blocks = s.active_blocks;
+  return {s.multiprocessors, 227 << 10, s.largest_cluster, s.schedules};
+}
 
 void set_problem(Problem& p, const Sizes& s, const std::optional<std::vector<int64_t>>& offsets, const Device& device) {
   p.cell = static_cast<CellKind>(s.cell);
@@ -154,7 +157,7 @@ auto run(void (*pass)(const Params&, const cuda::Context&), const Params& p, boo
   return device.finish();
 }
 
-std::string schedule(const Sizes& s, bool tf32) {
+std::string schedule(const Sizes& s, bool tf32, bool backward) {
   Problem p{};
   p.cell = static_cast<CellKind>(s.cell);
   p.scalar = static_cast<ScalarKind>(s.scalar);
@@ -163,21 +166,29 @@ std::string schedule(const Sizes& s, bool tf32) {
   p.I = s.I;
   p.H = s.H;
   p.directions = s.directions;
-  return cuda::schedule(p, limits(s), tf32);
+  return cuda::schedule(p, limits(s), tf32, backward);
 }
 
-// What tuning.h chooses for a cluster or a grid, by name.
-std::map<std::string, int> resident_plan(int multiprocessors, bool cluster, int64_t B, int64_t H, int directions,
-                                         int gates_in, int gates_out, bool has_cell, int scalar_bytes) {
+// What tuning.h chooses for a cluster (0), a grid whose products are split (1) or a grid (2), by name.
+std::map<std::string, int> resident_plan(int multiprocessors, int team, int64_t B, int64_t H, int directions, int gates,
+                                         bool backward, bool has_cell, int scalar_bytes) {
   const cuda::Limits limits{multiprocessors, 227 << 10, 16, cuda::all_schedules};
-  const cuda::ResidentPlan plan = cuda::resident_plan(limits, cluster, cuda::fewest_resident_steps, B, H, directions,
-                                                      gates_in, gates_out, has_cell, scalar_bytes);
+  const cuda::ResidentPlan plan =
+      cuda::resident_plan(limits, static_cast<cuda::Team>(team), cuda::fewest_resident_steps, B, H, directions, gates,
+                          backward, has_cell, scalar_bytes);
   if (!plan.blocks) return {};
-  const cuda::ResidentLayout layout = cuda::resident_layout(plan, gates_in, gates_out, has_cell, scalar_bytes);
-  return {{"blocks", plan.blocks}, {"units", plan.units},
-          {"rows", plan.rows},     {"tiles", plan.tiles},
-          {"teams", plan.teams},   {"shared_bytes", plan.shared_bytes},
-          {"parts", layout.parts}, {"part_groups", layout.part_groups}};
+  const cuda::ResidentLayout layout = cuda::resident_layout(plan, gates, backward, has_cell, scalar_bytes);
+  return {{"blocks", plan.blocks},
+          {"units", plan.units},
+          {"rows", plan.rows},
+          {"tiles", plan.tiles},
+          {"teams", plan.teams},
+          {"shared_bytes", plan.shared_bytes},
+          {"parts", layout.parts},
+          {"part_groups", layout.part_groups},
+          {"split", plan.split},
+          {"halved_tiles", layout.halved_tiles},
+          {"half_groups", layout.half_groups}};
 }
 
 auto forward(uint64_t seed, const Sizes& sizes, bool tf32, const std::optional<std::vector<int64_t>>& offsets,
@@ -211,10 +222,10 @@ auto backward(uint64_t seed, const Sizes& sizes, bool tf32, const std::optional<
 
 PYBIND11_MODULE(hostcuda, m) {
   py::class_<Sizes>(m, "Sizes", py::module_local())
-      .def(py::init<int, int, int64_t, int64_t, int64_t, int64_t, int, int64_t, int, int, unsigned, bool>(),
+      .def(py::init<int, int, int64_t, int64_t, int64_t, int64_t, int, int64_t, int, int, int, unsigned, bool>(),
            py::arg("cell"), py::arg("scalar"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
            py::arg("directions"), py::arg("chunk_bytes"), py::arg("multiprocessors"), py::arg("largest_cluster"),
-           py::arg("schedules"), py::arg("shifted"));
+           py::arg("active_blocks"), py::arg("schedules"), py::arg("shifted"));
   m.def("schedule", &schedule);
   m.def("resident_plan", &resident_plan);
   m.def("forward", &forward);

@@ -16,12 +16,14 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import test_hostcuda as tests
 import test_resident
 import torch
@@ -155,14 +157,33 @@ def checks() -> list[Callable[[], None]]:
             calls = few if schedules == Schedules.STEP else chunk_kernels[::2]
             todo += [partial(check, call, schedules=schedules, chunk_bytes=chunk_bytes) for call in calls]
     todo += [partial(check, call, schedules=Schedules.BLOCK, multiprocessors=100) for call in chunk_kernels]
-    todo += [test_resident.test_plans]
+    todo += [partial(check, c, schedules=Schedules.GRID, chunk_bytes=1 << 20, multiprocessors=8) for c in chunk_kernels]
+    todo += [test_resident.test_plans, *of_tests()]
     for schedules in (Schedules.CLUSTER, Schedules.GRID):
         todo += [partial(check, call, schedules=schedules, largest_cluster=4, **usual) for call in large]
     return todo
 
 
-def run(mutant: Mutant, todo: list[Callable[[], None]]) -> str:
-    """killed, survived or stillborn."""
+def of_tests() -> Iterator[Callable[[], None]]:
+    """Tests of the choice of a schedule that few.cu can pass, and of what only a larger size has."""
+
+    def run_test(test: Callable[..., None], *arguments: object) -> None:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(hostcuda, "multiprocessors", 132)
+            test(monkeypatch, *arguments)
+
+    yield partial(run_test, test_resident.test_slots_that_are_left_over)
+    for test in (
+        test_resident.test_schedule_on_an_h100,
+        test_resident.test_device_says_how_many_blocks_there_is_room_for,
+    ):
+        for arguments in test.pytestmark[0].args[1]:
+            if arguments[1:3] in (("gru", torch.bfloat16), ("lstm", torch.float32)) or len(arguments) == 3:
+                yield partial(run_test, test, *arguments)
+
+
+def run(mutant: Mutant, todo: list[Callable[[], None]], seconds: float) -> str:
+    """killed, also by running for more than so much of a processor's time, survived or stillborn."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             os.environ["FUSEDRNN_HOSTCUDA"] = str(hostcuda.changed(Path(folder), *mutant))
@@ -172,7 +193,7 @@ def run(mutant: Mutant, todo: list[Callable[[], None]]) -> str:
             return "stillborn"
         child = os.fork()  # a change may crash or hang
         if child == 0:
-            signal.alarm(60)
+            signal.setitimer(signal.ITIMER_PROF, seconds)
             try:
                 for check in todo:
                     check()
@@ -197,8 +218,12 @@ def main() -> None:
     mutated = [mutant for file in arguments.files for mutant in mutants(file)][:: arguments.every]
     print(f"{len(mutated)} mutants, {len(todo)} checks", flush=True)
     counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    begin = time.process_time()
+    for check in todo:  # of what is not changed: none may fail
+        check()
+    seconds = 3 * (time.process_time() - begin)
     for mutant in mutated:
-        result = run(mutant, todo)
+        result = run(mutant, todo, seconds)
         counts[mutant.file][result] += 1
         if arguments.out:
             with arguments.out.open("a") as out:

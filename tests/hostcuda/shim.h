@@ -36,8 +36,10 @@ namespace shim {
 // The running thread.
 extern uint3 thread_index, block_index, block_size;
 
-// `together` neighbouring blocks run at the same time.
-void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel, unsigned together);
+// The blocks of a cluster, which are neighbours, run at the same time, or all of the grid.
+void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel, unsigned cluster,
+            bool whole_grid);
+extern int active_blocks;  // what a kernel is told that there is room for
 
 // Of the running thread's block.
 void synchronize();
@@ -87,6 +89,8 @@ bool phase_is_over(uint64_t* barrier, int parity);
 void store_async(uintptr_t to, const void* from, size_t bytes, uintptr_t barrier);
 void add_release(uint32_t* counter, uint32_t value);
 uint32_t load_acquire(const uint32_t* counter);
+void begin_copy(void* to, const void* from, size_t bytes);  // nothing is there before the thread ends its copies
+void end_copies();
 
 }  // namespace shim
 

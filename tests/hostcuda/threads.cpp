@@ -19,13 +19,14 @@
 namespace shim {
 
 uint3 thread_index, block_index, block_size;
+int active_blocks = 1 << 30;
 
 namespace {
 
 constexpr uint32_t warp_threads = 32;
 
 std::mt19937_64 random_order;
-uint32_t last_thread = 0;
+uint32_t last_thread = 0, cluster_blocks = 1;
 
 // What the threads of a warp bring to an instruction of theirs: two in turn, for some may be one ahead.
 using WarpWords = std::array<std::array<uint32_t, 6>, warp_threads>;
@@ -55,6 +56,7 @@ struct Fiber {
   View view;
   const void* asked = nullptr;  // the counter that it asked for last, and the answer
   uint32_t answer = 0;
+  std::vector<std::pair<char*, std::vector<char>>> copies;
   static constexpr size_t stack_bytes = 128 << 10;
 };
 
@@ -86,6 +88,8 @@ jmp_buf scheduler;
 const std::function<void()>* running_kernel = nullptr;
 
 Block& own_block() { return blocks[current->block]; }
+
+uint32_t first_of_cluster() { return current->block / cluster_blocks * cluster_blocks; }
 
 void jump_to_scheduler() {
   if (_setjmp(current->here) == 0) _longjmp(scheduler, 1);
@@ -267,6 +271,7 @@ void run_group(const std::vector<uint3>& indices, dim3 block, size_t shared_byte
     fiber.state = State::ready;
     fiber.view.assign(indices.size(), 0);
     fiber.asked = nullptr;
+    fiber.copies.clear();
     fiber.is_new = !fiber.waits_for_kernel;  // or it was dropped in the middle of a kernel
     ready.push_back(&fiber);
   }
@@ -315,12 +320,11 @@ unsigned char* shared_memory() { return own_block().shared; }
 
 void synchronize_cluster() {
   ++own_block().waiting_for_cluster;
-  if (!std::all_of(blocks.begin(), blocks.end(),
-                   [](const Block& block) { return block.waiting_for_cluster == block_threads; }))
+  std::vector<uint32_t> all(cluster_blocks);
+  std::iota(all.begin(), all.end(), first_of_cluster());
+  if (!std::all_of(all.begin(), all.end(), [](uint32_t i) { return blocks[i].waiting_for_cluster == block_threads; }))
     return leave(State::at_cluster_barrier);
   current->state = State::at_cluster_barrier;
-  std::vector<uint32_t> all(blocks.size());
-  std::iota(all.begin(), all.end(), 0);
   release(all);
   jump_to_scheduler();
 }
@@ -354,11 +358,11 @@ float from_lane_xor(float x, int mask) {
 
 uintptr_t address_in(const void* own, int rank) {
   const auto offset = static_cast<size_t>(static_cast<const unsigned char*>(own) - own_block().shared);
-  if (offset >= own_block().shared_bytes || rank < 0 || static_cast<size_t>(rank) >= blocks.size()) {
+  if (offset >= own_block().shared_bytes || rank < 0 || static_cast<uint32_t>(rank) >= cluster_blocks) {
     report("an address in no block of the cluster", own);
     return reinterpret_cast<uintptr_t>(own);
   }
-  return reinterpret_cast<uintptr_t>(blocks[rank].shared + offset);
+  return reinterpret_cast<uintptr_t>(blocks[first_of_cluster() + rank].shared + offset);
 }
 
 void init_barrier(uint64_t* barrier, uint32_t arrivals) {
@@ -418,14 +422,32 @@ uint32_t load_acquire(const uint32_t* counter) {
   return current->answer = *counter;
 }
 
-void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel, unsigned together) {
+void begin_copy(void* to, const void* from, size_t bytes) {
+  expect_aligned(to, bytes);
+  expect_aligned(from, bytes);
+  access(from, bytes, false);
+  const auto* const data = static_cast<const char*>(from);
+  current->copies.push_back({static_cast<char*>(to), {data, data + bytes}});
+}
+
+void end_copies() {
+  for (const auto& [to, bytes] : current->copies) {
+    access(to, bytes.size(), true);
+    std::memcpy(to, bytes.data(), bytes.size());
+  }
+  current->copies.clear();
+}
+
+void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel, unsigned cluster,
+            bool whole_grid) {
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   // The limits of every GPU from sm_80 on; shared memory and clusters are sm_90's.
   if (threads == 0 || threads > 1024 || grid.x == 0 || grid.x > 0x7fffffff || grid.y == 0 || grid.y > 65535 ||
-      grid.z == 0 || grid.z > 65535 || shared_bytes > 227 << 10 || together == 0)
+      grid.z == 0 || grid.z > 65535 || shared_bytes > 227 << 10 || cluster == 0)
     return report("a launch of an impossible size");
   const uint64_t count = uint64_t{grid.x} * grid.y * grid.z;
-  if (together != count && (grid.x % together || together > 16)) return report("a cluster of an impossible size");
+  if (grid.x % cluster || cluster > 16) return report("a cluster of an impossible size");
+  const uint64_t together = whole_grid ? count : cluster;
   std::vector<uint64_t> order(count / together);
   std::iota(order.begin(), order.end(), 0);
   std::shuffle(order.begin(), order.end(), random_order);
@@ -433,6 +455,7 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void
   launch_begin = last_thread + 1;
   block_threads = static_cast<uint32_t>(threads);
   block_size = block;
+  cluster_blocks = cluster;
   running_kernel = &kernel;
   for (uint64_t group : order) {
     std::vector<uint3> indices;
