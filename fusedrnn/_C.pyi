@@ -35,4 +35,6 @@ def forward_at(
     y: int,
     h_n: int,
     c_n: int,
+    lengths: int = 0,
+    resets: int = 0,
 ) -> None: ...

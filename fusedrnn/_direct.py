@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedrnn import _dispatch
+from fusedrnn import _dispatch, _ragged
 
 _KINDS = (Tensor, torch.nn.Parameter)
 _C = torch._C
@@ -86,6 +86,19 @@ def _states(hx: Any, lstm: bool, shape: tuple[int, ...], dtype: torch.dtype) -> 
     return pair
 
 
+def _contiguous(tensor: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    if type(tensor) is not Tensor or tensor.shape != shape or tensor.dtype is not dtype or not tensor.is_cpu:
+        return None
+    return tensor.contiguous()
+
+
+def _all_within(lengths: Tensor, steps: int) -> bool:
+    if not len(lengths):
+        return False
+    least, most = lengths.aminmax()
+    return int(least) >= 0 and int(most) <= steps
+
+
 def cell(module: torch.nn.RNNCellBase, name: str, x: Tensor, hx: Any) -> Any:
     """A cell's step of x ``[B, I]`` from its state ``[B, H]``, a pair for an LSTM; what forward returns, or None."""
     if hx is None or not _possible(x):
@@ -112,12 +125,13 @@ def cell(module: torch.nn.RNNCellBase, name: str, x: Tensor, hx: Any) -> Any:
     return (h_n, c_n) if lstm else h_n
 
 
-def layer(module: torch.nn.RNNBase, name: str, x: Tensor, hx: Any) -> Any:
+def layer(module: torch.nn.RNNBase, name: str, x: Tensor, hx: Any, lengths: Any = None, resets: Any = None) -> Any:
     """A stack of layers over a padded batch from its states ``[L*D, B, H]``; what forward returns, or None."""
     if not _possible(x) or x.dim() != 3:
         return None
     if module.batch_first:
         x = x.transpose(0, 1)
+        resets = resets.transpose(0, 1) if type(resets) is Tensor and resets.dim() == 2 else resets
     steps, batch, inputs = x.shape
     hidden, dtype, layers, lstm = module.hidden_size, x.dtype, module.num_layers, name == "lstm"
     directions = 2 if module.bidirectional else 1
@@ -147,6 +161,14 @@ def layer(module: torch.nn.RNNBase, name: str, x: Tensor, hx: Any) -> Any:
         if found is None:
             return None
         weights.append(found)
+    if lengths is not None:
+        lengths = _contiguous(lengths, (batch,), torch.int64)
+        if lengths is None or not _all_within(lengths, steps) or _ragged.worth_packing(lengths, steps, hidden):
+            return None
+    if resets is not None:
+        resets = _contiguous(resets, (steps, batch), torch.bool)
+        if resets is None:
+            return None
     if not x.is_contiguous():
         x = x.contiguous()
     h_n = torch.empty_like(h)
@@ -159,6 +181,7 @@ def layer(module: torch.nn.RNNBase, name: str, x: Tensor, hx: Any) -> Any:
             x.data_ptr(), h.data_ptr() + offset, c.data_ptr() + offset,
             weights[k] if directions == 1 else weights[k] + weights[k + 1],
             y.data_ptr(), h_n.data_ptr() + offset, c_n.data_ptr() + offset,
+            0 if lengths is None else lengths.data_ptr(), 0 if resets is None else resets.data_ptr(),
         )  # fmt: skip
         offset += directions * batch * hidden * x.element_size()
         x = y

@@ -40,7 +40,7 @@ void narrow(const float* from, void* to, int64_t count) {
 // that ForwardParams states. Small layers spend more time on their way through torch's dispatcher than in their kernel.
 void forward_at(const std::string& cell_name, const std::string& dtype, int64_t T, int64_t B, int64_t I, int64_t H,
                 int directions, uintptr_t x, uintptr_t hx, uintptr_t cx, const std::vector<uintptr_t>& weights,
-                uintptr_t y, uintptr_t h_n, uintptr_t c_n) {
+                uintptr_t y, uintptr_t h_n, uintptr_t c_n, uintptr_t lengths, uintptr_t resets) {
   const py::gil_scoped_release unlocked;
   const CellInfo cell = cell_info(cell_name);
   ForwardParams p{};
@@ -48,6 +48,8 @@ void forward_at(const std::string& cell_name, const std::string& dtype, int64_t 
   p.scalar = binding::scalar_named(dtype);
   p.sequence.T = T;
   p.sequence.B = B;
+  p.sequence.lengths = reinterpret_cast<const int64_t*>(lengths);
+  p.sequence.resets = reinterpret_cast<const bool*>(resets);
   p.I = I;
   p.H = H;
   p.directions = directions;
@@ -181,9 +183,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("read_bandwidth", &read_bandwidth, py::arg("bytes"),
         "Bytes per second at which all threads together read so many bytes again and again, measured.");
   m.def("pooled", &cpu::pooled, "Bytes of working memory that are kept for the next call.");
-  m.def("forward_at", &forward_at,
-        "forward_at(cell, dtype, T, B, I, H, directions, x, hx, cx, weights, y, h_n, c_n): a forward pass on the "
-        "addresses of contiguous memory, unchecked.");
+  m.def("forward_at", &forward_at, py::arg("cell"), py::arg("dtype"), py::arg("T"), py::arg("B"), py::arg("I"),
+        py::arg("H"), py::arg("directions"), py::arg("x"), py::arg("hx"), py::arg("cx"), py::arg("weights"),
+        py::arg("y"), py::arg("h_n"), py::arg("c_n"), py::arg("lengths") = 0, py::arg("resets") = 0,
+        "A forward pass on the addresses of contiguous memory, unchecked.");
   py::class_<binding::Stack>(m, "Stack",
                              "Layers in one direction with weights packed once and a state in place, unchecked.")
       .def(py::init<const std::string&, const std::string&, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t>(),
