@@ -1,14 +1,17 @@
 """Peak memory of a training step, fusedrnn (and recomputing) beside torch.nn: ``python -m benchmarks.memory --help``.
 
 Each is measured in a process of its own: how far the resident set grows above what it was before a step (forward and
-backward with every gradient) when the weights, the input and the allocator's caches are there. Linux only.
+backward with every gradient) when the code, the weights, the input and the allocator's caches are there. Each block
+from 64 KiB on is a mapping of its own, so that what counts is what is in use and not what the C library keeps in the
+holes between blocks, which differs by a weight's gradient from one step to the next. Linux with glibc only.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -36,16 +39,20 @@ def _train(module: torch.nn.Module, workload: Workload) -> None:
     torch.autograd.grad(y.sum(), [x, *module.parameters()])
 
 
+def _prepared(case: Case, implementation: str) -> tuple[torch.nn.Module, Workload]:
+    workload = torch_workload(case)
+    if implementation == TORCH:
+        return workload.module, workload
+    module = fused_module(case, workload)
+    module.recompute = implementation == RECOMPUTED  # type: ignore[assignment]
+    return module, workload
+
+
 def step_growth(case: Case, implementation: str, steps: int = 3) -> tuple[int, int]:
     """How far, in bytes, some steps rise above the memory before them at their peak, and how much they leave behind."""
-    workload = torch_workload(case)
-    module: torch.nn.Module = workload.module
-    if implementation != TORCH:
-        module = fused_module(case, workload)
-        module.recompute = implementation == RECOMPUTED  # type: ignore[assignment]
-    small_case = Case("warm-up", case.cell, 2, 30, case.input, 128)
-    small = torch_workload(small_case)
-    _train(fused_module(small_case, small) if implementation != TORCH else small.module, small)  # threads and code
+    small = replace(case, batch=min(case.batch, 2), seq=min(case.seq, 30), hidden=min(case.hidden, 128))
+    _train(*_prepared(small, implementation))  # loads code and starts threads
+    module, workload = _prepared(case, implementation)
     before = _kilobytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     for _ in range(steps):
@@ -57,7 +64,8 @@ def in_process(case: Case, implementation: str, threads: int) -> tuple[int, int]
     """:func:`step_growth` in a new process."""
     request = json.dumps({"case": asdict(case), "implementation": implementation, "threads": threads})
     command = [sys.executable, "-m", "benchmarks.memory", "--child", request]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=65536"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     peak, kept = json.loads(done.stdout.splitlines()[-1])
     return int(peak), int(kept)
 

@@ -129,44 +129,59 @@ class Recomputed(torch.autograd.Function):
         starts = [starts[k * len(places) : (k + 1) * len(places)] for k in range(ctx.states)]
         if torch.is_grad_enabled():  # create_graph=True: the gradients will be differentiated themselves
             return (None, *_differentiable(ctx, x, [kept[0] for kept in starts], weights, (dy, *cotangents)))
-        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if wanted[0] else None
-        # Of bfloat16 weights the sum is float32, as it is without chunks.
-        sums = [
-            torch.zeros_like(w, dtype=x.dtype) if want else None for w, want in zip(weights, wanted[3:], strict=True)
-        ]
         dstates = [torch.zeros_like(s[0]) if g is None else g.clone() for s, g in zip(starts, cotangents, strict=True)]
-        for i in reversed(range(len(places))):
+
+        def gradients(i: int) -> list[Any]:
             rows = places[i][1]
             states = [kept[i].detach().requires_grad_() for kept in starts]
             own_x = x[rows].detach().requires_grad_(wanted[0])
             own = [w.detach().requires_grad_(want) for w, want in zip(weights, wanted[3:], strict=True)]
             with torch.enable_grad():
                 outputs = chunks.one(places[i], own_x, states[0], states[1] if len(states) == 2 else None, own)
-            found = _gradients(outputs, [own_x, *states, *own], (None if dy is None else dy[rows], *dstates))
+            return _gradients(outputs, [own_x, *states, *own], (None if dy is None else dy[rows], *dstates))
+
+        if len(places) == 1:
+            dx, *found = gradients(0)
+            return (None, dx, *found) if ctx.states == 2 else (None, dx, found[0], None, *found[1:])
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if wanted[0] else None
+        # Of bfloat16 weights the sum is float32, as it is without chunks.
+        sums = [
+            torch.zeros_like(w, dtype=x.dtype) if want else None for w, want in zip(weights, wanted[3:], strict=True)
+        ]
+        for i in reversed(range(len(places))):
+            of_x, *found = gradients(i)
             if dx is not None:
-                dx[rows] = found[0]
-            for total, gradient in zip(dstates, found[1:], strict=False):
+                dx[places[i][1]] = of_x
+            for total, gradient in zip(dstates, found, strict=False):
                 total.copy_(gradient)
-            for total, gradient in zip(sums, found[1 + len(states) :], strict=True):
+            for total, gradient in zip(sums, found[ctx.states :], strict=True):
                 if total is not None:
                     total.add_(gradient)
-            del outputs, found, gradient
+            del of_x, found, gradient
         of_weights = [None if s is None else s.to(w.dtype) for s, w in zip(sums, weights, strict=True)]
         return (None, dx, dstates[0], dstates[1] if len(dstates) == 2 else None, *of_weights)
 
 
+class Seed(torch.autograd.Function):
+    """A number with given gradients by some outputs. Given to torch.autograd.grad, they would load SymPy, 40 MB."""
+
+    @staticmethod
+    def forward(ctx: Any, cotangents: Any, *outputs: Any) -> Tensor:
+        ctx.cotangents = cotangents
+        zero: Tensor = outputs[0].new_zeros(())
+        return zero
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        return None, *ctx.cotangents
+
+
 def _gradients(outputs: Any, sources: list[Tensor], cotangents: Any, differentiable: bool = False) -> list[Any]:
     """Of the sources that ask for one, zero where nothing depends on them; None for the others."""
-    pairs = [(o, g) for o, g in zip(outputs, cotangents, strict=False) if o is not None and g is not None]
-    found = iter(
-        torch.autograd.grad(
-            [o for o, _ in pairs],
-            [s for s in sources if s.requires_grad],
-            [g for _, g in pairs],
-            create_graph=differentiable,
-            materialize_grads=True,
-        )
-    )
+    with torch.enable_grad():
+        seed = Seed.apply(cotangents, *(o for o in outputs if o is not None))  # type: ignore[no-untyped-call]
+    asking = [s for s in sources if s.requires_grad]
+    found = iter(torch.autograd.grad(seed, asking, create_graph=differentiable, materialize_grads=True))
     return [next(found) if s.requires_grad else None for s in sources]
 
 

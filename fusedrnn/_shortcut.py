@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedrnn import _autograd, _direct
+from fusedrnn import _autograd, _direct, _ragged
 
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
@@ -28,7 +28,7 @@ def cell(module: torch.nn.RNNCellBase, name: str, x: Tensor, hx: Any) -> Any:
     return tuple(found[-2:]) if name == "lstm" else found[-1]
 
 
-def layer(module: torch.nn.RNNBase, name: str, x: Tensor, hx: Any) -> Any:
+def layer(module: torch.nn.RNNBase, name: str, x: Tensor, hx: Any, lengths: Any = None, resets: Any = None) -> Any:
     """A stack of layers over a padded batch from its states ``[L*D, B, H]``; what forward returns, or None."""
     if not _possible(x, 3, module.input_size):
         return None
@@ -37,14 +37,32 @@ def layer(module: torch.nn.RNNBase, name: str, x: Tensor, hx: Any) -> Any:
         return None  # a stack's layers are a node of the graph each
     if module.proj_size or (layers > 1 and module.training and module.dropout):
         return None
+    ragged = lengths is not None or resets is not None
+    if ragged and torch.is_grad_enabled():
+        return None
     if module.batch_first:
         x = x.transpose(0, 1)
+        resets = resets.transpose(0, 1) if type(resets) is Tensor and resets.dim() == 2 else resets
     if not x.is_contiguous():
         x = x.contiguous()
     rows = layers * (2 if module.bidirectional else 1)
     h, c = _states(name, x, hx, (rows, x.shape[1], module.hidden_size))
     weights = [module._parameters.get(key) for key in module._flat_weights_names]
-    found = _run(name, x, h, c, weights, layers)
+    if not ragged:
+        found = _run(name, x, h, c, weights, layers)
+    else:
+        if lengths is not None:
+            lengths = _contiguous(lengths, x.shape[1:2], torch.int64)
+            if lengths is None or not _all_within(lengths, len(x)):
+                return None
+            if _ragged.worth_packing(lengths, len(x), module.hidden_size):
+                return None
+        if resets is not None:
+            resets = _contiguous(resets, x.shape[:2], torch.bool)
+            if resets is None:
+                return None
+        places = (0 if t is None else t.data_ptr() for t in (lengths, resets))
+        found = _direct.kernels.forward(name, x, h, c, weights, layers, False, *places)
     if found is None:
         return None
     y, *states = found
@@ -63,6 +81,19 @@ def _states(name: str, x: Tensor, hx: Any, shape: tuple[int, ...]) -> tuple[Any,
     if name != "lstm":
         return hx, None
     return hx if type(hx) in (tuple, list) and len(hx) == 2 else (None, None)
+
+
+def _contiguous(tensor: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    if type(tensor) is not Tensor or tensor.shape != shape or tensor.dtype is not dtype or not tensor.is_cpu:
+        return None
+    return tensor.contiguous()
+
+
+def _all_within(lengths: Tensor, steps: int) -> bool:
+    if not len(lengths):
+        return False
+    least, most = lengths.aminmax()
+    return int(least) >= 0 and int(most) <= steps
 
 
 def _run(name: str, x: Tensor, h: Any, c: Any, weights: list[Any], layers: int = 1) -> Any:

@@ -31,7 +31,7 @@ def recurrence(
         y, h_n, c_n, _, cells = _ops.recurrence_forward("lstm", x, hx, cx, weights, None, lengths, resets, True, tf32)
     else:
         y, h_n, c_n, _, cells = with_all(x, hx, cx, weights, lengths, resets, tf32)
-    cells = cells.view(len(hx), *x.shape[:2], -1)
+    cells = cells.view(len(hx), *x.shape[:2], cx.size(-1))
     if lengths is not None:  # nobody has written what is past a row's end
         past = torch.arange(len(x), device=x.device).unsqueeze(1) >= lengths
         cells = cells.masked_fill(past.unsqueeze(-1), 0)

@@ -45,9 +45,9 @@ class Stream:
         # The kernels keep float32 between steps whatever comes in and goes out.
         state_dtype = torch.float32 if kernels and weight.dtype in _dispatch.CONVERTED_DTYPES else weight.dtype
         sizes = [module.proj_size or module.hidden_size, module.hidden_size][: 2 if module.mode == "LSTM" else 1]
-        self._states = [
-            torch.zeros(module.num_layers, batch_size, size, dtype=state_dtype, device=weight.device) for size in sizes
-        ]
+        shapes = [(module.num_layers, batch_size, size) for size in sizes]
+        with torch.inference_mode(False):  # a tensor of inference mode could not be written to outside it
+            self._states = [torch.zeros(shape, dtype=state_dtype, device=weight.device) for shape in shapes]
         self._step, self._step_out = (batch_size, module.input_size), (batch_size, sizes[0])
         self._stack: Any = None
         if kernels:
@@ -60,6 +60,10 @@ class Stream:
         self.refresh()
         if hx is not None:
             self.load_state_dict(dict(zip("hc", as_pair(hx, "LSTM") if len(sizes) == 2 else [hx], strict=False)))
+
+    def __reduce__(self) -> Any:
+        """A copy, or what pickle keeps: the layer with its weights of now, and the state."""
+        return _resumed, (self._module, self._step[0], self.state_dict())
 
     def refresh(self) -> None:
         """Takes over the layer's weights as they are now; the state stays."""
@@ -140,11 +144,18 @@ class Stream:
 
     @torch.no_grad()
     def reset(self, rows: Any = None) -> None:
-        """Zeroes the state of some rows, or of all: a bool mask ``[B]``, row numbers, or one."""
+        """Zeroes the state of some rows, or of all: a bool mask ``[B]``, row numbers, or one.
+
+        Raises:
+            RuntimeError: a mask of another shape.
+        """
+        masked = isinstance(rows, Tensor) and rows.dtype == torch.bool
+        if masked and rows.shape != self._step[:1]:
+            raise RuntimeError(f"{self._name}: expected a mask of shape [{self._step[0]}], got {list(rows.shape)}")
         for state in self._states:
             if rows is None:
                 state.zero_()
-            elif isinstance(rows, Tensor) and rows.dtype == torch.bool:
+            elif masked:
                 state.masked_fill_(rows.view(1, -1, 1), 0)  # unlike an index, nothing that a device is waited for
             else:
                 state[:, rows] = 0
@@ -174,3 +185,9 @@ class Stream:
                 )
         for name, kept in zip(names, self._states, strict=True):
             kept.copy_(state[name])
+
+
+def _resumed(module: RNN | LSTM | GRU, batch_size: int, state: dict[str, Tensor]) -> Stream:
+    stream = Stream(module, batch_size)
+    stream.load_state_dict(state)
+    return stream

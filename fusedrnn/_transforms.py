@@ -66,10 +66,10 @@ def gradients(ctx: Any, dy: Maybe, dh_n: Maybe = None, dc_n: Maybe = None, *_: M
             found = _ops.recurrence_backward(
                 ctx.cell, *cotangents, x, y, hx, cx, saved, weights, *sequence, asked, ctx.tf32
             )
-    next_one = iter(found)
+    left = list(reversed(found))
+    del found  # of bfloat16 weights, each float32 gradient goes before the next is converted
     results = [
-        next(next_one).to(like.dtype) if want else None
-        for like, want in zip((x, hx, cx, *weights), wanted, strict=True)
+        left.pop().to(like.dtype) if want else None for like, want in zip((x, hx, cx, *weights), wanted, strict=True)
     ]
     if step:
         results[:3] = [None if t is None else t.squeeze(0) for t in results[:3]]

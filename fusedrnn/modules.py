@@ -76,8 +76,8 @@ class _Layer(torch.nn.RNNBase):
         """
         packed = isinstance(input, PackedSequence)
         more = lengths is not None or resets is not None or return_all_states
-        if not packed and not more:
-            done = _shortcut.layer(self, self.mode.lower(), input, hx)
+        if not packed and not return_all_states:
+            done = _shortcut.layer(self, self.mode.lower(), input, hx, lengths, resets)
             if done is not None:
                 return done
         x = input.data if packed else input

@@ -107,6 +107,43 @@ def test_layers_give_the_operators_numbers(name, form, dtype, taken):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", ["plain", "bidirectional", "batch first"])
+@pytest.mark.parametrize("name", CELLS)
+def test_lengths_and_resets_give_the_operators_numbers(name, form, dtype, taken):
+    layer = getattr(fusedrnn, name)(5, 9, dtype=dtype, **FORMS[form])
+    shape = (3, 4) if layer.batch_first else (4, 3)
+    x, resets, lengths = torch.randn(*shape, 5, dtype=dtype), torch.rand(shape) < 0.3, torch.tensor([4, 0, 3])
+    for rows in ({"lengths": lengths}, {"resets": resets}, {"lengths": lengths, "resets": resets}):
+        taken.clear()
+        through_operators = flat(layer(x, **rows))
+        assert not taken
+        with torch.no_grad():
+            directly = flat(layer(x, **rows))
+        assert taken
+        for mine, other in zip(directly, through_operators, strict=True):
+            assert torch.equal(mine, other)
+
+
+def test_lengths_and_resets_that_are_not_for_addresses(taken):
+    layer, wide, x, ones = (
+        fusedrnn.GRU(5, 9),
+        fusedrnn.GRU(5, 64),
+        torch.randn(4, 3, 5),
+        torch.ones(3, dtype=torch.int64),
+    )
+    with torch.no_grad():
+        layer(x, lengths=ones.int())
+        wide(x, lengths=ones)  # goes without its padding
+        layer(x[:, :0], lengths=ones[:0])
+        for wrong in ({"lengths": 5 * ones}, {"lengths": -ones}, {"lengths": ones[:2]}, {"resets": ones.bool()}):
+            with pytest.raises(RuntimeError, match="expected"):
+                layer(x, **wrong)
+        assert not taken
+        assert torch.equal(wide(x, lengths=4 * ones)[0], wide(x)[0])
+    assert len(taken) == 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.usefixtures("isa")

@@ -29,7 +29,7 @@ from cases import (
 )
 from hostcuda import Schedules
 from numerics import assert_all_as_good
-from test_hostcuda import OPTIONS, SHAPES, calls
+from test_hostcuda import BEYOND, OPTIONS, SHAPES, WITHIN, calls
 from test_reference import Call, run_recurrence
 from test_reference import run_oracle as run_oracle_of_call
 
@@ -139,6 +139,25 @@ def test_small(name, case):
 @for_each_cell
 def test_rows(kind, shape, name, bidirectional, dtype):
     check_rows(calls(Case(**kind, **shape, bidirectional=bidirectional, dtype=dtype))[name])
+
+
+@for_each_cell
+def test_lengths_out_of_range_are_clamped(kind):
+    """By a module, which does not wait to look at them, and by the kernels."""
+    case = Case(**kind, T=9, B=6, H=8, bidirectional=True)
+    beyond, within = (run_recurrence(recurrence_on_gpu, Call(case, lengths=rows)) for rows in (BEYOND, WITHIN))
+    assert all(torch.equal(beyond[name], within[name]) for name in within)
+
+    module, x = case.module(fusedrnn).cuda(), make_data(case).x.cuda()
+    lengths = [torch.tensor(rows, device="cuda") for rows in (BEYOND, WITHIN)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ys = [module(x, lengths=rows)[0] for rows in lengths]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(*ys)
+    with pytest.raises(RuntimeError, match="expected lengths between 0 and 9"):
+        module(x, lengths=lengths[0].cpu())
 
 
 @for_each_cell

@@ -139,6 +139,33 @@ def test_blocks(monkeypatch, kind, shape, name, rows, bidirectional, dtype):
     assert hostcuda.schedule_of(case) == "block"
 
 
+class OnADevice(torch.Tensor):
+    """Numbers at which nobody may look, for all that one can tell."""
+
+    is_cpu = False
+
+
+BEYOND, WITHIN = (-3, 15, 9, 2**40, -(2**40), 4), (0, 9, 9, 9, 0, 4)
+
+
+@pytest.mark.parametrize("schedules", Schedules, ids=lambda schedules: schedules.name.lower())
+@pytest.mark.parametrize("case", for_all_cells({"T": 9, "B": 6, "H": 8, "bidirectional": True}), ids=str)
+def test_lengths_on_a_device_are_clamped(monkeypatch, case, schedules):
+    """By a module, and by the kernels where they are given others than a module's."""
+    monkeypatch.setattr(hostcuda, "schedules", schedules)
+    beyond, within = (run_recurrence(_autograd.recurrence, Call(case, lengths=rows)) for rows in (BEYOND, WITHIN))
+    assert all(torch.equal(beyond[name], within[name]) for name in within)
+
+    seen = []
+    recurrence = _autograd.recurrence
+    monkeypatch.setattr(_dispatch, "choose", lambda *_: "cuda")
+    monkeypatch.setattr(_autograd, "recurrence", lambda *given: (seen.append(given[-2]), recurrence(*given))[1])
+    y, _ = case.module(fusedrnn)(make_data(case).x, lengths=torch.tensor(BEYOND).as_subclass(OnADevice))
+    assert torch.equal(seen[0], torch.tensor(WITHIN))
+    assert not y[9:].any()
+    assert not y[:, 0].any()
+
+
 def test_offsets_of_many_steps(monkeypatch):
     """More than one kernel's arguments hold."""
     monkeypatch.setattr(hostcuda, "schedules", Schedules.BLOCK)

@@ -117,3 +117,13 @@ def test_where_cells_come_from_the_reference_it_is_said(monkeypatch):
     with pytest.warns(fusedrnn.FallbackWarning, match="all cell states under torch.func"):
         mapped = torch.func.vmap(lambda part: layer(part, return_all_states=True)[2][1])(x)
     torch.testing.assert_close(mapped, expected)
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_no_rows(name):
+    layer = getattr(fusedrnn, name)(4, 7, 2, bidirectional=True)
+    y, _, states = layer(torch.zeros(5, 0, 4, requires_grad=True), return_all_states=True)
+    assert y.shape == (5, 0, 14)
+    for s in states if name == "LSTM" else (states,):
+        assert s.shape == (4, 5, 0, 7)
+        s.sum().backward(retain_graph=True)

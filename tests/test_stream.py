@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -229,3 +230,33 @@ def test_weights_of_a_wrong_shape_are_refused(name):
     parameter.data = parameter.data[:-1]
     with pytest.raises(RuntimeError, match="expected a weight of shape"):
         stream.refresh()
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda stream: pickle.loads(pickle.dumps(stream))])
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_copies_go_on_alone(name, again):
+    x = torch.randn(9, 3, 4)
+    stream, whole = (getattr(fusedrnn, name)(4, 7, 2).stream(3) for _ in range(2))
+    whole._module.load_state_dict(stream._module.state_dict())
+    whole.refresh()
+    expected = whole(x)
+    stream(x[:4])
+    other = again(stream)
+    assert torch.equal(other(x[4:]), expected[4:])
+    assert torch.equal(stream(x[4:]), expected[4:])
+
+
+def test_made_in_inference_mode_and_used_outside():
+    layer = fusedrnn.LSTM(4, 7)
+    with torch.inference_mode():
+        stream = layer.stream(3)
+        first = stream(torch.ones(3, 4))
+    stream.reset()
+    assert torch.equal(stream(torch.ones(3, 4)), first)
+    stream.load_state_dict(stream.state_dict())
+
+
+@pytest.mark.parametrize("mask", [torch.ones(1), torch.ones(2), torch.ones(1, 3)], ids=lambda m: str(list(m.shape)))
+def test_masks_of_other_shapes_are_refused(mask):
+    with pytest.raises(RuntimeError, match=r"GRU: expected a mask of shape \[3\], got"):
+        fusedrnn.GRU(4, 7).stream(3).reset(mask > 0)

@@ -146,9 +146,11 @@ inline void forward_of_bfloat16(const ForwardParams& p, bool has_cell) {
 }
 
 // (y, h_n, c_n of an LSTM) and, with save, what backward asks for: gates and cells where the cell has them. y of a step is
-// h_n itself, but with save, where h_n may be written to before backward reads y.
+// h_n itself, but with save, where h_n may be written to before backward reads y. lengths and resets are addresses of what
+// params.h says, checked by the caller, or 0.
 inline pybind11::object forward(const std::string& name, pybind11::handle x, pybind11::handle hx, pybind11::handle cx,
-                                const pybind11::sequence& weights, int64_t layers, bool save) {
+                                const pybind11::sequence& weights, int64_t layers, bool save, uintptr_t lengths,
+                                uintptr_t resets) {
   const std::optional<Call> given = call(name, x, hx, cx, weights, layers);
   if (!given) return pybind11::none();
   const Call& c = *given;
@@ -162,6 +164,8 @@ inline pybind11::object forward(const std::string& name, pybind11::handle x, pyb
   const auto part = [](void* of_all, int64_t offset) { return of_all ? static_cast<char*>(of_all) + offset : nullptr; };
   for (int64_t layer = 0; layer < layers; ++layer) {
     ForwardParams p = c.problem(layer);
+    p.sequence.lengths = reinterpret_cast<const int64_t*>(lengths);
+    p.sequence.resets = reinterpret_cast<const bool*>(resets);
     p.x = layer ? y.second : c.x;
     const pybind11::object input = std::move(y.first);
     y = !c.step ? make(x, c, {c.T, c.B, c.D * c.H}) : save ? state() : h_n;

@@ -125,8 +125,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_tensors", &binding::use_tensors, py::arg("tensor"), py::arg("parameter"),
         "Whether the next three can read tensors of these types; without it they must not be called.");
   m.def("fits", &binding::direct::fits, "fits(cell, x, hx, cx, weights): whether forward takes them, with save.");
-  m.def("forward", &binding::direct::forward,
-        "forward(cell, x, hx, cx, weights, layers, save): y, h_n, c_n (lstm) and what is saved, or None.");
+  m.def("forward", &binding::direct::forward, py::arg("cell"), py::arg("x"), py::arg("hx"), py::arg("cx"),
+        py::arg("weights"), py::arg("layers"), py::arg("save"), py::arg("lengths") = 0, py::arg("resets") = 0,
+        "y, h_n, c_n (lstm) and what is saved, or None.");
   m.def("backward", &binding::direct::backward,
         "backward(cell, dy, dh_n, dc_n, x, y, hx, cx, saved, weights, wanted): gradients of x, hx, cx and weights, or "
         "None.");

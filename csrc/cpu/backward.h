@@ -18,7 +18,9 @@ struct Backward : Recurrence<Cell, S, N> {
 
   const BackwardParams& p;
   Columns<V, S, W> w_hh{H, gates, H, hidden_gates(), plan.packed, B <= narrow_rows};
-  Gradients<Cell, S, N, W> gradients;
+  Gradients<Cell, S, N, W> gradients{*this, p};
+  // Of both weights: as large as what forward packs, so that both passes of a step take turns in one block.
+  Scratch<S> packed = scratch<S>(w_hh.numbers(p.directions) + gradients.w_ih.numbers(p.directions));
   const int64_t chunk_rows = plan.chunk * block_rows, stride = row_stride<S>(sums * H);
   Scratch<S> dsums = scratch<S>(plan.groups * chunk_rows * stride);
   Scratch<S> dh_carry = scratch<S>(plan.groups * block_rows * padded_H);
@@ -30,10 +32,10 @@ struct Backward : Recurrence<Cell, S, N> {
     return blocks;
   }
 
-  Backward(const BackwardParams& params, const Threads& threads)
-      : Base(params, threads, Pass::backward), p(params), gradients(*this, params, threads) {
+  Backward(const BackwardParams& params, const Threads& threads) : Base(params, threads, Pass::backward), p(params) {
     for (int64_t d = 0; d < p.directions; ++d) w_hh.set(d, p.weights[d].w_hh);
-    w_hh.pack(threads, p.directions);
+    w_hh.pack(threads, p.directions, packed.get());
+    gradients.w_ih.pack(threads, p.directions, packed.get() + w_hh.numbers(p.directions));
     this->run(threads,
               [&](const Job& job, Member& member, int64_t team, int64_t slice) { steps(job, member, team, slice); });
     gradients.finish(threads);

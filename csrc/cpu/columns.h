@@ -2,7 +2,6 @@
 #pragma once
 
 #include "gemm.h"
-#include "memory.h"
 #include "team.h"
 
 namespace fusedrnn::cpu {
@@ -19,7 +18,7 @@ struct Columns {
   int64_t vectors = (columns + N - 1) / N, first_packed;
   bool narrow;
   const W* weights[2] = {};
-  Scratch<S> panels;  // of Packed<W>, where they are narrow: [direction][vector][gate][packed_size(H)][N]
+  S* panels = nullptr;  // of Packed<W>, where they are narrow: [direction][vector][gate][packed_size(H)][N]
 
   Columns(int64_t columns, int64_t gates, int64_t H, std::array<int, 4> gate_of, bool packed, bool narrow)
       : columns(columns),
@@ -31,10 +30,15 @@ struct Columns {
 
   void set(int64_t direction, const void* matrix) { weights[direction] = static_cast<const W*>(matrix); }
 
-  void pack(const Threads& threads, int64_t directions) {
+  // What packing needs memory for, in whole cache lines.
+  int64_t numbers(int64_t directions) const {
+    constexpr int64_t line = 64 / sizeof(S);
+    return (directions * (vectors - first_packed) * gates * H * N + line - 1) / line * line;
+  }
+
+  void pack(const Threads& threads, int64_t directions, S* memory) {
     const int64_t packed = vectors - first_packed;
-    if (packed == 0) return;
-    panels = scratch<S>(directions * packed * gates * H * N);
+    panels = memory;
     const bool small = packed * gates * H * N < packing_for_team;
     (small ? Threads{1, nullptr} : threads).parallel(directions * packed, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
@@ -44,8 +48,8 @@ struct Columns {
           const W* from = weights[i / packed] + gate_of[g] * H * columns;
           const int64_t to = i * gates + g;
           narrow ? pack_columns<V>(from, columns, column, count, H,
-                                   reinterpret_cast<Packed<W>*>(panels.get()) + to * packed_size<Packed<W>>(H) * N)
-                 : pack_columns<V>(from, columns, column, count, H, panels.get() + to * H * N);
+                                   reinterpret_cast<Packed<W>*>(panels) + to * packed_size<Packed<W>>(H) * N)
+                 : pack_columns<V>(from, columns, column, count, H, panels + to * H * N);
         }
       }
     });
@@ -69,7 +73,7 @@ struct Columns {
         cpu::multiply<V, S, Stored>({panels + g * size, gates * size, N, end - in_place, A + g * H, lda,
                                      gates / blocks * H, rows, C + (in_place - begin) * N, ldc, N, fresh && g == 0});
     };
-    narrow ? packed(reinterpret_cast<Packed<W>*>(panels.get())) : packed(panels.get());
+    narrow ? packed(reinterpret_cast<Packed<W>*>(panels)) : packed(panels);
   }
 };
 

@@ -46,7 +46,7 @@ struct Gradients {
   const int64_t input_vectors = (I + N - 1) / N, hidden_vectors = (H + N - 1) / N;
   const bool shared = base.plan.row_blocks > 1;  // whether several teams work on one direction
   const int64_t teams = shared ? base.plan.groups : 1;
-  Columns<V, S, W> w_ih;
+  Columns<V, S, W> w_ih{p.dx ? I : 0, gates, H, {0, 1, 2, 3}, base.plan.packed, false};
   Scratch<S> dx_reverse = scratch<S>(p.dx && D == 2 ? base.rows * I : 0);
   Scratch<S> ih_sums, hh_sums, bias_sums = scratch<S>(teams * D * sums * H);
   // A slice's own: a copy of some rows in pairs of vectors (see weight), or of dX a last vector that sticks out of its row.
@@ -55,10 +55,8 @@ struct Gradients {
   const int64_t slice_room = std::max(std::min(gradient_rows, chunk_rows) * vectors_at_once, chunk_rows) * N;
   Scratch<S> room = scratch<S>(base.plan.groups * base.plan.slices * slice_room);
 
-  Gradients(const Base& recurrence, const BackwardParams& params, const Threads& threads)
-      : base(recurrence), p(params), w_ih(p.dx ? I : 0, gates, H, {0, 1, 2, 3}, base.plan.packed, false) {
+  Gradients(const Base& recurrence, const BackwardParams& params) : base(recurrence), p(params) {
     for (int64_t d = 0; d < D; ++d) w_ih.set(d, p.weights[d].w_ih);
-    w_ih.pack(threads, D);
     if (!adds_in_place(I)) ih_sums = scratch<S>(teams * D * gates * H * input_vectors * N);
     if (!adds_in_place(H)) hh_sums = scratch<S>(teams * D * gates * H * hidden_vectors * N);
   }

@@ -17,14 +17,21 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Blocks that nobody uses, the longest unused first.
-struct Block {
-  void* memory;
+constexpr size_t line = 64;
+
+// In the cache line before a block's memory: a block may be larger than what was asked for.
+struct alignas(line) Header {
   size_t bytes;
-  Clock::time_point since;
 };
 
-constexpr size_t line = 64;
+// Blocks that nobody uses, the longest unused first.
+struct Block {
+  Header* header;
+  Clock::time_point since;
+
+  size_t bytes() const { return header->bytes; }
+};
+
 constexpr size_t pooled_from = 64 << 10;  // malloc keeps smaller blocks itself
 constexpr size_t pool_limit = 64 << 20;
 constexpr std::chrono::seconds idle_limit{5};
@@ -42,45 +49,57 @@ Pool& pool() {
   return only;
 }
 
+Header* take(std::vector<Block>::iterator block) {
+  Header* const header = block->header;
+  pool().bytes -= header->bytes;
+  pool().blocks.erase(block);
+  return header;
+}
+
 size_t rounded(size_t bytes) { return (bytes + line - 1) / line * line; }
 
-}  // namespace
-
-void* borrow(size_t bytes) {
-  bytes = rounded(bytes);
-  if (bytes >= pooled_from) {
-    const std::unique_lock lock(pool().mutex, std::try_to_lock);
-    if (lock) {
-      auto& blocks = pool().blocks;
-      // The one that came back last is the likeliest to be in cache.
-      const auto found = std::find_if(blocks.rbegin(), blocks.rend(), [&](const Block& b) { return b.bytes == bytes; });
-      if (found != blocks.rend()) {
-        void* const memory = found->memory;
-        blocks.erase(std::next(found).base());
-        pool().bytes -= bytes;
-        return memory;
-      }
-    }
-  }
+void* allocate(size_t bytes) {
   void* const memory = std::aligned_alloc(line, bytes);
   if (!memory) throw std::bad_alloc();
   prefer_huge_pages(memory, bytes);
   return memory;
 }
 
-void give_back(void* memory, size_t bytes) {
+}  // namespace
+
+void* borrow(size_t bytes) {
   bytes = rounded(bytes);
-  if (bytes < pooled_from || bytes > pool_limit) return std::free(memory);
+  if (bytes < pooled_from) return allocate(bytes);
+  if (const std::unique_lock lock(pool().mutex, std::try_to_lock); lock) {
+    auto& blocks = pool().blocks;
+    // The smallest that does (of equals the last that came back, the likeliest to be in cache), so that the passes of a step
+    // work in the same memory. Where none does, one that is almost large enough makes way for one that serves both.
+    auto larger = blocks.end(), smaller = blocks.end();
+    for (auto b = blocks.begin(); b != blocks.end(); ++b) {
+      const size_t own = b->bytes();
+      if (own >= bytes && own <= 2 * bytes && (larger == blocks.end() || own <= larger->bytes())) larger = b;
+      if (own < bytes && own >= bytes / 2 && (smaller == blocks.end() || own > smaller->bytes())) smaller = b;
+    }
+    if (larger != blocks.end()) return take(larger) + 1;
+    if (smaller != blocks.end()) std::free(take(smaller));
+  }
+  return new (allocate(sizeof(Header) + bytes)) Header{bytes} + 1;
+}
+
+void give_back(void* memory, size_t bytes) {
+  if (rounded(bytes) < pooled_from) return std::free(memory);
+  Header* const header = static_cast<Header*>(memory) - 1;
+  if (header->bytes > pool_limit) return std::free(header);
   const Clock::time_point now = Clock::now();
   const std::unique_lock lock(pool().mutex, std::try_to_lock);
-  if (!lock) return std::free(memory);
+  if (!lock) return std::free(header);
   auto& blocks = pool().blocks;
-  blocks.push_back({memory, bytes, now});
-  pool().bytes += bytes;
+  blocks.push_back({header, now});
+  pool().bytes += header->bytes;
   size_t drop = 0;
   while (pool().bytes > pool_limit || now - blocks[drop].since > idle_limit) {
-    pool().bytes -= blocks[drop].bytes;
-    std::free(blocks[drop++].memory);
+    pool().bytes -= blocks[drop].bytes();
+    std::free(blocks[drop++].header);
   }
   blocks.erase(blocks.begin(), blocks.begin() + drop);
 }
