@@ -23,6 +23,7 @@ from benchmarks.timing import OURS, TORCH, fused_module
 
 STATUS = Path("/proc/self/status")
 RECOMPUTED = "recompute"
+ALLOCATOR = {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=65536"}  # the environment of a process to be measured
 
 
 def _kilobytes(field: str) -> int:
@@ -64,8 +65,7 @@ def in_process(case: Case, implementation: str, threads: int) -> tuple[int, int]
     """:func:`step_growth` in a new process."""
     request = json.dumps({"case": asdict(case), "implementation": implementation, "threads": threads})
     command = [sys.executable, "-m", "benchmarks.memory", "--child", request]
-    environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=65536"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **ALLOCATOR})
     peak, kept = json.loads(done.stdout.splitlines()[-1])
     return int(peak), int(kept)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ def run(script: str) -> list[int]:
     done = subprocess.run(
         [sys.executable, "-c", prelude + script],
         cwd=ROOT,
-        env=None,
+        env={**os.environ, "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=65536"},  # as benchmarks/memory.py has it
         capture_output=True,
         text=True,
         check=False,
