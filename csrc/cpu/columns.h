@@ -13,6 +13,7 @@ namespace {
 template <class V, class S, class W>
 struct Columns {
   static constexpr int N = V::size;
+  static constexpr int64_t vectors_at_once = 16;  // that are packed together
   int64_t columns, gates, H;
   std::array<int, 4> gate_of;
   int64_t vectors = (columns + N - 1) / N, first_packed;
@@ -40,17 +41,18 @@ struct Columns {
     const int64_t packed = vectors - first_packed;
     panels = memory;
     const bool small = packed * gates * H * N < packing_for_team;
-    (small ? Threads{1, nullptr} : threads).parallel(directions * packed, [&](int64_t begin, int64_t end) {
+    const int64_t groups = (packed + vectors_at_once - 1) / vectors_at_once;
+    (small ? Threads{1, nullptr} : threads).parallel(directions * groups * gates, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t column = (first_packed + i % packed) * N;
-        const int count = static_cast<int>(std::min<int64_t>(N, columns - column));
-        for (int g = 0; g < gates; ++g) {
-          const W* from = weights[i / packed] + gate_of[g] * H * columns;
-          const int64_t to = i * gates + g;
-          narrow ? pack_columns<V>(from, columns, column, count, H,
-                                   reinterpret_cast<Packed<W>*>(panels) + to * packed_size<Packed<W>>(H) * N)
-                 : pack_columns<V>(from, columns, column, count, H, panels + to * H * N);
-        }
+        const int64_t direction = i / (groups * gates), g = i % gates, vector = i / gates % groups * vectors_at_once;
+        const int64_t column = (first_packed + vector) * N, count = std::min(vectors_at_once * N, columns - column),
+                      to = (direction * packed + vector) * gates + g;
+        const W* from = weights[direction] + gate_of[g] * H * columns;
+        const auto pack = [&](auto* panels) {
+          const int64_t size = packed_size<std::remove_pointer_t<decltype(panels)>>(H) * N;
+          pack_columns<V>(from, columns, column, count, H, panels + to * size, gates * size);
+        };
+        narrow ? pack(reinterpret_cast<Packed<W>*>(panels)) : pack(panels);
       }
     });
   }

@@ -149,21 +149,26 @@ struct Forward : Recurrence<Cell, S, N> {
 
   // The cell's first half, for `count` rows of n panels.
   void activate(int64_t n, int64_t count, S* sum) {
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t r = 0; r < count; ++r) {
-        S* at = sum + (i * capacity + r) * sums * N;
-        V a[sums];
-        for (int k = 0; k < sums; ++k) a[k] = V::load(at + k * N);
-        Cell::activate(a);
-        for (int k = 0; k < sums; ++k) a[k].store(at + k * N);
-      }
+    const int64_t row = sums * N, panel = capacity * row;
+    if (count == 1) return activate_all(n, panel, sum);
+    for (int64_t i = 0; i < n; ++i) activate_all(count, row, sum + i * panel);
+  }
+  // `count` units' vectors, `stride` numbers from one to the next: two at a time, a last one twice.
+  void activate_all(int64_t count, int64_t stride, S* sum) {
+    for (int64_t i = 0; i < count; i += 2, sum += 2 * stride) {
+      const int64_t next = i + 1 < count ? stride : 0;
+      Twin<V> a[sums];
+      for (int k = 0; k < sums; ++k) a[k] = Twin<V>::load(sum + k * N, next);
+      Cell::activate(a);
+      for (int k = 0; k < sums; ++k) a[k].store(sum + k * N, next);
+    }
   }
 
-  // The second half, for rows [begin, end).
+  // The second half, for rows [begin, end): two panels at a time, a last one twice.
   void cell(const Job& job, int64_t t, int64_t panel, int64_t n, int64_t begin, int64_t end, const S* sum,
             const S* h_in, S* h_out, S* c_state) {
-    const int64_t y_width = p.directions * H;
-    const V zero(S(0));
+    const int64_t y_width = p.directions * H, panel_stride = capacity * sums * N;
+    const Twin<V> zero(S(0));
     for (int64_t b = begin; b < end; ++b, sum += sums * N) {
       const int64_t row = sequence.start(t) + b, at = (b - job.row_begin) * padded_H;
       const bool valid = t < sequence.length(b), last = t == job.last_step(b),
@@ -171,28 +176,32 @@ struct Forward : Recurrence<Cell, S, N> {
       S* y = static_cast<S*>(p.y) + row * y_width + job.direction * H;
       S* gates_out = p.gates ? static_cast<S*>(p.gates) + this->sequence_at(job, row, Base::saved * H) : nullptr;
       S* cells = p.cells ? static_cast<S*>(p.cells) + this->sequence_at(job, row, H) : nullptr;
-      for (int64_t i = 0; i < n; ++i) {
-        const int count = this->units(panel + i);
-        const int64_t unit = (panel + i) * N;
-        if (!valid) {
-          zero.store(y + unit, count);
-          continue;
-        }
-        V a[sums], gate[std::max(1, Base::saved)], c = zero;
-        for (int k = 0; k < sums; ++k) a[k] = V::load(sum + i * capacity * sums * N + k * N);
-        if constexpr (Cell::has_cell) c = V::load(c_state + at + unit);
-        const V h = Cell::forward(a, V::load(h_in + at + unit), c, gate);
-        h.store(y + unit, count);
-        if (gates_out)
-          for (int k = 0; k < Base::saved; ++k) gate[k].store(gates_out + k * H + unit, count);
-        (reset ? zero : h).store(h_out + at + unit);
-        if (last) h.store(static_cast<S*>(p.h_n) + this->state_at(job, b, unit), count);
-        if constexpr (Cell::has_cell) {
-          if (cells) c.store(cells + unit, count);
-          (reset ? zero : c).store(c_state + at + unit);
-          if (last) c.store(static_cast<S*>(p.c_n) + this->state_at(job, b, unit), count);
-        }
+      if (!valid) {
+        std::fill(y + panel * N, y + std::min((panel + n) * N, H), S(0));
+        continue;
       }
+      const auto units = [&](int64_t i, int64_t more, auto first, auto second) __attribute__((always_inline)) {
+        const int64_t unit = (panel + i) * N, next = more * N;
+        const S* own_sums = sum + i * panel_stride;
+        Twin<V> a[sums], gate[std::max(1, Base::saved)], c = zero;
+        for (int k = 0; k < sums; ++k) a[k] = Twin<V>::load(own_sums + k * N, more * panel_stride);
+        if constexpr (Cell::has_cell) c = Twin<V>::load(c_state + at + unit, next);
+        const Twin<V> h = Cell::forward(a, Twin<V>::load(h_in + at + unit, next), c, gate);
+        h.store(y + unit, next, first, second);
+        if (gates_out)
+          for (int k = 0; k < Base::saved; ++k) gate[k].store(gates_out + k * H + unit, next, first, second);
+        (reset ? zero : h).store(h_out + at + unit, next);
+        if (last) h.store(static_cast<S*>(p.h_n) + this->state_at(job, b, unit), next, first, second);
+        if constexpr (Cell::has_cell) {
+          if (cells) c.store(cells + unit, next, first, second);
+          (reset ? zero : c).store(c_state + at + unit, next);
+          if (last) c.store(static_cast<S*>(p.c_n) + this->state_at(job, b, unit), next, first, second);
+        }
+      };
+      constexpr std::integral_constant<int, N> whole;
+      int64_t i = 0;
+      for (; i + 2 <= n && (panel + i + 2) * N <= H; i += 2) units(i, 1, whole, whole);
+      for (; i < n; ++i) units(i, 0, this->units(panel + i), this->units(panel + i));
     }
   }
 };

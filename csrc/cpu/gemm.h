@@ -206,28 +206,44 @@ void multiply_transposed(const Product<S>& p, int64_t pair) {
 template <class V, class From, class To>
 void pack_rows(const From* matrix, int64_t first, int count, int64_t K, To* packed) {
   constexpr int N = V::size;
-  for (int64_t k = 0; k < K; k += N) {
-    const int width = static_cast<int>(std::min<int64_t>(N, K - k));
-    V square[N];
+  const auto square = [&](int64_t k, auto height, auto width) __attribute__((always_inline)) {
+    V rows[N];
 #pragma GCC unroll 16
     for (int j = 0; j < N; ++j)
-      square[j] = j < count ? load<V>(matrix + (first + j) * K + k, width) : V(typename V::Scalar(0));
-    transpose<N / 2>(square);
+      rows[j] = j < height ? load<V>(matrix + (first + j) * K + k, width) : V(typename V::Scalar(0));
+    transpose<N / 2>(rows);
     if constexpr (in_pairs<To>)
-      for (int i = 0; i < width; i += 2) store_pairs(square[i], square[i + 1], packed + (k + i) / 2 * N);
+      for (int i = 0; i < width; i += 2) store_pairs(rows[i], rows[i + 1], packed + (k + i) / 2 * N);
     else
-      for (int i = 0; i < width; ++i) square[i].store(packed + (k + i) * N);
-  }
+      for (int i = 0; i < width; ++i) rows[i].store(packed + (k + i) * N);
+  };
+  int64_t k = 0;
+  if (count == N)  // known sizes: three times as fast
+    for (constexpr std::integral_constant<int, N> whole{}; k + N <= K; k += N) square(k, whole, whole);
+  for (; k < K; k += N) square(k, count, static_cast<int>(std::min<int64_t>(N, K - k)));
 }
 
-// Packs columns [first, first + count) of a row-major [K, columns] matrix as one output vector.
+// Packs columns [first, first + count) of a row-major [K, columns] matrix as output vectors, `stride` numbers from one to the
+// next. Several vectors at once use whole cache lines, and those next to them, while they are near.
 template <class V, class From, class To>
-void pack_columns(const From* matrix, int64_t columns, int64_t first, int count, int64_t K, To* packed) {
-  const auto row = [&](int64_t k) { return k < K ? load<V>(matrix + k * columns + first, count) : V(0); };
-  if constexpr (in_pairs<To>)
-    for (int64_t k = 0; k < K; k += 2) store_pairs(row(k), row(k + 1), packed + k / 2 * V::size);
-  else
-    for (int64_t k = 0; k < K; ++k) row(k).store(packed + k * V::size);
+void pack_columns(const From* matrix, int64_t columns, int64_t first, int64_t count, int64_t K, To* packed,
+                  int64_t stride) {
+  constexpr int N = V::size, rows_at_once = 8;
+  const auto vector = [&](int64_t begin, int64_t end, int64_t v, auto width) __attribute__((always_inline)) {
+    const From* from = matrix + first + v * N;
+    To* to = packed + v * stride;
+    const auto row = [&](int64_t k) { return k < K ? load<V>(from + k * columns, width) : V(0); };
+    if constexpr (in_pairs<To>)
+      for (int64_t k = begin; k < end; k += 2) store_pairs(row(k), row(k + 1), to + k / 2 * N);
+    else
+      for (int64_t k = begin; k < end; ++k) load<V>(from + k * columns, width).store(to + k * N);
+  };
+  for (int64_t k = 0; k < K; k += rows_at_once) {
+    const int64_t end = std::min(k + rows_at_once, K);
+    int64_t v = 0;
+    for (; (v + 1) * N <= count; ++v) vector(k, end, v, std::integral_constant<int, N>());
+    if (v * N < count) vector(k, end, v, static_cast<int>(count - v * N));
+  }
 }
 
 // The sums of the numbers in each of J vecs, stored side by side.

@@ -169,6 +169,41 @@ FUSEDRNN_INLINE vec<T, N> min(vec<T, N> a, vec<T, N> b) {
   return vec<T, N>(a.v < b.v ? a.v : b.v);
 }
 
+// Two vecs that take the same instructions in turn. A sigmoid is one long chain: of two in a row, the second's instructions
+// hardly fit the scheduler beside the first's, which wait (a Zen 3 takes 18 cycles for each, side by side 9).
+template <class V>
+struct Twin {
+  using Scalar = typename V::Scalar;
+
+  V first, second;
+
+  Twin() = default;
+  FUSEDRNN_INLINE Twin(V first, V second) : first(first), second(second) {}
+  FUSEDRNN_INLINE explicit Twin(Scalar x) : first(x), second(x) {}
+
+  // The second `next` numbers after the first; at 0 both are one.
+  static FUSEDRNN_INLINE Twin load(const Scalar* p, int64_t next) { return {V::load(p), V::load(p + next)}; }
+  FUSEDRNN_INLINE void store(Scalar* p, int64_t next) const { first.store(p), second.store(p + next); }
+  // The first n numbers of one, and m of the other.
+  static FUSEDRNN_INLINE Twin load(const Scalar* p, int64_t next, int n, int m) {
+    return {V::load(p, n), V::load(p + next, m)};
+  }
+  FUSEDRNN_INLINE void store(Scalar* p, int64_t next, int n, int m) const {
+    first.store(p, n), second.store(p + next, m);
+  }
+};
+
+#define FUSEDRNN_OPERATOR(op)                                    \
+  template <class V>                                             \
+  FUSEDRNN_INLINE Twin<V> operator op(Twin<V> a, Twin<V> b) {    \
+    return {a.first op b.first, a.second op b.second};           \
+  }
+FUSEDRNN_OPERATOR(+)
+FUSEDRNN_OPERATOR(-)
+FUSEDRNN_OPERATOR(*)
+FUSEDRNN_OPERATOR(/)
+#undef FUSEDRNN_OPERATOR
+
 // A NaN in x passes through, as it does in relu.
 template <class T, int N>
 FUSEDRNN_INLINE vec<T, N> clamp(vec<T, N> x, T low, T high) {
@@ -183,6 +218,18 @@ template <class T, int N>
 FUSEDRNN_INLINE vec<T, N> positive(vec<T, N> y) {
   const vec<T, N> zero(T(0)), one(T(1));
   return vec<T, N>(y.v > zero.v ? one.v : zero.v);
+}
+template <class V>
+FUSEDRNN_INLINE Twin<V> clamp(Twin<V> x, typename V::Scalar low, typename V::Scalar high) {
+  return {clamp(x.first, low, high), clamp(x.second, low, high)};
+}
+template <class V>
+FUSEDRNN_INLINE Twin<V> relu(Twin<V> x) {
+  return {relu(x.first), relu(x.second)};
+}
+template <class V>
+FUSEDRNN_INLINE Twin<V> positive(Twin<V> y) {
+  return {positive(y.first), positive(y.second)};
 }
 
 // Transposes an N×N square held in N registers: log2(N) rounds, each exchanging off-diagonal blocks.
@@ -234,10 +281,11 @@ struct ExpConstants<double> {
 
 constexpr double inverse_factorial(int k) { return k < 2 ? 1.0 : inverse_factorial(k - 1) / k; }
 
-// Horner's scheme for sum of r^(j-k)/j! over j = k … degree.
-template <int k, class T, int N>
-FUSEDRNN_INLINE vec<T, N> taylor_tail(vec<T, N> r) {
-  const vec<T, N> coefficient{T(inverse_factorial(k))};
+// Horner's scheme for sum of r^(j-k)/j! over j = k … degree. V is a vec or a Twin, here and below.
+template <int k, class V>
+FUSEDRNN_INLINE V taylor_tail(V r) {
+  using T = typename V::Scalar;
+  const V coefficient{T(inverse_factorial(k))};
   if constexpr (k == ExpConstants<T>::degree) {
     return coefficient;
   } else {
@@ -245,34 +293,42 @@ FUSEDRNN_INLINE vec<T, N> taylor_tail(vec<T, N> r) {
   }
 }
 
+// 2^n, from n + round, whose low bits are n; the shift drops the others.
 template <class T, int N>
-struct Reduced {
-  vec<T, N> power, r;  // 2^n
-};
-
-template <class T, int N>
-FUSEDRNN_INLINE Reduced<T, N> reduce(vec<T, N> x) {
-  using C = ExpConstants<T>;
+FUSEDRNN_INLINE vec<T, N> power_of_two(vec<T, N> shifted) {
   using V = vec<T, N>;
-  const V round(C::round), shifted = x * V(T(1.44269504088896340736)) + round, n = shifted - round;
-  const V r = x - n * V(C::ln2_high) - n * V(C::ln2_low);
-  // The shift drops all bits of `shifted` but those of n.
-  const auto exponent = ((typename V::Mask)shifted.v + C::bias) << C::mantissa_bits;
-  return {V((typename V::Register)exponent), r};
+  const auto exponent = ((typename V::Mask)shifted.v + ExpConstants<T>::bias) << ExpConstants<T>::mantissa_bits;
+  return V((typename V::Register)exponent);
+}
+template <class V>
+FUSEDRNN_INLINE Twin<V> power_of_two(Twin<V> shifted) {
+  return {power_of_two(shifted.first), power_of_two(shifted.second)};
 }
 
-template <class T, int N>
-FUSEDRNN_INLINE vec<T, N> sigmoid(vec<T, N> x) {
-  const vec<T, N> zero(T(0)), one(T(1));
+template <class V>
+struct Reduced {
+  V power, r;  // 2^n
+};
+
+template <class V>
+FUSEDRNN_INLINE Reduced<V> reduce(V x) {
+  using T = typename V::Scalar;
+  using C = ExpConstants<T>;
+  const V round(C::round), shifted = x * V(T(1.44269504088896340736)) + round, n = shifted - round;
+  return {power_of_two(shifted), x - n * V(C::ln2_high) - n * V(C::ln2_low)};
+}
+
+template <class V, class T = typename V::Scalar>
+FUSEDRNN_INLINE V sigmoid(V x) {
+  const V zero(T(0)), one(T(1));
   const auto [power, r] = reduce(clamp(zero - x, ExpConstants<T>::lowest, ExpConstants<T>::highest));
   return one / (taylor_tail<0>(r) * power + one);
 }
 
 // tanh(x) = e/(e + 2) with e = exp(2x) - 1 = 2^n·(exp(r) - 1) + (2^n - 1), in which nothing cancels: small x
 // keep all their digits.
-template <class T, int N>
-FUSEDRNN_INLINE vec<T, N> tanh(vec<T, N> x) {
-  using V = vec<T, N>;
+template <class V, class T = typename V::Scalar>
+FUSEDRNN_INLINE V tanh(V x) {
   constexpr T limit = 2 * ExpConstants<T>::tanh_is_one;
   const auto [power, r] = reduce(clamp(x + x, -limit, limit));
   const V expm1_r = r * r * taylor_tail<2>(r) + r, e = power * expm1_r + (power - V(T(1)));

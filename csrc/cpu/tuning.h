@@ -45,9 +45,9 @@ constexpr int64_t most_step_rows = 128, most_converted_step_rows = 64;
 // place, 3.0 packed. Backward reads unpacked weights across their rows, which caches like less.
 constexpr bool packs(Pass pass, int64_t T, int64_t B, int64_t H, bool converted) {
   if (H < 64) return T * B >= 8;
-  if (pass == Pass::backward) return T * B >= (T == 1 ? 40 : 20);
+  if (pass == Pass::backward) return T * B >= (T == 1 ? 40 : 16);
   if (T == 1) return B >= (converted ? most_converted_step_rows : most_step_rows);
-  return B == 1 ? T >= 30 : T * B >= 10;
+  return B == 1 ? T >= 16 : T * B >= 10;
 }
 constexpr bool packs_input(int64_t T, int64_t B, int64_t H, bool converted) {
   return T * B >= (H < 64 ? 8 : !converted && (T == 1 || H >= 512) ? most_step_rows : 16);
