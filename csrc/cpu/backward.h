@@ -115,15 +115,14 @@ struct Backward : Recurrence<Cell, S, N> {
       const S* gates_in = static_cast<const S*>(p.gates) + this->sequence_at(job, row, saved * H);
       const S* dcells = p.dcells ? static_cast<const S*>(p.dcells) + this->sequence_at(job, row, H) : nullptr;
       const S* dy = p.dy ? static_cast<const S*>(p.dy) + row * y_width + y_at : nullptr;
-      for (int64_t panel = member.begin; panel < member.end; ++panel) {
-        const int count = this->units(panel);
+      if (!valid) {
+        for (int k = 0; k < sums; ++k)
+          std::fill(dsums + k * H + member.begin * N, dsums + k * H + std::min(member.end * N, H), S(0));
+        continue;
+      }
+      const auto units = [&](int64_t panel, auto count) __attribute__((always_inline)) {
         const int64_t unit = panel * N, at = (b - job.row_begin) * padded_H + unit;
-        V da[sums];
-        if (!valid) {
-          for (int k = 0; k < sums; ++k) zero.store(dsums + k * H + unit, count);
-          continue;
-        }
-        V gate[std::max(1, saved)], h = zero, h_next = zero, c = zero, c_next = zero, dc = zero;
+        V da[sums], gate[std::max(1, saved)], h = zero, h_next = zero, c = zero, c_next = zero, dc = zero;
         for (int k = 0; k < saved; ++k) gate[k] = V::load(gates_in + k * H + unit, count);
         if (h_before) h = V::load(h_before + unit, count);
         if constexpr (Cell::needs_output) h_next = V::load(outputs + row * y_width + unit, count);
@@ -139,7 +138,10 @@ struct Backward : Recurrence<Cell, S, N> {
         for (int k = 0; k < sums; ++k) da[k].store(dsums + k * H + unit, count);
         passed.store(dh_carry + at);  // the product adds to it what comes back through W_hh
         if constexpr (Cell::has_cell) dc.store(dc_carry + at);
-      }
+      };
+      int64_t panel = member.begin;
+      for (; panel < member.end && (panel + 1) * N <= H; ++panel) units(panel, std::integral_constant<int, N>());
+      for (; panel < member.end; ++panel) units(panel, this->units(panel));
     }
   }
 };

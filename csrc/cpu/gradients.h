@@ -146,9 +146,14 @@ struct Gradients {
         if (t < sequence.length(b))
           from = recurrent ? base.state_before(job, t, b, outputs, D * H, static_cast<const S*>(p.hx))
                            : static_cast<const S*>(p.x) + (sequence.start(t) + b) * I;
-        for (int64_t v = 0; v < count; ++v) {
-          const int n = static_cast<int>(std::min<int64_t>(N, columns - (vector + v) * N));
-          (from ? V::load(from + (vector + v) * N, n) : V(S(0))).store(pairs + ((v / 2 * K + k) * 2 + v % 2) * N);
+        const int64_t whole = std::min(count, columns / N - vector);
+        const auto to = [&](int64_t v) { return pairs + ((v / 2 * K + k) * 2 + v % 2) * N; };
+        if (from) {
+          from += vector * N;
+          for (int64_t v = 0; v < whole; ++v) V::load(from + v * N).store(to(v));
+          if (whole < count) V::load(from + whole * N, static_cast<int>(columns % N)).store(to(whole));
+        } else {
+          for (int64_t v = 0; v < count; ++v) V(S(0)).store(to(v));
         }
       }
     }
@@ -156,8 +161,7 @@ struct Gradients {
 
   // A block's sum at a time, as exact as the products'.
   void bias(const Chunk<S>& chunk, S* total, int64_t begin, int64_t end, bool fresh) {
-    for (int64_t unit = begin; unit < end; unit += N) {
-      const int n = static_cast<int>(std::min<int64_t>(N, end - unit));
+    const auto vector = [&](int64_t unit, auto n) {
       V all = fresh ? V(S(0)) : V::load(total + unit, n);
       for (int64_t row = 0; row < chunk.rows();) {
         V sum(S(0));
@@ -166,7 +170,10 @@ struct Gradients {
         all = all + sum;
       }
       all.store(total + unit, n);
-    }
+    };
+    int64_t unit = begin;
+    for (; unit + N <= end; unit += N) vector(unit, std::integral_constant<int, N>());
+    if (unit < end) vector(unit, static_cast<int>(end - unit));
   }
 
   // What is left when all jobs are done: sums of several teams, padded rows, both directions' dX.
