@@ -81,7 +81,8 @@ struct vec {
     if constexpr (half == 1) {
       if (part) *p = r[0];
     } else {
-      const auto lower = __builtin_shufflevector(r, r, lane...), upper = __builtin_shufflevector(r, r, (lane + half)...);
+      const auto lower = __builtin_shufflevector(r, r, lane...),
+                 upper = __builtin_shufflevector(r, r, (lane + half)...);
       if (part) std::memcpy(p, &lower, sizeof(lower));
       store<half / 2>(part ? upper : lower, p + part, n, std::make_integer_sequence<int, half / 2>());
     }
@@ -208,10 +209,10 @@ struct Twin {
   }
 };
 
-#define FUSEDRNN_OPERATOR(op)                                    \
-  template <class V>                                             \
-  FUSEDRNN_INLINE Twin<V> operator op(Twin<V> a, Twin<V> b) {    \
-    return {a.first op b.first, a.second op b.second};           \
+#define FUSEDRNN_OPERATOR(op)                                 \
+  template <class V>                                          \
+  FUSEDRNN_INLINE Twin<V> operator op(Twin<V> a, Twin<V> b) { \
+    return {a.first op b.first, a.second op b.second};        \
   }
 FUSEDRNN_OPERATOR(+)
 FUSEDRNN_OPERATOR(-)
