@@ -38,11 +38,12 @@ enum class Pass { forward, backward };
 constexpr int64_t most_step_rows = 128, most_converted_step_rows = 64;
 
 // Whether weights are packed. Packing moves every weight twice; a dot product reads it once per few rows from a near cache.
-// For a single step dot products are as fast up to 128 rows (AVX2, LSTM of 256, B = 16: 149 µs unpacked, 239 packed; B = 128:
-// 957 and 968), but those of narrow layers are mostly tails. Several steps read W_hh again and again, W_ih only once for
-// some of them (LSTM of 1024, B = 1, T = 25: 8.1 ms with both packed, 6.4 with W_hh only; GRU of 256, T = 10: 182 µs with
-// both, 134 with none). bfloat16 W_ih are better packed, and widened, from 16 rows on: LSTM of 512, B = 4, T = 25: 4.4 ms in
-// place, 3.0 packed. Backward reads unpacked weights across their rows, which caches like less.
+// For a single step dot products are as fast up to 128 rows (AVX2, LSTM of 256, B = 16: 120 µs unpacked, 142 packed; B = 128:
+// 865 and 882), but those of narrow layers are mostly tails. Several steps read W_hh again and again, W_ih only once for
+// some of them (LSTM of 1024, B = 1, T = 16: 3.9 ms with none or W_hh packed, 4.7 with both; T = 32: 8.1, 6.7, 7.4; LSTM of
+// 512, B = 4, T = 8: 1.01, 0.91, 0.97; of 256, B = 16, T = 8: 0.96, 0.93, 0.85). bfloat16 W_ih are better packed, and
+// widened, from 16 rows on: LSTM of 512, B = 4, T = 25: 4.4 ms in place, 3.0 packed. Backward reads unpacked weights across
+// their rows, which caches like less (training, LSTM of 1024, T·B = 16: 15.0 ms unpacked, 12.4 packed; T·B = 8: 7.9 and 8.5).
 constexpr bool packs(Pass pass, int64_t T, int64_t B, int64_t H, bool converted) {
   if (H < 64) return T * B >= 8;
   if (pass == Pass::backward) return T * B >= (T == 1 ? 40 : 16);
