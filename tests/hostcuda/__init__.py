@@ -65,8 +65,7 @@ def build(
     sources = [(csrc / "cuda" / kernel, watched) for kernel in kernels]
     sources += [
         (csrc / "cuda" / "cuda.cpp", []),
-        (HERE / "memory.cpp", ["-O2"]),
-        (HERE / "threads.cpp", ["-O2"]),
+        *((HERE / f"{name}.cpp", ["-O2"]) for name in ("memory", "threads", "exchange")),
         (HERE / "module.cpp", glue),
     ]
 
