@@ -171,6 +171,11 @@ def plan(team: Team, B: int, H: int, gates: int = 4, scalar: int = 2, backward: 
     [
         ("block", "lstm", torch.bfloat16, 64, 90, 1),
         ("cluster", "lstm", torch.bfloat16, 64, 96, 1),  # more weights than a step should read from shared memory
+        ("block", "lstm", torch.float32, 64, 64, 1),
+        ("cluster", "lstm", torch.float32, 64, 65, 1),
+        ("block", "gru", torch.bfloat16, 1, 104, 1),
+        ("cluster", "gru", torch.bfloat16, 1, 105, 1),
+        ("step", "gru", torch.bfloat16, 0, 104, 1),
         ("cluster", "lstm", torch.bfloat16, 32, 512, 1),
         ("cluster", "lstm", torch.bfloat16, 32, 640, 2),
         ("cluster", "gru", torch.float16, 16, 768, 1),

@@ -198,7 +198,7 @@ def main() -> None:
     os.environ["FUSEDRNN_HOSTCUDA"] = str(hostcuda.build(kernels=hostcuda.FEW_KERNELS))
     torch.set_num_threads(1)
     files = [str(TESTS / f"test_{name}.py") for name in ("hostcuda", "resident")]
-    options = ["-q", "-s", "--tb=line", "-p", "no:cacheprovider", "-k", "not planted"]
+    options = ["-q", "-s", "--tb=line", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-k", "not planted"]
     pytest.main([*files, *options], plugins=[Mutation(mutated[: arguments.sample], arguments.out)])
 
 
