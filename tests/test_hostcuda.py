@@ -141,7 +141,8 @@ def test_blocks(monkeypatch, kind, shape, name, rows, bidirectional, dtype):
 
 
 def test_geometry():
-    """All rows and units have a thread, and no row or column of blocks or threads has nothing to do."""
+    """A thread takes 16 bytes at most; all rows and units have one; no row or column of blocks or threads is idle."""
+    assert all(hostcuda.library().vector_width(size) * size == 16 for size in (4, 8))
     sizes = product((1, 2, 7, 64, 1000), (1, 3, 4, 31, 130, 520), (1, 2, 4), (1, 2))
     for rows, units, width, directions in sizes:
         grid_x, grid_y, grid_z, x, y = hostcuda.library().geometry(rows, units, width, directions)

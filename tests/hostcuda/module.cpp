@@ -243,6 +243,7 @@ PYBIND11_MODULE(hostcuda, m) {
            py::arg("directions"), py::arg("chunk_bytes"), py::arg("multiprocessors"), py::arg("largest_cluster"),
            py::arg("active_blocks"), py::arg("schedules"), py::arg("shifted"));
   m.def("schedule", &schedule);
+  m.def("vector_width", &cuda::vector_width);
   m.def("geometry", &geometry);
   m.def("block_plan", &block_plan);
   m.def("resident_plan", &resident_plan);
