@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from itertools import product
 
 import hostcuda
 import pytest
@@ -137,6 +138,34 @@ def test_blocks(monkeypatch, kind, shape, name, rows, bidirectional, dtype):
     monkeypatch.setattr(hostcuda, "chunk_bytes", 2000 if rows == 2 else 32 << 20)
     check(calls(case)[name])
     assert hostcuda.schedule_of(case) == "block"
+
+
+def test_geometry():
+    """A thread takes 16 bytes at most; all rows and units have one; no row or column of blocks or threads is idle."""
+    assert all(hostcuda.library().vector_width(size) * size == 16 for size in (4, 8))
+    sizes = product((1, 2, 7, 64, 1000), (1, 3, 4, 31, 130, 520), (1, 2, 4), (1, 2))
+    for rows, units, width, directions in sizes:
+        grid_x, grid_y, grid_z, x, y = hostcuda.library().geometry(rows, units, width, directions)
+        assert (grid_z, x * y) == (directions, 128)
+        assert (grid_x - 1) * y < rows <= grid_x * y
+        assert (grid_y - 1) * x * width < units <= grid_y * x * width
+        assert x // 2 * width < units
+
+
+def test_block_plans():
+    """As few rows a block as multiprocessors allow; a thread for every product and every unit, and no warp more."""
+    assert hostcuda.library().block_plan(132, 64, 90, 1, 4, True, 2) == [1, 192, 4 * 92 * 94 * 2 + 10 * 92 * 4]
+    assert hostcuda.library().block_plan(132, 300, 10, 1, 3, False, 4) == [4, 64, 3 * 12 * 13 * 4 + 4 * 7 * 12 * 4]
+    kinds, sizes = product((1, 3, 4), (2, 4)), ((1, 5, 132, 200, 264, 265, 400, 528, 529), (1, 8, 17, 33, 90), (1, 2))
+    for (gates, scalar), B, H, directions in product(kinds, *sizes):
+        rows, threads, _ = hostcuda.library().block_plan(132, B, H, directions, gates, gates == 4, scalar)
+        fewest = [r for r in (1, 2, 4) if -(-B // r) * directions <= 132]
+        assert rows == (fewest[0] if fewest else 0), (B, H, directions)
+        if rows:
+            products, states = -(-H // 4) * 4 * gates * scalar // 4, -(-rows * H // max(1, rows // 2))
+            assert threads == -(-max(products, states) // 32) * 32, (rows, H, gates, scalar)
+    for B, H in ((0, 8), (1, 10_000)):
+        assert hostcuda.library().block_plan(132, B, H, 1, 4, True, 2)[0] == 0
 
 
 class OnADevice(torch.Tensor):

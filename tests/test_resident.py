@@ -171,6 +171,11 @@ def plan(team: Team, B: int, H: int, gates: int = 4, scalar: int = 2, backward: 
     [
         ("block", "lstm", torch.bfloat16, 64, 90, 1),
         ("cluster", "lstm", torch.bfloat16, 64, 96, 1),  # more weights than a step should read from shared memory
+        ("block", "lstm", torch.float32, 64, 64, 1),
+        ("cluster", "lstm", torch.float32, 64, 65, 1),
+        ("block", "gru", torch.bfloat16, 1, 104, 1),
+        ("cluster", "gru", torch.bfloat16, 1, 105, 1),
+        ("step", "gru", torch.bfloat16, 0, 104, 1),
         ("cluster", "lstm", torch.bfloat16, 32, 512, 1),
         ("cluster", "lstm", torch.bfloat16, 32, 640, 2),
         ("cluster", "gru", torch.float16, 16, 768, 1),
@@ -189,12 +194,14 @@ def test_schedule_on_an_h100(monkeypatch, schedule, cell, dtype, B, H, direction
     assert hostcuda.schedule(cell, dtype, (7, B, 8, H, directions)) == "step"  # few steps
 
 
-def test_backward_may_need_another_schedule(monkeypatch):
+@pytest.mark.parametrize(
+    ("forward", "backward", "cell", "B", "H"),
+    [("cluster", "grid", "lstm", 32, 768), ("cluster", "grid", "gru", 32, 896), ("grid", "grid", "lstm", 64, 2048)],
+)
+def test_backward_may_need_another_schedule(monkeypatch, forward, backward, cell, B, H):
     monkeypatch.setattr(hostcuda, "schedules", Schedules.ALL)
-    for cell, H in (("lstm", 768), ("gru", 896)):
-        call = (cell, torch.bfloat16, (100, 32, 8, H, 1), False)
-        assert [hostcuda.schedule(*call, backward) for backward in (False, True)] == ["cluster", "grid"]
-    assert hostcuda.schedule("lstm", torch.bfloat16, (100, 64, 8, 2048, 1), False, True) == "grid"
+    call = (cell, torch.bfloat16, (100, B, 8, H, 1), False)
+    assert [hostcuda.schedule(*call, is_backward) for is_backward in (False, True)] == [forward, backward]
 
 
 def test_plans():
@@ -214,6 +221,16 @@ def test_plans():
         assert (split["blocks"], split["teams"], split["split"], split["part_groups"]) == (blocks, teams, 4, groups)
     assert not plan(Team.GRID, B=64, H=2048, backward=True)
     assert all(plan(Team.SPLIT_GRID, B=64, H=H, backward=True) for H in range(64, 2049, 3))
+    # What comes in, what is made, sums, states of two kinds; then shares, barriers and weights beyond the registers.
+    assert cluster["shared_bytes"] == 2 * 17 * 4 * 64 + 4 * 32 * 2 + 2 * 8 * 132 * 4 + 2 * 4 * 32 * 4 + 2 * 8
+    assert grid["shared_bytes"] == 33 * 8 * 64 + 8 * 16 * 2 + 4 * 8 * 68 * 4 + 2 * 4 * 8 * 16 * 4
+    # That of 2048 units; its operand is a fourth of all 256 groups.
+    states, shares = 2 * 8 * 8 * 16 * 4, 8 * 4 * 8 * 16 * 4
+    in_shared = 65 * 8 * 64 + 4 * 8 * 16 * 2 + 4 * 8 * 68 * 4 + states + shares + 8 * 8 + 16 * 8 * 1024
+    assert split["shared_bytes"] == in_shared
+    # 8 clusters at once; where a team's 8 tiles of the batch do not fit, two teams take turns.
+    turns = plan(Team.CLUSTER, B=512, H=640)
+    assert (turns["blocks"], turns["rows"], turns["tiles"], turns["teams"]) == (16, 8, 4, 16)
     for sizes in [(b, h, g, s, back, d) for b in (1, 7, 64, 200) for h in range(16, 2100, 61) for g in (1, 3, 4)
                   for s in (2, 4) for back in (False, True) for d in (1, 2)]:  # fmt: skip
         for team in Team:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -39,6 +40,17 @@ def _run_compiler(*arguments: object) -> None:
     subprocess.run([COMPILER, *map(str, arguments)], check=True, capture_output=True, text=True)
 
 
+def _read_by(source: Path, csrc: Path) -> list[Path]:
+    """A source and all headers of ours that it includes."""
+    read = [source]
+    for path in read:
+        for name in re.findall(r'#include "(.+)"', path.read_text()):
+            found = next(f / name for f in (path.parent, csrc, HERE) if (f / name).exists())
+            if found not in read:
+                read.append(found)
+    return read
+
+
 def build(
     csrc: Path = ROOT / "csrc", folder: Path = ROOT / "build" / "hostcuda", kernels: tuple[Path, ...] = KERNELS
 ) -> Path:
@@ -53,21 +65,12 @@ def build(
     sources = [(csrc / "cuda" / kernel, watched) for kernel in kernels]
     sources += [
         (csrc / "cuda" / "cuda.cpp", []),
-        (HERE / "memory.cpp", ["-O2"]),
-        (HERE / "threads.cpp", ["-O2"]),
+        *((HERE / f"{name}.cpp", ["-O2"]) for name in ("memory", "threads", "exchange")),
         (HERE / "module.cpp", glue),
     ]
-    headers = [
-        *sorted(csrc.glob("*.h")),
-        *sorted(csrc.glob("cells/*.h")),
-        *sorted(csrc.glob("cuda/*.h")),
-        *sorted(HERE.glob("*.h")),
-    ]
-    device_headers = [*headers, *sorted(csrc.glob("cuda/*.cuh"))]
 
     def compile(source: Path, extra: list[str]) -> Path:
-        read = [source, *(device_headers if source.suffix == ".cu" else headers)]
-        digest = hashlib.sha256(b"".join(path.read_bytes() for path in read))
+        digest = hashlib.sha256(b"".join(path.read_bytes() for path in _read_by(source, csrc)))
         digest.update(repr((COMPILER, flags, extra)).replace(str(csrc), "").encode())
         made = folder / f"{source.stem}-{digest.hexdigest()[:16]}.o"
         if not made.exists():

@@ -1,15 +1,22 @@
-// Two instantiations in place of all, for builds that should not take long: GRU in bfloat16 and LSTM in float32.
+// Two instantiations in place of all, for builds that should not take long: GRU in bfloat16 and LSTM in float32. Whoever
+// asks for another is told so.
 #include "cuda/recurrence.cuh"
 
 namespace fusedrnn::cuda {
 
-#define INSTANTIATE(Cell, S)                                                                                   \
+inline void expect_built(bool built) {
+  if (!built) throw std::logic_error("not built");
+}
+
+#define INSTANTIATE(Cell, S, kind)                                                                             \
   template <>                                                                                                  \
   const char* RecurrenceOf<Cell>::schedule(const Problem& p, const Limits& limits, bool tf32, bool backward) { \
+    expect_built(p.scalar == ScalarKind::kind);                                                                \
     return ChunkKernel<Cell, S>(p, limits, tf32, backward).name();                                             \
   }                                                                                                            \
   template <>                                                                                                  \
   int64_t RecurrenceOf<Cell>::workspace_bytes(const Problem& p, bool backward, const Context& context) {       \
+    expect_built(p.scalar == ScalarKind::kind);                                                                \
     Context counting = context;                                                                                \
     counting.workspace = nullptr;                                                                              \
     return Recurrence<Cell, S>(p, counting, backward).workspace_bytes(backward);                               \
@@ -22,13 +29,13 @@ namespace fusedrnn::cuda {
   void RecurrenceOf<Cell>::backward(const BackwardParams& p, const Context& context) {                         \
     Recurrence<Cell, S>(p, context, true).backward(p);                                                         \
   }
-INSTANTIATE(GRU, bfloat16)
-INSTANTIATE(LSTM, float)
+INSTANTIATE(GRU, bfloat16, bfloat16)
+INSTANTIATE(LSTM, float, float32)
 
 #define LEAVE_OUT(Cell)                                                                 \
   template <>                                                                           \
   const char* RecurrenceOf<Cell>::schedule(const Problem&, const Limits&, bool, bool) { \
-    return "";                                                                          \
+    throw std::logic_error("not built");                                                \
   }                                                                                     \
   template <>                                                                           \
   int64_t RecurrenceOf<Cell>::workspace_bytes(const Problem&, bool, const Context&) {   \

@@ -18,7 +18,7 @@ uint32_t launch_begin = 1, group_begin = 1, block_threads = 1;
 
 namespace {
 
-constexpr size_t arena_bytes = size_t{1} << 30, guard = 4096;
+constexpr size_t arena_bytes = size_t{1} << 28, guard = 4096;
 
 // What is known of a byte: who wrote it last and who read it since, and in which phase of their block.
 struct Shadow {

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <map>
 #include <optional>
 
@@ -169,6 +170,21 @@ std::string schedule(const Sizes& s, bool tf32, bool backward) {
   return cuda::schedule(p, limits(s), tf32, backward);
 }
 
+// Blocks along x, y and z, and threads of one along x and y.
+std::array<int64_t, 5> geometry(int64_t rows, int64_t units, int width, int directions) {
+  const cuda::Geometry g = cuda::elementwise_geometry(rows, units, width, directions);
+  return {g.grid_x, g.grid_y, g.grid_z, g.block_x, g.block_y};
+}
+
+// Rows, threads and bytes of shared memory of the block schedule, with float32 accumulators.
+std::array<int, 3> block_plan(int multiprocessors, int64_t B, int64_t H, int directions, int gates, bool has_cell,
+                              int scalar_bytes) {
+  const cuda::Limits limits{multiprocessors, 227 << 10, 16, cuda::all_schedules};
+  const cuda::BlockPlan plan = cuda::block_plan(limits, cuda::fewest_resident_steps, B, H, directions, gates, has_cell,
+                                                scalar_bytes, sizeof(float));
+  return {plan.rows, plan.threads, plan.shared_bytes};
+}
+
 // What tuning.h chooses for a cluster (0), a grid whose products are split (1) or a grid (2), by name.
 std::map<std::string, int> resident_plan(int multiprocessors, int team, int64_t B, int64_t H, int directions, int gates,
                                          bool backward, bool has_cell, int scalar_bytes) {
@@ -227,6 +243,9 @@ PYBIND11_MODULE(hostcuda, m) {
            py::arg("directions"), py::arg("chunk_bytes"), py::arg("multiprocessors"), py::arg("largest_cluster"),
            py::arg("active_blocks"), py::arg("schedules"), py::arg("shifted"));
   m.def("schedule", &schedule);
+  m.def("vector_width", &cuda::vector_width);
+  m.def("geometry", &geometry);
+  m.def("block_plan", &block_plan);
   m.def("resident_plan", &resident_plan);
   m.def("forward", &forward);
   m.def("backward", &backward);

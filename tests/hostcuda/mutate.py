@@ -1,37 +1,37 @@
 """How much the host tests see: changes the GPU sources in one place at a time and runs the tests on each change.
 
-    PYTHONPATH=.:tests python tests/hostcuda/mutate.py [--files elementwise.cuh …] [--every N] [--out FILE]
+    python tests/hostcuda/mutate.py [--files elementwise.cuh …] [--sample N] [--seed S] [--out FILE]
 
-Prints each mutant that no test notices, and how many were killed. Changes that do not compile are not counted.
+The tests are those of test_hostcuda.py and test_resident.py that the two instantiations of few.cu can pass. Prints each
+mutant that none of them notices, and how many were killed. Changes that do not compile are not counted.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
 import json
+import mmap
 import os
+import random
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import partial
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import test_hostcuda as tests
-import test_resident
 import torch
-from cases import Case
+from _pytest.runner import runtestprotocol
 
-import hostcuda
-from fusedrnn import _autograd, _direct, _dispatch, _ops
-from hostcuda import Schedules
+TESTS = Path(__file__).parent.parent
+sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+import hostcuda  # noqa: E402
 
 FILES = (
     *("elementwise.cuh", "block.cuh", "resident.cuh", "team.cuh", "exchange.cuh", "mma.cuh", "chunk_kernel.cuh"),
@@ -70,8 +70,6 @@ REPLACEMENTS = (
 STATEMENT = re.compile(
     r"^\s+(?!return\b|const\b|auto\b|if\b|for\b|using\b|explicit\b|static\b|[A-Z]\w*[ *&]\s*\w+[;{(])[\w>.:-]+[^;{}]*;$"
 )
-
-
 DECLARATIONS = "template|using|namespace|struct|class|static_assert|extern|public|private"
 
 
@@ -110,131 +108,98 @@ def mutants(file: str) -> list[Mutant]:
     return found
 
 
-def checks() -> list[Callable[[], None]]:
-    """The tests that see most, those first that fail most often; what they want is found here. Only instantiations of
-    few.cu are built: GRU in bfloat16 and LSTM in float32."""
-    kinds = ({"cell": "gru", "dtype": "bfloat16"}, {"cell": "lstm"})
-    shapes = [{"T": 5, "B": 4, "I": 3, "H": h, "bidirectional": both} for h in (9, 8) for both in (True, False)]
-    cases = [Case(**kind, **shape) for shape in shapes for kind in kinds]
-    rows = [call for case in cases for call in tests.calls(case).values()]
-    rows += [tests.Call(replace(case, **kind)) for case in tests.SIZES[::3] for kind in kinds]
-    rows += [tests.Call(replace(case, bias=False)) for case in cases[:4]]
-    rows += [tests.Call(replace(case, B=0)) for case in cases[:4]]
-    chunk_kernels = [
-        tests.calls(replace(case, T=8, **shape))[name]
-        for shape in ({"B": 4, "bidirectional": True}, {"H": 26, "B": 17, "bidirectional": False})  # several teams
-        for case in cases[:2]
-        for name in ("padded", "packed", "lengths and resets")
-    ]
-    large = [tests.Call(Case("lstm", T=8, B=3, I=2, H=160))]
-    for call in rows + chunk_kernels + large:
-        tests.wanted(call)
+@dataclass
+class Test:
+    item: pytest.Item
+    seconds: float  # of a processor, of what is not changed
+    kills: Counter = field(default_factory=Counter)  # by the file that was changed
 
-    def check(call: tests.Call, **settings: int) -> None:
-        for name, value in settings.items():
-            setattr(hostcuda, name, value)
-        tests.check(call)
-
-    def check_tf32(call: tests.Call, schedule: Schedules) -> None:
-        hostcuda.schedules = schedule
-        ours, use_tf32 = None, _dispatch.use_tf32
-        _dispatch.use_tf32 = lambda x: x.dtype == torch.float32
-        try:
-            ours = tests.run_recurrence(_autograd.recurrence, call)
-        finally:
-            _dispatch.use_tf32 = use_tf32
-        tests.assert_all_as_good(ours, *tests.wanted(call), torch.float16)
-
-    few = [call for call in rows if call.case.lengths or not (call.lengths or call.resets)]
-    usual = {"chunk_bytes": 1 << 20, "multiprocessors": 4}
-    todo = []
-    for schedules in (Schedules.CLUSTER, Schedules.GRID, Schedules.BLOCK):
-        todo += [partial(check, call, schedules=schedules, seed=i, **usual) for i, call in enumerate(chunk_kernels)]
-        todo += [partial(check_tf32, call, schedules) for call in chunk_kernels if call.case.cell == "lstm"]
-    todo += [partial(check, call, schedules=Schedules.STEP, **usual) for call in rows]
-    for chunk_bytes in (2000, 1):
-        for schedules in (Schedules.STEP, Schedules.CLUSTER, Schedules.GRID, Schedules.BLOCK):
-            calls = few if schedules == Schedules.STEP else chunk_kernels[::2]
-            todo += [partial(check, call, schedules=schedules, chunk_bytes=chunk_bytes) for call in calls]
-    todo += [partial(check, call, schedules=Schedules.BLOCK, multiprocessors=100) for call in chunk_kernels]
-    todo += [partial(check, c, schedules=Schedules.GRID, chunk_bytes=1 << 20, multiprocessors=8) for c in chunk_kernels]
-    todo += [test_resident.test_plans, *of_tests()]
-    for schedules in (Schedules.CLUSTER, Schedules.GRID):
-        todo += [partial(check, call, schedules=schedules, largest_cluster=4, **usual) for call in large]
-    return todo
+    def passes(self) -> bool:
+        return all(report.passed for report in runtestprotocol(self.item, log=False, nextitem=None))
 
 
-def of_tests() -> Iterator[Callable[[], None]]:
-    """Tests of the choice of a schedule that few.cu can pass, and of what only a larger size has."""
-
-    def run_test(test: Callable[..., None], *arguments: object) -> None:
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr(hostcuda, "multiprocessors", 132)
-            test(monkeypatch, *arguments)
-
-    yield partial(run_test, test_resident.test_slots_that_are_left_over)
-    for test in (
-        test_resident.test_schedule_on_an_h100,
-        test_resident.test_device_says_how_many_blocks_there_is_room_for,
-    ):
-        for arguments in test.pytestmark[0].args[1]:
-            if arguments[1:3] in (("gru", torch.bfloat16), ("lstm", torch.float32)) or len(arguments) == 3:
-                yield partial(run_test, test, *arguments)
+def passing(items: list[pytest.Item]) -> list[Test]:
+    tests = []
+    for item in items:
+        begin = time.process_time()
+        test = Test(item, 0)
+        if test.passes():
+            test.seconds = time.process_time() - begin
+            tests.append(test)
+    return tests
 
 
-def run(mutant: Mutant, todo: list[Callable[[], None]], seconds: float) -> str:
-    """killed, also by running for more than so much of a processor's time, survived or stillborn."""
+def run(mutant: Mutant, tests: list[Test]) -> tuple[str, Test | None]:
+    """killed and by which test, also by running for far longer than it should; or survived, or stillborn."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            os.environ["FUSEDRNN_HOSTCUDA"] = str(hostcuda.changed(Path(folder), *mutant))
+            module = hostcuda.changed(Path(folder), *mutant)
         except subprocess.CalledProcessError as error:
             if "error:" not in error.stderr:  # not the compiler's
                 raise
-            return "stillborn"
+            return "stillborn", None
+        # What has killed before comes first.
+        order = sorted(tests, key=lambda test: (-test.kills[mutant.file], -test.kills.total(), test.seconds))
+        reached = mmap.mmap(-1, 4)
         child = os.fork()  # a change may crash or hang
         if child == 0:
-            signal.setitimer(signal.ITIMER_PROF, seconds)
-            try:
-                for check in todo:
-                    check()
-            except BaseException:
-                os._exit(1)
+            os.environ["FUSEDRNN_HOSTCUDA"] = str(module)
+            hostcuda.library.cache_clear()
+            for number, test in enumerate(order):
+                reached[:] = number.to_bytes(4, "little")
+                signal.setitimer(signal.ITIMER_PROF, 2 + 10 * test.seconds)
+                if not test.passes():
+                    os._exit(1)
             os._exit(0)
-        return "killed" if os.waitpid(child, 0)[1] else "survived"
+        if not os.waitpid(child, 0)[1]:
+            return "survived", None
+        killer = order[int.from_bytes(reached, "little")]
+        killer.kills[mutant.file] += 1
+        return "killed", killer
+
+
+class Mutation:
+    """A plugin: in place of running the tests once, runs them on each mutant."""
+
+    def __init__(self, mutated: list[Mutant], out: Path | None) -> None:
+        self.mutated, self.out = mutated, out
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        tests = passing(session.items)
+        seconds = sum(test.seconds for test in tests)
+        print(f"{len(self.mutated)} mutants, {len(tests)} of {len(session.items)} tests, {seconds:.0f} s", flush=True)
+        counts: dict[str, Counter] = defaultdict(Counter)
+        for mutant in self.mutated:
+            begin = time.monotonic()
+            result, killer = run(mutant, tests)
+            counts[mutant.file][result] += 1
+            if self.out:
+                told = {"result": result, "by": killer and killer.item.nodeid, "seconds": time.monotonic() - begin}
+                with self.out.open("a") as out:
+                    out.write(json.dumps(mutant._asdict() | told) + "\n")
+            if result == "survived":
+                print(f"survived: {mutant.file}:{mutant.line + 1}: {mutant.new.strip()}", flush=True)
+        for file, count in {**counts, "all": sum(counts.values(), Counter())}.items():
+            born = count["killed"] + count["survived"]
+            print(f"{file}: {count['killed']} of {born} killed ({100 * count['killed'] / max(1, born):.1f} %)")
+        return True
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", nargs="+", default=FILES)
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth mutant")
+    parser.add_argument("--sample", type=int, metavar="N", help="so many mutants, drawn at random, instead of all")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--out", type=Path, help="a JSON line for every mutant")
     arguments = parser.parse_args()
+    mutated = [mutant for file in arguments.files for mutant in mutants(file)]
+    random.Random(arguments.seed).shuffle(mutated)
     shutil.rmtree(hostcuda.ROOT / "build" / "hostcuda", ignore_errors=True)
     os.environ["FUSEDRNN_HOSTCUDA"] = str(hostcuda.build(kernels=hostcuda.FEW_KERNELS))
     torch.set_num_threads(1)
-    _ops.recurrence_forward, _ops.recurrence_backward = hostcuda.forward, hostcuda.backward
-    _direct.kernels = None
-    todo = checks()
-    mutated = [mutant for file in arguments.files for mutant in mutants(file)][:: arguments.every]
-    print(f"{len(mutated)} mutants, {len(todo)} checks", flush=True)
-    counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-    begin = time.process_time()
-    for check in todo:  # of what is not changed: none may fail
-        check()
-    seconds = 3 * (time.process_time() - begin)
-    for mutant in mutated:
-        result = run(mutant, todo, seconds)
-        counts[mutant.file][result] += 1
-        if arguments.out:
-            with arguments.out.open("a") as out:
-                out.write(json.dumps({**mutant._asdict(), "result": result}) + "\n")
-        if result == "survived":
-            print(f"survived: {mutant.file}:{mutant.line + 1}: {mutant.new.strip()}", flush=True)
-    for file, count in counts.items():
-        print(f"{file}: {count['killed']} of {count['killed'] + count['survived']} killed")
-    killed = sum(count["killed"] for count in counts.values())
-    born = killed + sum(count["survived"] for count in counts.values())
-    print(f"all: {killed} of {born} killed ({100 * killed / max(1, born):.1f} %)")
+    files = [str(TESTS / f"test_{name}.py") for name in ("hostcuda", "resident")]
+    options = ["-q", "-s", "--tb=line", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-k", "not planted"]
+    pytest.main([*files, *options], plugins=[Mutation(mutated[: arguments.sample], arguments.out)])
 
 
 if __name__ == "__main__":

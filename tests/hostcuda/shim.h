@@ -5,7 +5,8 @@
 // misaligned, of memory that nobody has written, by host code, and those of two threads of which one writes and that nothing
 // orders: no barrier of the block, and between blocks no barrier of the cluster, arrival of bytes or counter that was seen
 // raised. threads.cpp runs the threads as fibers, in an order drawn from the seed: the blocks of a group (a cluster, or the
-// whole grid) mixed, group after group. What a block sends into another's shared memory lands when the seed says so.
+// whole grid) mixed, group after group; exchange.cpp is what passes between them. What a block sends into another's shared
+// memory lands when the seed says so.
 #pragma once
 
 #include <cstddef>
