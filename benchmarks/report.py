@@ -128,7 +128,8 @@ def _versions(rows: Sequence[Row]) -> str:
         return ", ".join(sorted({str(row.machine[key]) for row in rows if row.machine[key] is not None}))
 
     named = [f"{key} {seen(key)}" for key in ("fusedrnn", "commit", "torch", "onnxruntime") if seen(key)]
-    return "; ".join([*named, seen("date")])
+    days = sorted({str(row.machine["date"])[:10] for row in rows})
+    return "; ".join([*named, ", ".join(days)])
 
 
 def _number(value: float) -> str:
