@@ -9,10 +9,10 @@ from itertools import product
 import hostcuda
 import pytest
 import torch
-from cases import CELLS, FEATURE, LOW_PRECISION, Case, expected, for_all_cells, make_data, run_module, sizes
+from cases import CELLS, FEATURE, LOW_PRECISION, Case, expected, for_all_cells, leaf, make_data, run_module, sizes
 from hostcuda import Schedules
 from numerics import assert_all_as_good, assert_scenario
-from test_reference import Call, run_oracle, run_recurrence
+from test_reference import Call, arguments, run_oracle, run_recurrence
 from test_states import scenario_of
 
 import fusedrnn
@@ -135,13 +135,14 @@ def test_blocks(monkeypatch, kind, shape, name, rows, bidirectional, dtype):
     case = Case(**kind, **shape, bidirectional=bidirectional, dtype=dtype)
     monkeypatch.setattr(hostcuda, "schedules", Schedules.BLOCK)
     monkeypatch.setattr(hostcuda, "multiprocessors", -(-case.B // rows) * case.directions)
-    monkeypatch.setattr(hostcuda, "chunk_bytes", 2000 if rows == 2 else 32 << 20)
+    monkeypatch.setattr(hostcuda, "chunk_bytes", 2000 if rows > 1 else 32 << 20)
     check(calls(case)[name])
     assert hostcuda.schedule_of(case) == "block"
 
 
 def test_geometry():
-    """A thread takes 16 bytes at most; all rows and units have one; no row or column of blocks or threads is idle."""
+    """A thread takes 16 bytes at most; all rows and units have one, a row's in one block if it has room; no row or
+    column of blocks or threads is idle."""
     assert all(hostcuda.library().vector_width(size) * size == 16 for size in (4, 8))
     sizes = product((1, 2, 7, 64, 1000), (1, 3, 4, 31, 130, 520), (1, 2, 4), (1, 2))
     for rows, units, width, directions in sizes:
@@ -150,6 +151,16 @@ def test_geometry():
         assert (grid_x - 1) * y < rows <= grid_x * y
         assert (grid_y - 1) * x * width < units <= grid_y * x * width
         assert x // 2 * width < units
+        assert x == 128 or x * width >= units
+
+
+def test_chunks_are_as_long_as_there_is_room_for():
+    """And never shorter than a step."""
+    ends, begins = zip(
+        *(hostcuda.library().chunks_at(10, 3, 5, capacity) for capacity in (1, 3, 5, 6, 100)), strict=True
+    )
+    assert ends == (6, 6, 6, 7, 10)
+    assert begins == (4, 4, 4, 3, 0)
 
 
 def test_block_plans():
@@ -166,6 +177,21 @@ def test_block_plans():
             assert threads == -(-max(products, states) // 32) * 32, (rows, H, gates, scalar)
     for B, H in ((0, 8), (1, 10_000)):
         assert hostcuda.library().block_plan(132, B, H, 1, 4, True, 2)[0] == 0
+
+
+@pytest.mark.parametrize("schedules", Schedules, ids=lambda schedules: schedules.name.lower())
+@pytest.mark.parametrize("case", for_all_cells({"T": 8, "B": 3, "H": 8}), ids=str)
+def test_gradients_that_nobody_gives_are_zero(monkeypatch, case, schedules):
+    """Of an output that no loss has seen."""
+    monkeypatch.setattr(hostcuda, "schedules", schedules)
+    given = arguments(Call(case))
+    given |= {name: leaf(given[name]) for name in ("x", "hx", "cx") if given[name] is not None}
+    outputs = [t for t in _autograd.recurrence(case.equations, **given) if t is not None]
+    wanted = [given["x"], given["hx"], *([] if given["cx"] is None else [given["cx"]])]
+    for output in outputs:
+        cotangents = [torch.ones_like(t) * (t is output) for t in outputs]
+        alone = torch.autograd.grad(output, wanted, torch.ones_like(output), retain_graph=True)
+        assert all(map(torch.equal, alone, torch.autograd.grad(outputs, wanted, cotangents, retain_graph=True)))
 
 
 class OnADevice(torch.Tensor):

@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "cuda/cuda.h"
+#include "cuda/places.h"
 #include "device_memory.h"
 #include "shim.h"
 
@@ -176,6 +177,12 @@ std::array<int64_t, 5> geometry(int64_t rows, int64_t units, int width, int dire
   return {g.grid_x, g.grid_y, g.grid_z, g.block_x, g.block_y};
 }
 
+// The steps of a chunk of a padded batch: the end of one that begins at a step, and the begin of one that ends there.
+std::array<int64_t, 2> chunks_at(int64_t T, int64_t B, int64_t step, int64_t capacity) {
+  const Sequence sequence{T, B, nullptr, nullptr, nullptr};
+  return {cuda::chunk_from(sequence, 2, step, capacity).end, cuda::chunk_up_to(sequence, 2, step, capacity).begin};
+}
+
 // Rows, threads and bytes of shared memory of the block schedule, with float32 accumulators.
 std::array<int, 3> block_plan(int multiprocessors, int64_t B, int64_t H, int directions, int gates, bool has_cell,
                               int scalar_bytes) {
@@ -245,6 +252,7 @@ PYBIND11_MODULE(hostcuda, m) {
   m.def("schedule", &schedule);
   m.def("vector_width", &cuda::vector_width);
   m.def("geometry", &geometry);
+  m.def("chunks_at", &chunks_at);
   m.def("block_plan", &block_plan);
   m.def("resident_plan", &resident_plan);
   m.def("forward", &forward);
