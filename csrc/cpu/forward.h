@@ -100,7 +100,7 @@ struct Forward : Recurrence<Cell, S, N> {
                                                 A, padded_H, H, count, sum, backwards)
                    : product<Cell::hidden_gate>(job, panel, n, static_cast<const S*>(weights.w_hh), w_hh, A, padded_H,
                                                 H, count, sum, backwards);
-    if constexpr (Base::saved > 0) activate(n, count, sum);  // an RNN has no first half
+    activate(n, count, sum);
     cell(job, t, panel, n, b, b + count, sum, h_in, h_out, c);
   }
 
