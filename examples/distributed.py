@@ -10,6 +10,7 @@ the end of a sequence.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 
 import torch
@@ -90,7 +91,9 @@ def main() -> None:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if gpu else "gloo")
     train(options.steps, options.shard, options.checkpoint, device)
-    # After the model is gone: where it goes last, with the group, gloo's threads and Python can wait for each other.
+    # A model that distribution made refers to itself, and to the group, whose threads must end while Python still runs:
+    # gloo's, which let go of tensors, are else ended by it, and the process with them.
+    gc.collect()
     dist.destroy_process_group()
 
 

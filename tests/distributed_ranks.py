@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import gc
 import importlib.util
 import sys
 from pathlib import Path
@@ -57,4 +58,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     check(sys.argv[1] == "shard", sys.argv[2])
-    dist.destroy_process_group()  # after the models (see the example)
+    gc.collect()  # the models, before the group (see the example)
+    dist.destroy_process_group()
