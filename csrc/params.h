@@ -47,6 +47,7 @@ struct Problem {
   int64_t I, H;
   int directions;
   Weights weights[2];
+  bool tiles = false;  // whether the processor multiplies tiles (cpu/tiles.h); whoever runs a pass on a CPU sets it
 
   bool converts_weights() const { return scalar == ScalarKind::float32_of_bfloat16; }
 };

@@ -90,7 +90,8 @@ def _path(module: torch.nn.Module, input: Tensor | PackedSequence) -> str:
     cell, steps, batch, directions = _call(module, input)
     double = data.dtype == torch.float64
     plan = extension.plan(cell, double, False, steps, batch, module.input_size, module.hidden_size, directions)
-    weights = "packed weights" if plan["packed"] else "weights read in place"
+    packed = "weights packed into tiles" if plan["tiled"] else "packed weights"
+    weights = packed if plan["packed"] else "weights read in place"
     threads = plan["teams"] * plan["members"]
     if threads == 1:
         sharing = "1 thread"

@@ -56,6 +56,7 @@ py::dict plan(const std::string& cell, bool is_double, bool backward, int64_t T,
   named["row_blocks"] = info.row_blocks;
   named["share_units"] = info.share_units;
   named["packed"] = info.packed;
+  named["tiled"] = info.tiled;
   named["step"] = info.step;
   return named;
 }

@@ -17,7 +17,7 @@ struct Backward : Recurrence<Cell, S, N> {
   using typename Base::V;
 
   const BackwardParams& p;
-  Columns<V, S, W> w_hh{H, gates, H, hidden_gates(), plan.packed, B <= narrow_rows};
+  Columns<V, S, W> w_hh{H, gates, H, hidden_gates(), plan.packed, !plan.tiled && B <= narrow_rows, plan.tiled};
   Gradients<Cell, S, N, W> gradients{*this, p};
   // Of both weights: as large as what forward packs, so that both passes of a step take turns in one block.
   Scratch<S> packed = scratch<S>(w_hh.numbers(p.directions) + gradients.w_ih.numbers(p.directions));
@@ -44,6 +44,8 @@ struct Backward : Recurrence<Cell, S, N> {
   void steps(const Job& job, Member& member, int64_t team, int64_t slice) {
     S* dh = dh_carry.get() + team * block_rows * padded_H;
     S* dc = dc_carry.get() + team * block_rows * padded_H;
+    const TileRegisters registers(plan.tiled_sums);
+    const auto split = gradients.split_of(team);
     exchange<true>(job, member, dh, static_cast<const S*>(p.dh_n));
     if constexpr (Cell::has_cell) exchange<true>(job, member, dc, static_cast<const S*>(p.dc_n));
     for (int64_t s_end = sequence.T; s_end > 0;) {
@@ -54,13 +56,25 @@ struct Backward : Recurrence<Cell, S, N> {
       for (int64_t s = s_end - 1; s >= s_begin; --s) {
         const int64_t t = job.step(s), count = job.rows_end(t) - job.row_begin;
         cell(chunk, t, member, dh, dc);
+        if (plan.tiled) gradients.split_units(chunk, chunk.row(t), count, member.begin, member.end, split);
         member.meet_in_step();
-        if (count > 0 && (s > 0 || p.dhx))
-          w_hh.multiply(job.direction, chunk.at(t, job.row_begin), stride, count, member.begin, member.end,
-                        dh + member.begin * N, padded_H);
+        if (count > 0 && (s > 0 || p.dhx)) {
+          S* C = dh + member.begin * N;
+          if (plan.tiled)
+            w_hh.multiply_split(job.direction, split.at(0, chunk.row(t)), split.capacity, count, member.begin,
+                                member.end, C, padded_H);
+          else
+            w_hh.multiply(job.direction, chunk.at(t, job.row_begin), stride, count, member.begin, member.end, C,
+                          padded_H);
+        }
         if (sequence.resets) forget(job, t, member, dh, dc);
       }
       member.meet();
+      if (plan.tiled_sums && !plan.tiled) {
+        const auto [begin, end] = member.share(panels);
+        gradients.split_units(chunk, 0, chunk.rows(), begin, end, split);
+        member.meet();
+      }
       gradients.add(chunk, member, team, slice);
       member.meet();
       s_end = s_begin;

@@ -9,7 +9,7 @@ namespace {
 
 // The [gates*H, columns] weights of up to two directions. A product takes `gates` blocks of H numbers a row, the one for
 // block g times the weights' block gate_of[g]. Where weights are not packed, whole vectors are read in place; a last
-// partial one never is. `narrow`: packed weights stay of the type that they are stored in.
+// partial one never is. `narrow`: packed weights stay of the type that they are stored in; `tiled`: they are tiles.
 template <class V, class S, class W>
 struct Columns {
   static constexpr int N = V::size;
@@ -17,24 +17,26 @@ struct Columns {
   int64_t columns, gates, H;
   std::array<int, 4> gate_of;
   int64_t vectors = (columns + N - 1) / N, first_packed;
-  bool narrow;
+  bool narrow, tiled;
   const W* weights[2] = {};
   S* panels = nullptr;  // of Packed<W>, where they are narrow: [direction][vector][gate][packed_size(H)][N]
 
-  Columns(int64_t columns, int64_t gates, int64_t H, std::array<int, 4> gate_of, bool packed, bool narrow)
+  Columns(int64_t columns, int64_t gates, int64_t H, std::array<int, 4> gate_of, bool packed, bool narrow, bool tiled)
       : columns(columns),
         gates(gates),
         H(H),
         gate_of(gate_of),
         first_packed(packed ? 0 : columns / N),
-        narrow(narrow) {}
+        narrow(narrow),
+        tiled(tiled) {}
 
   void set(int64_t direction, const void* matrix) { weights[direction] = static_cast<const W*>(matrix); }
 
   // What packing needs memory for, in whole cache lines.
   int64_t numbers(int64_t directions) const {
     constexpr int64_t line = 64 / sizeof(S);
-    return (directions * (vectors - first_packed) * gates * H * N + line - 1) / line * line;
+    const int64_t of_vector = tiled ? tiled_size<pieces_of<W>>(H) / 2 : H * N;
+    return (directions * (vectors - first_packed) * gates * of_vector + line - 1) / line * line;
   }
 
   void pack(const Threads& threads, int64_t directions, S* memory) {
@@ -48,11 +50,16 @@ struct Columns {
         const int64_t column = (first_packed + vector) * N, count = std::min(vectors_at_once * N, columns - column),
                       to = (direction * packed + vector) * gates + g;
         const W* from = weights[direction] + gate_of[g] * H * columns;
-        const auto pack = [&](auto* panels) {
-          const int64_t size = packed_size<std::remove_pointer_t<decltype(panels)>>(H) * N;
+        const auto pack = [&](auto* panels, int64_t size) {
           pack_columns<V>(from, columns, column, count, H, panels + to * size, gates * size);
         };
-        narrow ? pack(reinterpret_cast<Packed<W>*>(panels)) : pack(panels);
+        if constexpr (takes_tiles<V>)
+          if (tiled) {
+            constexpr int pieces = pieces_of<W>;
+            pack(reinterpret_cast<Tiles<pieces>*>(panels), tiled_size<pieces>(H));
+            continue;
+          }
+        narrow ? pack(reinterpret_cast<Packed<W>*>(panels), packed_size<Packed<W>>(H) * N) : pack(panels, H * N);
       }
     });
   }
@@ -76,6 +83,16 @@ struct Columns {
                                      gates / blocks * H, rows, C + (in_place - begin) * N, ldc, N, fresh && g == 0});
     };
     narrow ? packed(reinterpret_cast<Packed<W>*>(panels)) : packed(panels);
+  }
+
+  // The same in tiles, with A split: `gates` times the blocks of H columns.
+  void multiply_split(int64_t direction, const uint16_t* A, int64_t capacity, int64_t rows, int64_t begin, int64_t end,
+                      S* C, int64_t ldc, bool fresh = false) const {
+    constexpr int pieces = pieces_of<W>;
+    if constexpr (takes_tiles<V>)
+      multiply_tiles<V, pieces_beside<W>, pieces>({reinterpret_cast<const uint16_t*>(panels) +
+                                                       (direction * vectors + begin) * gates * tiled_size<pieces>(H),
+                                                   end - begin, gates * blocks_of(H), A, capacity, rows, C, ldc, N, fresh});
   }
 };
 

@@ -4,11 +4,17 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fusedrnn::cpu {
 
 extern const Kernels baseline;
 #if defined(__x86_64__)
-extern const Kernels avx2, avx512;
+extern const Kernels avx2, avx512, amx;
 #endif
 
 namespace {
@@ -18,11 +24,31 @@ struct Candidate {
   bool supported;
 };
 
+#if defined(__x86_64__)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+// Tiles of bfloat16. Linux wants to be asked for the room that their registers take in a thread's state.
+bool has_amx() {
+#if defined(__linux__)
+  constexpr unsigned amx_bf16 = 1 << 22, amx_tile = 1 << 24;      // CPUID 7.0, EDX
+  constexpr long request_permission = 0x1023, tile_registers = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return has_avx512() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & amx_bf16) && (d & amx_tile) &&
+         syscall(SYS_arch_prctl, request_permission, tile_registers) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 const std::vector<Candidate>& candidates() {
   static const std::vector<Candidate> list = {
 #if defined(__x86_64__)
-      {&avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
+      {&amx, has_amx()},
+      {&avx512, has_avx512()},
       {&avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
       {&baseline, true},

@@ -25,11 +25,32 @@ struct Forward : Recurrence<Cell, S, N> {
   const bool chunked = plan.chunk > 1 || (p.prepared && plan.row_blocks == 1 && B <= projection_rows);
   const int64_t capacity = chunked ? block_rows * plan.chunk : std::min(block_rows, rows_at_once);  // rows a panel
   const int64_t panels_kept = chunked ? panels : panels_at_once;
-  PackedWeights<Cell, S, N, W> weights{p, plan.packed_input || p.prepared, plan.packed || p.prepared};
+  const bool tiled = (plan.packed || p.prepared) && tiles_for<V>(p);
+  const bool tiled_input = tiled && (plan.packed_input || p.prepared);
+  PackedWeights<Cell, S, N, W> weights{p, plan.packed_input || p.prepared, plan.packed || p.prepared, tiled};
   Scratch<S> room = scratch<S>(p.prepared ? 0 : weights.numbers);
   Scratch<S> h_state = scratch<S>(plan.groups * 2 * block_rows * padded_H);
   Scratch<S> c_state = scratch<S>(Cell::has_cell ? plan.groups * block_rows * padded_H : 0);
   Scratch<S> pre_activations = scratch<S>(plan.groups * plan.slices * panels_kept * capacity * sums * N);
+  // What tiles are multiplied with: a team's states, as h_state has them, and for every slice the rows of x that a chunk has.
+  static constexpr int pieces = pieces_beside<W>;
+  using Split = SplitRows<V, pieces>;
+  const int64_t x_rows = chunked ? capacity : block_rows, h_size = Split::size(tiled ? block_rows : 0, blocks_of(H)),
+                x_size = Split::size(tiled_input ? x_rows : 0, blocks_of(I));
+  Scratch<uint16_t> h_split = scratch<uint16_t>(plan.groups * 2 * h_size);
+  Scratch<uint16_t> x_split = scratch<uint16_t>(plan.groups * plan.slices * x_size);
+
+  // Rows to be multiplied, and the same split where they meet tiles.
+  struct Rows {
+    const S* first;
+    int64_t stride, K;
+    const uint16_t* split = nullptr;
+    int64_t capacity = 0;
+
+    Rows from(int64_t row) const {
+      return {first + row * stride, stride, K, split ? split + row * 32 : nullptr, capacity};
+    }
+  };
 
   Forward(const ForwardParams& params, const Threads& threads) : Base(params, threads, Pass::forward), p(params) {
     weights.place(p.prepared ? static_cast<S*>(p.prepared) : room.get());
@@ -58,71 +79,105 @@ struct Forward : Recurrence<Cell, S, N> {
     }
   }
 
+  // The member's units of some rows of a state.
+  void split_units(const Member& member, const S* h, int64_t count, const Split& to) const {
+    if constexpr (takes_tiles<V>)
+      if (tiled && member.begin < member.end)
+        to.fill(h, padded_H, count, 0, member.begin * N, std::min(member.end * N, H), 0, H);
+  }
+
+  // Rows of x, and split.
+  Rows input(int64_t row, int64_t count, const Split& to) const {
+    const S* x = static_cast<const S*>(p.x) + row * I;
+    if constexpr (takes_tiles<V>)
+      if (tiled_input) to.fill(x, I, count, 0, 0, I, 0, I);
+    return {x, I, I, tiled_input ? to.memory : nullptr, to.capacity};
+  }
+
   void steps(const Job& job, Member& member, int64_t team, int64_t slice) {
+    const TileRegisters registers(tiled);
+    const Split h_rows[2] = {{h_split.get() + team * 2 * h_size, block_rows},
+                             {h_split.get() + (team * 2 + 1) * h_size, block_rows}},
+                x_rows_split{x_split.get() + slice * x_size, x_rows};
     S* h = h_state.get() + team * 2 * block_rows * padded_H;
     S* c = c_state.get() + team * block_rows * padded_H;
     S* a = pre_activations.get() + slice * panels_kept * capacity * sums * N;
     start(job, member, h, c);
+    for (const Split& rows : h_rows) split_units(member, h, job.row_end - job.row_begin, rows);
     member.meet_in_step();
     int64_t kept_row = 0;  // the sequence row of the first row of pre-activations kept
     for (int64_t s = 0; s < sequence.T; ++s) {
       const int64_t t = job.step(s), row = sequence.start(t) + job.row_begin, count = job.rows_end(t) - job.row_begin;
-      const S* h_in = h + (s % 2) * block_rows * padded_H;
+      const Rows h_in{h + (s % 2) * block_rows * padded_H, padded_H, H, tiled ? h_rows[s % 2].memory : nullptr,
+                      block_rows};
       S* h_out = h + ((s + 1) % 2) * block_rows * padded_H;
       if (chunked) {
         const int64_t n = member.end - member.begin;
         if (s % plan.chunk == 0) {
           const int64_t t_end = job.step(std::min(s + plan.chunk, sequence.T) - 1);
           kept_row = sequence.start(std::min(t, t_end));
-          project(job, member.begin, n, kept_row, sequence.start(std::max(t, t_end) + 1) - kept_row, a);
+          const int64_t rows = sequence.start(std::max(t, t_end) + 1) - kept_row;
+          project(job, member.begin, n, input(kept_row, rows, x_rows_split), rows, a);
         }
         step(job, t, member.begin, n, job.row_begin, count, a + (row - kept_row) * sums * N, h_in, h_out, c, s % 2);
       } else {
+        const Rows x = input(row, count, x_rows_split);
         for (int64_t panel = member.begin; panel < member.end; panel += panels_at_once)
           for (int64_t r = 0; r < count; r += capacity) {
             const int64_t n = std::min<int64_t>(panels_at_once, member.end - panel),
                           rows = std::min(capacity, count - r);
-            project(job, panel, n, row + r, rows, a);
+            project(job, panel, n, x.from(r), rows, a);
             step(job, t, panel, n, job.row_begin + r, rows, a, h_in, h_out, c);
           }
       }
+      split_units(member, h_out, count, h_rows[(s + 1) % 2]);
       member.meet_in_step();
     }
   }
 
   // Step t for n panels and `count` rows from b on, from their pre-activations without h. A step that goes backwards through
   // the weights of a forwards one finds in the caches what that one read last.
-  void step(const Job& job, int64_t t, int64_t panel, int64_t n, int64_t b, int64_t count, S* sum, const S* h_in,
+  void step(const Job& job, int64_t t, int64_t panel, int64_t n, int64_t b, int64_t count, S* sum, const Rows& h_in,
             S* h_out, S* c, bool backwards = false) {
-    const S* A = h_in + (b - job.row_begin) * padded_H;
+    const Rows A = h_in.from(b - job.row_begin);
     const void* w_hh = p.weights[job.direction].w_hh;
     weights.narrow ? product<Cell::hidden_gate>(job, panel, n, reinterpret_cast<const Packed<W>*>(weights.w_hh), w_hh,
-                                                A, padded_H, H, count, sum, backwards)
-                   : product<Cell::hidden_gate>(job, panel, n, static_cast<const S*>(weights.w_hh), w_hh, A, padded_H,
-                                                H, count, sum, backwards);
+                                                A, count, sum, backwards)
+                   : product<Cell::hidden_gate>(job, panel, n, static_cast<const S*>(weights.w_hh), w_hh, A, count, sum,
+                                                backwards);
     activate(n, count, sum);
-    cell(job, t, panel, n, b, b + count, sum, h_in, h_out, c);
+    cell(job, t, panel, n, b, b + count, sum, h_in.first, h_out, c);
   }
 
   // pre-activations = bias + x·W_ih for n panels and some rows of the sequence.
-  void project(const Job& job, int64_t panel, int64_t n, int64_t row, int64_t count, S* sum) {
+  void project(const Job& job, int64_t panel, int64_t n, const Rows& x, int64_t count, S* sum) {
     for (int64_t i = 0; i < n; ++i) {
       const S* b = weights.bias + (job.direction * panels + panel + i) * sums * N;
       for (int64_t r = 0; r < count; ++r)
         for (int k = 0; k < sums; ++k) V::load(b + k * N).store(sum + ((i * capacity + r) * sums + k) * N);
     }
-    product<same_gate>(job, panel, n, static_cast<const S*>(weights.w_ih), p.weights[job.direction].w_ih,
-                       static_cast<const S*>(p.x) + row * I, I, I, count, sum + Cell::input_sum * N);
+    product<same_gate>(job, panel, n, static_cast<const S*>(weights.w_ih), p.weights[job.direction].w_ih, x, count,
+                       sum + Cell::input_sum * N);
   }
 
   static constexpr int same_gate(int g) { return g; }
 
-  // Adds `count` rows of A (K wide) times the gates of n panels to the pre-activations; gate_of(g) is the weights' block for
-  // sum g. `packed` is nullptr where weights are read in place.
+  // Adds `count` rows of A times the gates of n panels to the pre-activations; gate_of(g) is the weights' block for sum g.
+  // `packed` is nullptr where weights are read in place.
   template <int (*gate_of)(int), class Stored>
-  void product(const Job& job, int64_t panel, int64_t n, const Stored* packed, const void* weights, const S* A,
-               int64_t lda, int64_t K, int64_t count, S* sum, bool backwards = false) {
-    const int64_t panel_stride = capacity * sums * N;
+  void product(const Job& job, int64_t panel, int64_t n, const Stored* packed, const void* weights, const Rows& rows,
+               int64_t count, S* sum, bool backwards = false) {
+    const S* A = rows.first;
+    const int64_t panel_stride = capacity * sums * N, lda = rows.stride, K = rows.K;
+    if constexpr (takes_tiles<V>)
+      if (rows.split) {
+        const int64_t size = tiled_size<pieces_of<W>>(K);
+        multiply_tiles<V, pieces, pieces_of<W>>(
+            {reinterpret_cast<const uint16_t*>(packed) + (job.direction * panels + panel) * gates * size, n * gates,
+             blocks_of(K), rows.split, rows.capacity, count, sum, sums * N, N, false,
+             gates, panel_stride});
+        return;
+      }
     const int64_t size = packed_size<Stored>(K) * N;
     const bool is_packed = packed;
     if (is_packed) packed += (job.direction * panels + panel) * gates * size;
@@ -141,8 +196,8 @@ struct Forward : Recurrence<Cell, S, N> {
         continue;
       }
       for (int g = 0; g < gates; ++g) {
-        const W* rows = static_cast<const W*>(weights) + (gate_of(g) * H + (panel + i) * N) * K;
-        multiply_unpacked<V, S, W, 1>({{{rows, A, K, lda}}}, this->units(panel + i), count, sum + g * N, sums * N);
+        const W* own = static_cast<const W*>(weights) + (gate_of(g) * H + (panel + i) * N) * K;
+        multiply_unpacked<V, S, W, 1>({{{own, A, K, lda}}}, this->units(panel + i), count, sum + g * N, sums * N);
       }
     }
   }

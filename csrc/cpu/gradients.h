@@ -46,14 +46,23 @@ struct Gradients {
   const int64_t input_vectors = (I + N - 1) / N, hidden_vectors = (H + N - 1) / N;
   const bool shared = base.plan.row_blocks > 1;  // whether several teams work on one direction
   const int64_t teams = shared ? base.plan.groups : 1;
-  Columns<V, S, W> w_ih{p.dx ? I : 0, gates, H, {0, 1, 2, 3}, base.plan.packed, false};
+  const bool tiled = base.plan.tiled_sums;
+  Columns<V, S, W> w_ih{p.dx ? I : 0, gates, H, {0, 1, 2, 3}, base.plan.packed, false, tiled};
   Scratch<S> dx_reverse = scratch<S>(p.dx && D == 2 ? base.rows * I : 0);
   Scratch<S> ih_sums, hh_sums, bias_sums = scratch<S>(teams * D * sums * H);
-  // A slice's own: a copy of some rows in pairs of vectors (see weight), or of dX a last vector that sticks out of its row.
-  const int64_t chunk_rows = base.plan.chunk * base.block_rows;
+  // A slice's own: a copy of some rows in pairs of vectors (see weight), or in tiles beside the dsums of 16 units; or of dX a
+  // last vector that sticks out of its row.
+  const int64_t chunk_rows = base.plan.chunk * base.block_rows, copied_rows = std::min(gradient_rows, chunk_rows);
   const int64_t vectors_at_once = std::min(2 * gradient_pairs, std::max(input_vectors, hidden_vectors) + 1);
-  const int64_t slice_room = std::max(std::min(gradient_rows, chunk_rows) * vectors_at_once, chunk_rows) * N;
+  static constexpr int pieces = pieces_beside<W>;
+  const int64_t tiles_of_vector = tiled_size<pieces>(copied_rows);
+  const int64_t slice_room = std::max(
+      tiled ? (vectors_at_once + 1) * tiles_of_vector / 2 : copied_rows * vectors_at_once * N, chunk_rows * N);
   Scratch<S> room = scratch<S>(base.plan.groups * base.plan.slices * slice_room);
+  // The dsums of a team's chunk, split.
+  using Split = SplitRows<V, pieces>;
+  const int64_t split_size = Split::size(tiled ? chunk_rows : 0, sums * blocks_of(H));
+  Scratch<uint16_t> split_dsums = scratch<uint16_t>(base.plan.groups * split_size);
 
   Gradients(const Base& recurrence, const BackwardParams& params) : base(recurrence), p(params) {
     for (int64_t d = 0; d < D; ++d) w_ih.set(d, p.weights[d].w_ih);
@@ -64,19 +73,36 @@ struct Gradients {
   // Where a row of the gradient ends with a vec and nobody else adds to it, the products go straight to their place.
   bool adds_in_place(int64_t columns) const { return !shared && columns % N == 0; }
 
+  Split split_of(int64_t team) const { return {split_dsums.get() + team * split_size, chunk_rows}; }
+
+  // The dsums of panels [begin, end) and some of the chunk's rows.
+  void split_units(const Chunk<S>& chunk, int64_t row, int64_t count, int64_t begin, int64_t end,
+                   const Split& to) const {
+    if constexpr (takes_tiles<V>)
+      for (int64_t k = 0; k < sums && begin < end; ++k)
+        to.fill(chunk.dsums + row * chunk.stride + k * H, chunk.stride, count, row, begin * N, std::min(end * N, H),
+                k * blocks_of(H), H);
+  }
+
   // A member's part of one chunk.
   void add(const Chunk<S>& chunk, Member& member, int64_t team, int64_t slice) {
     S* own_room = room.get() + slice * slice_room;
-    if (p.dx) input(chunk, member, own_room);
+    if (p.dx) input(chunk, member, split_of(team), own_room);
     const int64_t direction = chunk.job.direction, set = (shared ? team : 0) * D + direction;
     const WeightGradients& wanted = p.gradients[direction];
     const bool first = !member.started[direction];
     member.started[direction] = true;
     const int64_t of_input = wanted.w_ih ? input_vectors : 0, of_hidden = wanted.w_hh ? hidden_vectors : 0;
-    const auto [begin, end] = member.share(of_input + of_hidden);
-    weight<false>(chunk, set, std::min(begin, of_input), std::min(end, of_input), first, own_room);
-    weight<true>(chunk, set, std::max(begin - of_input, int64_t(0)), std::max(end - of_input, int64_t(0)), first,
-                 own_room);
+    if (tiled) {
+      const auto [begin, end] = member.share(base.panels);
+      weight_in_tiles<false>(chunk, set, begin, end, of_input, first, own_room);
+      weight_in_tiles<true>(chunk, set, begin, end, of_hidden, first, own_room);
+    } else {
+      const auto [begin, end] = member.share(of_input + of_hidden);
+      weight<false>(chunk, set, std::min(begin, of_input), std::min(end, of_input), first, own_room);
+      weight<true>(chunk, set, std::max(begin - of_input, int64_t(0)), std::max(end - of_input, int64_t(0)), first,
+                   own_room);
+    }
     if (wanted.b_ih || wanted.b_hh) {
       const auto [unit, last] = member.share(sums * H);
       bias(chunk, bias_sums.get() + set * sums * H, unit, last, first);
@@ -84,7 +110,7 @@ struct Gradients {
   }
 
   // dX of the chunk's rows: a member's share of the columns, or of the rows where there are few columns.
-  void input(const Chunk<S>& chunk, const Member& member, S* last_vector) {
+  void input(const Chunk<S>& chunk, const Member& member, const Split& split, S* last_vector) {
     const bool by_columns = input_vectors >= 2 * member.slices;
     const auto [v_begin, v_end] =
         by_columns ? member.share(input_vectors) : std::pair<int64_t, int64_t>(0, input_vectors);
@@ -96,24 +122,35 @@ struct Gradients {
       if (begin >= end) continue;
       const S* A = chunk.at(t, chunk.job.row_begin + begin) + Cell::input_sum * H;
       S* C = dx + (sequence.start(t) + chunk.job.row_begin + begin) * I;
-      w_ih.multiply(chunk.job.direction, A, chunk.stride, end - begin, v_begin, full, C + v_begin * N, I, true);
+      const auto multiply = [&](int64_t first, int64_t last, S* to, int64_t width) {
+        if (tiled)
+          w_ih.multiply_split(chunk.job.direction, split.at(Cell::input_sum * blocks_of(H), chunk.row(t) + begin),
+                              split.capacity, end - begin, first, last, to, width, true);
+        else
+          w_ih.multiply(chunk.job.direction, A, chunk.stride, end - begin, first, last, to, width, true);
+      };
+      multiply(v_begin, full, C + v_begin * N, I);
       if (full < v_end) {
-        w_ih.multiply(chunk.job.direction, A, chunk.stride, end - begin, full, v_end, last_vector, N, true);
+        multiply(full, v_end, last_vector, N);
         for (int64_t row = 0; row < end - begin; ++row)
           V::load(last_vector + row * N).store(C + row * I + full * N, static_cast<int>(I - full * N));
       }
     }
   }
 
+  // Where the sums of dW_hh (recurrent) or dW_ih are, for one direction of a team, and how wide a row is.
+  template <bool recurrent>
+  std::pair<S*, int64_t> total(const Chunk<S>& chunk, int64_t set) const {
+    const int64_t width = recurrent ? hidden_vectors * N : input_vectors * N;
+    const WeightGradients& wanted = p.gradients[chunk.job.direction];
+    S* sums = (recurrent ? hh_sums : ih_sums).get() + set * gates * H * width;
+    return {adds_in_place(recurrent ? H : I) ? static_cast<S*>(recurrent ? wanted.w_hh : wanted.w_ih) : sums, width};
+  }
+
   // Vectors [begin, end) of the columns of dW_hh (recurrent) or dW_ih.
   template <bool recurrent>
   void weight(const Chunk<S>& chunk, int64_t set, int64_t begin, int64_t end, bool fresh, S* right) {
-    const int64_t columns = recurrent ? H : I, width = recurrent ? hidden_vectors * N : input_vectors * N;
-    const WeightGradients& wanted = p.gradients[chunk.job.direction];
-    const bool in_place = adds_in_place(columns);
-    S* total = in_place    ? static_cast<S*>(recurrent ? wanted.w_hh : wanted.w_ih)
-               : recurrent ? hh_sums.get() + set * gates * H * width
-                           : ih_sums.get() + set * gates * H * width;
+    const auto [to, width] = total<recurrent>(chunk, set);
     const int64_t rows = chunk.rows(), blocks = (rows + gradient_rows - 1) / gradient_rows;
     for (int64_t vector = begin; vector < end; vector += 2 * gradient_pairs)
       for (int64_t block = 0; block < blocks; ++block) {
@@ -123,39 +160,104 @@ struct Gradients {
         for (int g = 0; g < gates; ++g) {
           const int64_t sum = recurrent ? g : Cell::input_sum + g, torch_gate = recurrent ? Cell::hidden_gate(g) : g;
           multiply_transposed<V, S>({right, N, 2 * N, count, chunk.dsums + row * chunk.stride + sum * H, chunk.stride,
-                                     K, H, total + torch_gate * H * width + vector * N, width, N, fresh && block == 0},
+                                     K, H, to + torch_gate * H * width + vector * N, width, N, fresh && block == 0},
                                     2 * N * K);
         }
       }
   }
 
-  // Rows [begin, end) of the chunk of x or of the state before, `count` vectors from `vector` on, in pairs: for every pair
-  // its rows, one after the other.
+  // Panels [begin, end) of the rows of dW_hh or dW_ih, all of their columns: the other way round, since the dsums must be
+  // transposed and split.
   template <bool recurrent>
-  void copy(const Chunk<S>& chunk, int64_t begin, int64_t end, int64_t vector, int64_t count, S* pairs) {
+  void weight_in_tiles(const Chunk<S>& chunk, int64_t set, int64_t begin, int64_t end, int64_t vectors, bool fresh,
+                       S* memory) {
+    if constexpr (takes_tiles<V>) {
+      if (begin == end) return;
+      const auto [to, width] = total<recurrent>(chunk, set);
+      const int64_t rows = chunk.rows(), blocks = (rows + gradient_rows - 1) / gradient_rows;
+      uint16_t *left = reinterpret_cast<uint16_t*>(memory), *right = left + tiles_of_vector;
+      for (int64_t vector = 0; vector < vectors; vector += 2 * gradient_pairs)
+        for (int64_t block = 0; block < blocks; ++block) {
+          const int64_t count = std::min<int64_t>(2 * gradient_pairs, vectors - vector);
+          const int64_t row = rows * block / blocks, K = rows * (block + 1) / blocks - row;
+          copy_to_tiles<recurrent>(chunk, row, K, vector, count, right);
+          for (int g = 0; g < gates; ++g) {
+            const int64_t sum = recurrent ? g : Cell::input_sum + g, torch_gate = recurrent ? Cell::hidden_gate(g) : g;
+            for (int64_t panel = begin; panel < end; ++panel) {
+              const int units = base.units(panel);
+              transpose_to_tiles(chunk.dsums + row * chunk.stride + sum * H + panel * N, chunk.stride, K, units, left);
+              multiply_tiles<V, pieces, pieces>({right, count, blocks_of(K), left, N, units,
+                                                 to + (torch_gate * H + panel * N) * width + vector * N, width, N,
+                                                 fresh && block == 0});
+            }
+          }
+        }
+    }
+  }
+
+  // K rows of up to N units as the N rows of a product over K.
+  static void transpose_to_tiles(const S* from, int64_t stride, int64_t K, int units, uint16_t* tiles) {
+    const SplitRows<V, pieces> to{tiles, N};
+    const auto square = [&](int64_t k, auto width) __attribute__((always_inline)) {
+      V rows[N];
+#pragma GCC unroll 16
+      for (int j = 0; j < N; ++j) rows[j] = k + j < K ? V::load(from + (k + j) * stride, width) : V(S(0));
+      transpose<N / 2>(rows);
+#pragma GCC unroll 16
+      for (int j = 0; j < N; ++j) to.store(k / 32, k / 16 % 2, j, rows[j]);
+    };
+    for (int64_t k = 0; k < blocks_of(K) * 32; k += N)
+      units == N ? square(k, std::integral_constant<int, N>()) : square(k, units);
+  }
+
+  // Row k of the chunk of x or of the state before; nullptr past a row's end, where the gradient is zero, but x may be NaN.
+  template <bool recurrent, class F>
+  void each_row(const Chunk<S>& chunk, int64_t begin, int64_t end, const F& f) const {
     const Job& job = chunk.job;
-    const int64_t K = end - begin, columns = recurrent ? H : I;
     const S* outputs = static_cast<const S*>(p.y) + job.direction * H;
     for (int64_t t = chunk.t_begin; t < chunk.t_end; ++t) {
       const int64_t first = chunk.row(t);
       if (first >= end) break;
       for (int64_t b = std::max(job.row_begin, job.row_begin + begin - first); b < job.row_end; ++b) {
-        const int64_t k = first + b - job.row_begin - begin;
-        if (k >= K || (chunk.whole() && b >= sequence.rows_at(t))) break;
-        const S* from = nullptr;  // past a row's end the gradient is zero, but x may be NaN
+        const int64_t k = first + b - job.row_begin;
+        if (k >= end || (chunk.whole() && b >= sequence.rows_at(t))) break;
+        const S* from = nullptr;
         if (t < sequence.length(b))
           from = recurrent ? base.state_before(job, t, b, outputs, D * H, static_cast<const S*>(p.hx))
                            : static_cast<const S*>(p.x) + (sequence.start(t) + b) * I;
-        const int64_t whole = std::min(count, columns / N - vector);
-        const auto to = [&](int64_t v) { return pairs + ((v / 2 * K + k) * 2 + v % 2) * N; };
-        if (from) {
-          from += vector * N;
-          for (int64_t v = 0; v < whole; ++v) V::load(from + v * N).store(to(v));
-          if (whole < count) V::load(from + whole * N, static_cast<int>(columns % N)).store(to(whole));
-        } else {
-          for (int64_t v = 0; v < count; ++v) V(S(0)).store(to(v));
-        }
+        f(k - begin, from);
       }
+    }
+  }
+
+  // Rows [begin, end) of them, `count` vectors from `vector` on, in pairs: for every pair its rows, one after the other.
+  template <bool recurrent>
+  void copy(const Chunk<S>& chunk, int64_t begin, int64_t end, int64_t vector, int64_t count, S* pairs) const {
+    const int64_t K = end - begin, columns = recurrent ? H : I, whole = std::min(count, columns / N - vector);
+    each_row<recurrent>(chunk, begin, end, [&](int64_t k, const S* from) {
+      const auto to = [&](int64_t v) { return pairs + ((v / 2 * K + k) * 2 + v % 2) * N; };
+      if (from) {
+        from += vector * N;
+        for (int64_t v = 0; v < whole; ++v) V::load(from + v * N).store(to(v));
+        if (whole < count) V::load(from + whole * N, static_cast<int>(columns % N)).store(to(whole));
+      } else {
+        for (int64_t v = 0; v < count; ++v) V(S(0)).store(to(v));
+      }
+    });
+  }
+
+  // K rows of them from `row` on, as weights of a product over K.
+  template <bool recurrent>
+  void copy_to_tiles(const Chunk<S>& chunk, int64_t row, int64_t K, int64_t vector, int64_t count,
+                     uint16_t* tiles) const {
+    const int64_t columns = recurrent ? H : I, padded = blocks_of(K) * 32;
+    std::array<const S*, gradient_rows> rows{};
+    each_row<recurrent>(chunk, row, row + K, [&](int64_t k, const S* from) { rows[k] = from; });
+    for (int64_t v = 0; v < count; ++v, tiles += tiled_size<pieces>(K)) {
+      const int64_t column = (vector + v) * N;
+      const int width = static_cast<int>(std::min<int64_t>(N, columns - column));
+      const auto load = [&](int64_t k) { return rows[k] ? V::load(rows[k] + column, width) : V(S(0)); };
+      for (int64_t k = 0; k < padded; k += 2) store_split<V, pieces>(load(k), load(k + 1), tiles + tiled_place<pieces>(k));
     }
   }
 

@@ -32,8 +32,10 @@ struct ForwardOrStep {
   }
 };
 
-template <template <class, class, int, class> class Pass, int bytes, class Params>
-void run_pass(const Params& p, const Threads& threads) {
+template <template <class, class, int, class> class Pass, int bytes, bool tiles, class Params>
+void run_pass(const Params& params, const Threads& threads) {
+  Params p = params;
+  p.tiles = tiles;
   const auto with_cell = [&](auto scalar, auto weight) {
     using S = decltype(scalar);
     using W = decltype(weight);
@@ -80,28 +82,29 @@ constexpr int64_t gates_of(CellKind cell) {
   }
 }
 
-template <int bytes>
+template <int bytes, bool tiles>
 PlanInfo plan_of(const Problem& p, bool backward, int64_t threads) {
   const int64_t gates = gates_of(p.cell),
                 N = bytes / (p.scalar == ScalarKind::float64 ? sizeof(double) : sizeof(float));
   if (!backward && is_step(p)) {
     const int64_t panels = (p.H + N - 1) / N * p.directions;
-    return {1, step_needs_team(p, gates) ? std::min(threads, panels) : 1, 1, true, false, true};
+    return {1, step_needs_team(p, gates) ? std::min(threads, panels) : 1, 1, true, false, false, true};
   }
   const Plan plan = make_plan(backward ? Pass::backward : Pass::forward, p.sequence.T, p.sequence.B, p.H, p.directions,
-                              p.converts_weights(), gates, N, threads);
-  return {plan.groups, plan.slices, plan.row_blocks, plan.share_units, plan.packed, false};
+                              p.converts_weights(), gates, N, threads,
+                              tiles && p.scalar != ScalarKind::float64);
+  return {plan.groups, plan.slices, plan.row_blocks, plan.share_units, plan.packed, plan.tiled, false};
 }
 
-template <int bytes>
+template <int bytes, bool tiles = false>
 constexpr Kernels make_kernels(const char* name) {
   return {name,
-          &run_pass<ForwardOrStep, bytes, ForwardParams>,
-          &run_pass<Backward, bytes, BackwardParams>,
-          &run_pass<Prepare, bytes, PrepareParams>,
+          &run_pass<ForwardOrStep, bytes, tiles, ForwardParams>,
+          &run_pass<Backward, bytes, tiles, BackwardParams>,
+          &run_pass<Prepare, bytes, tiles, PrepareParams>,
           &evaluate<float, bytes>,
           &evaluate<double, bytes>,
-          &plan_of<bytes>,
+          &plan_of<bytes, tiles>,
           &multiply_add<bytes>,
           &read_all<bytes>};
 }

@@ -56,12 +56,20 @@ constexpr bool packs_input(int64_t T, int64_t B, int64_t H, bool converted) {
   return T * B >= (H < 64 ? 8 : !converted && (T == 1 || H >= 512) ? most_step_rows : 16);
 }
 
+// Rows of a batch from which on its products are made in tiles of 16 (tiles.h), and the least width.
+constexpr int64_t tile_rows_of_float = 12, tile_rows_of_bfloat16 = 3, tile_width = 48;
+constexpr bool in_tiles_from(int64_t B, int64_t H, bool converted) {
+  return B >= (converted ? tile_rows_of_bfloat16 : tile_rows_of_float) && H >= tile_width;
+}
+
 // Rows whose gradients are taken in one go: the more, the less often the weights' gradients are fetched and stored (1/256
 // of the multiplications), the fewer, the nearer their pre-activations' gradients still are.
 constexpr int64_t gradient_rows = 256;
 // Pairs of output vectors of a weight's gradient for which rows of x or h are copied side by side: with AVX2 256 KiB, half a
 // second-level cache.
 constexpr int64_t gradient_pairs = 16;
+// Rows of a chunk from which on its gradients are made in tiles.
+constexpr int64_t tile_rows_of_gradients = 32;
 
 // Most rows of a step for which packed bfloat16 weights stay bfloat16: so few wait for weights to come from a cache, more
 // for the arithmetic, to which unpacking would add (AVX2, B = 1: 1.13 to 1.18 times as fast as one by one; B = 3 and 4 are
@@ -85,10 +93,12 @@ struct Plan {
   int64_t chunk;       // steps of x·W_ih, or of gradients, computed at a time
   bool packed_input;   // whether forward packs W_ih
   bool packed;         // whether W_hh is packed (backward: both)
+  bool tiled = false;  // whether products for a step's rows are made in tiles; backward: for the carried gradients
+  bool tiled_sums = false;  // backward: whether the gradients of weights and input are
 };
 
 constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t H, int directions, bool converted, int64_t gates,
-                         int64_t vector, int64_t threads) {
+                         int64_t vector, int64_t threads, bool tiles) {
   const int64_t panels = (H + vector - 1) / vector, step_flops = 2 * gates * H * H * B;
   // A thread is only woken (a few µs) for work that lasts longer.
   if (T * step_flops * directions < 200'000) threads = 1;
@@ -118,7 +128,12 @@ constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t H, int directi
   const int64_t block_rows = std::max<int64_t>((B + plan.row_blocks - 1) / plan.row_blocks, 1);
   if (pass == Pass::backward) {
     plan.chunk = std::clamp<int64_t>(gradient_rows / block_rows, 1, std::max<int64_t>(T, 1));
-  } else if (plan.row_blocks == 1) {  // a block's rows are next to each other within a step only
+    plan.tiled_sums = tiles && plan.packed && H >= tile_width && plan.chunk * block_rows >= tile_rows_of_gradients;
+    plan.tiled = plan.tiled_sums && in_tiles_from(B, H, converted);
+  } else {
+    plan.tiled = tiles && plan.packed && in_tiles_from(B, H, converted);
+  }
+  if (pass == Pass::forward && plan.row_blocks == 1) {  // a block's rows are next to each other within a step only
     const int64_t most = gates * H * H < large_weights ? projection_rows : projection_rows_of_large;
     plan.chunk = std::clamp<int64_t>(most / block_rows, 1, std::max<int64_t>(T, 1));
   }
