@@ -17,7 +17,7 @@ struct Backward : Recurrence<Cell, S, N> {
   using typename Base::V;
 
   const BackwardParams& p;
-  Columns<V, S, W> w_hh{H, gates, H, hidden_gates(), plan.packed, !plan.tiled && B <= narrow_rows, plan.tiled};
+  Columns<V, S, W> w_hh{H, gates, H, hidden_gates(), plan.packed, plan.tiled || B <= narrow_rows};
   Gradients<Cell, S, N, W> gradients{*this, p};
   // Of both weights: as large as what forward packs, so that both passes of a step take turns in one block.
   Scratch<S> packed = scratch<S>(w_hh.numbers(p.directions) + gradients.w_ih.numbers(p.directions));
@@ -45,7 +45,7 @@ struct Backward : Recurrence<Cell, S, N> {
     S* dh = dh_carry.get() + team * block_rows * padded_H;
     S* dc = dc_carry.get() + team * block_rows * padded_H;
     const TileRegisters registers(plan.tiled_sums);
-    const auto split = gradients.split_of(team);
+    const TileRows<V> tiles = gradients.tiles_of(team);
     exchange<true>(job, member, dh, static_cast<const S*>(p.dh_n));
     if constexpr (Cell::has_cell) exchange<true>(job, member, dc, static_cast<const S*>(p.dc_n));
     for (int64_t s_end = sequence.T; s_end > 0;) {
@@ -56,13 +56,12 @@ struct Backward : Recurrence<Cell, S, N> {
       for (int64_t s = s_end - 1; s >= s_begin; --s) {
         const int64_t t = job.step(s), count = job.rows_end(t) - job.row_begin;
         cell(chunk, t, member, dh, dc);
-        if (plan.tiled) gradients.split_units(chunk, chunk.row(t), count, member.begin, member.end, split);
+        if (plan.tiled) gradients.fill_tiles(chunk, chunk.row(t), count, member.begin, member.end, tiles);
         member.meet_in_step();
         if (count > 0 && (s > 0 || p.dhx)) {
           S* C = dh + member.begin * N;
           if (plan.tiled)
-            w_hh.multiply_split(job.direction, split.at(0, chunk.row(t)), split.capacity, count, member.begin,
-                                member.end, C, padded_H);
+            w_hh.multiply_tiles(job.direction, tiles, 0, chunk.row(t), count, member.begin, member.end, C, padded_H);
           else
             w_hh.multiply(job.direction, chunk.at(t, job.row_begin), stride, count, member.begin, member.end, C,
                           padded_H);
@@ -72,7 +71,7 @@ struct Backward : Recurrence<Cell, S, N> {
       member.meet();
       if (plan.tiled_sums && !plan.tiled) {
         const auto [begin, end] = member.share(panels);
-        gradients.split_units(chunk, 0, chunk.rows(), begin, end, split);
+        gradients.fill_tiles(chunk, 0, chunk.rows(), begin, end, tiles);
         member.meet();
       }
       gradients.add(chunk, member, team, slice);

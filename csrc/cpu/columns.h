@@ -9,7 +9,7 @@ namespace {
 
 // The [gates*H, columns] weights of up to two directions. A product takes `gates` blocks of H numbers a row, the one for
 // block g times the weights' block gate_of[g]. Where weights are not packed, whole vectors are read in place; a last
-// partial one never is. `narrow`: packed weights stay of the type that they are stored in; `tiled`: they are tiles.
+// partial one never is. `narrow`: packed weights stay of the type that they are stored in.
 template <class V, class S, class W>
 struct Columns {
   static constexpr int N = V::size;
@@ -17,26 +17,25 @@ struct Columns {
   int64_t columns, gates, H;
   std::array<int, 4> gate_of;
   int64_t vectors = (columns + N - 1) / N, first_packed;
-  bool narrow, tiled;
+  bool narrow;
   const W* weights[2] = {};
   S* panels = nullptr;  // of Packed<W>, where they are narrow: [direction][vector][gate][packed_size(H)][N]
 
-  Columns(int64_t columns, int64_t gates, int64_t H, std::array<int, 4> gate_of, bool packed, bool narrow, bool tiled)
+  Columns(int64_t columns, int64_t gates, int64_t H, std::array<int, 4> gate_of, bool packed, bool narrow)
       : columns(columns),
         gates(gates),
         H(H),
         gate_of(gate_of),
         first_packed(packed ? 0 : columns / N),
-        narrow(narrow),
-        tiled(tiled) {}
+        narrow(narrow) {}
 
   void set(int64_t direction, const void* matrix) { weights[direction] = static_cast<const W*>(matrix); }
 
   // What packing needs memory for, in whole cache lines.
   int64_t numbers(int64_t directions) const {
     constexpr int64_t line = 64 / sizeof(S);
-    const int64_t of_vector = tiled ? tiled_size<pieces_of<W>>(H) / 2 : H * N;
-    return (directions * (vectors - first_packed) * gates * of_vector + line - 1) / line * line;
+    const int64_t size = narrow ? packed_size<Packed<W>>(H) : H;
+    return (directions * (vectors - first_packed) * gates * size * N + line - 1) / line * line;
   }
 
   void pack(const Threads& threads, int64_t directions, S* memory) {
@@ -50,16 +49,11 @@ struct Columns {
         const int64_t column = (first_packed + vector) * N, count = std::min(vectors_at_once * N, columns - column),
                       to = (direction * packed + vector) * gates + g;
         const W* from = weights[direction] + gate_of[g] * H * columns;
-        const auto pack = [&](auto* panels, int64_t size) {
+        const auto pack = [&](auto* panels) {
+          const int64_t size = packed_size<std::remove_pointer_t<decltype(panels)>>(H) * N;
           pack_columns<V>(from, columns, column, count, H, panels + to * size, gates * size);
         };
-        if constexpr (takes_tiles<V>)
-          if (tiled) {
-            constexpr int pieces = pieces_of<W>;
-            pack(reinterpret_cast<Tiles<pieces>*>(panels), tiled_size<pieces>(H));
-            continue;
-          }
-        narrow ? pack(reinterpret_cast<Packed<W>*>(panels), packed_size<Packed<W>>(H) * N) : pack(panels, H * N);
+        narrow ? pack(reinterpret_cast<Packed<W>*>(panels)) : pack(panels);
       }
     });
   }
@@ -76,7 +70,7 @@ struct Columns {
     // All gates are one product, unless a pair would span two of them.
     const auto packed = [&](auto* panels) {
       using Stored = std::remove_pointer_t<decltype(panels)>;
-      const int64_t size = packed_size<Stored>(H) * N, blocks = in_pairs<Stored> && H % 2 ? gates : 1;
+      const int64_t size = packed_size<Stored>(H) * N, blocks = padded<Stored>(H) == H ? 1 : gates;
       panels += (direction * (vectors - first_packed) + in_place - first_packed) * gates * size;
       for (int64_t g = 0; g < blocks; ++g)
         cpu::multiply<V, S, Stored>({panels + g * size, gates * size, N, end - in_place, A + g * H, lda,
@@ -85,14 +79,14 @@ struct Columns {
     narrow ? packed(reinterpret_cast<Packed<W>*>(panels)) : packed(panels);
   }
 
-  // The same in tiles, with A split: `gates` times the blocks of H columns.
-  void multiply_split(int64_t direction, const uint16_t* A, int64_t capacity, int64_t rows, int64_t begin, int64_t end,
-                      S* C, int64_t ldc, bool fresh = false) const {
-    constexpr int pieces = pieces_of<W>;
-    if constexpr (takes_tiles<V>)
-      multiply_tiles<V, pieces_beside<W>, pieces>({reinterpret_cast<const uint16_t*>(panels) +
-                                                       (direction * vectors + begin) * gates * tiled_size<pieces>(H),
-                                                   end - begin, gates * blocks_of(H), A, capacity, rows, C, ldc, N, fresh});
+  // The same in tiles, where weights are narrow and all are packed. A has `gates` times the blocks of H columns.
+  void multiply_tiles(int64_t direction, const TileRows<V>& A, int64_t first_block, int64_t row, int64_t rows,
+                      int64_t begin, int64_t end, S* C, int64_t ldc, bool fresh = false) const {
+    if constexpr (takes_tiles<V, W>)
+      cpu::multiply_tiles<V>({reinterpret_cast<const Packed<W>*>(panels) +
+                                  (direction * vectors + begin) * gates * packed_size<Packed<W>>(H) * N,
+                              end - begin, gates * blocks_of(H), A.at(first_block, row), A.capacity, rows, C, ldc, N,
+                              fresh});
   }
 };
 

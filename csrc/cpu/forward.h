@@ -25,30 +25,29 @@ struct Forward : Recurrence<Cell, S, N> {
   const bool chunked = plan.chunk > 1 || (p.prepared && plan.row_blocks == 1 && B <= projection_rows);
   const int64_t capacity = chunked ? block_rows * plan.chunk : std::min(block_rows, rows_at_once);  // rows a panel
   const int64_t panels_kept = chunked ? panels : panels_at_once;
-  const bool tiled = (plan.packed || p.prepared) && tiles_for<V>(p);
-  const bool tiled_input = tiled && (plan.packed_input || p.prepared);
-  PackedWeights<Cell, S, N, W> weights{p, plan.packed_input || p.prepared, plan.packed || p.prepared, tiled};
+  PackedWeights<Cell, S, N, W> weights{p, plan.packed_input || p.prepared, plan.packed || p.prepared};
   Scratch<S> room = scratch<S>(p.prepared ? 0 : weights.numbers);
   Scratch<S> h_state = scratch<S>(plan.groups * 2 * block_rows * padded_H);
   Scratch<S> c_state = scratch<S>(Cell::has_cell ? plan.groups * block_rows * padded_H : 0);
   Scratch<S> pre_activations = scratch<S>(plan.groups * plan.slices * panels_kept * capacity * sums * N);
-  // What tiles are multiplied with: a team's states, as h_state has them, and for every slice the rows of x that a chunk has.
-  static constexpr int pieces = pieces_beside<W>;
-  using Split = SplitRows<V, pieces>;
-  const int64_t x_rows = chunked ? capacity : block_rows, h_size = Split::size(tiled ? block_rows : 0, blocks_of(H)),
-                x_size = Split::size(tiled_input ? x_rows : 0, blocks_of(I));
-  Scratch<uint16_t> h_split = scratch<uint16_t>(plan.groups * 2 * h_size);
-  Scratch<uint16_t> x_split = scratch<uint16_t>(plan.groups * plan.slices * x_size);
+  // What tiles are multiplied with: a team's states, twice as in h_state, and for every slice the rows of x that a chunk has.
+  const bool tiled = weights.tiled && (plan.packed || p.prepared),
+             tiled_input = weights.tiled && (plan.packed_input || p.prepared);
+  const int64_t x_rows = chunked ? capacity : block_rows,
+                h_size = TileRows<V>::size(tiled ? block_rows : 0, blocks_of(H)),
+                x_size = TileRows<V>::size(tiled_input ? x_rows : 0, blocks_of(I));
+  Scratch<uint16_t> h_tiles = scratch<uint16_t>(plan.groups * 2 * h_size);
+  Scratch<uint16_t> x_tiles = scratch<uint16_t>(plan.groups * plan.slices * x_size);
 
-  // Rows to be multiplied, and the same split where they meet tiles.
+  // Rows to be multiplied; where weights are tiles, the same for them.
   struct Rows {
     const S* first;
     int64_t stride, K;
-    const uint16_t* split = nullptr;
-    int64_t capacity = 0;
+    const uint16_t* tiles;
+    int64_t capacity;
 
     Rows from(int64_t row) const {
-      return {first + row * stride, stride, K, split ? split + row * 32 : nullptr, capacity};
+      return {first + row * stride, stride, K, tiles ? tiles + row * 32 : nullptr, capacity};
     }
   };
 
@@ -79,31 +78,30 @@ struct Forward : Recurrence<Cell, S, N> {
     }
   }
 
-  // The member's units of some rows of a state.
-  void split_units(const Member& member, const S* h, int64_t count, const Split& to) const {
-    if constexpr (takes_tiles<V>)
+  // The member's units of some rows of a state, for tiles.
+  void fill_tiles(const Member& member, const S* h, int64_t count, const TileRows<V>& to) const {
+    if constexpr (takes_tiles<V, W>)
       if (tiled && member.begin < member.end)
-        to.fill(h, padded_H, count, 0, member.begin * N, std::min(member.end * N, H), 0, H);
+        to.fill(h, padded_H, count, 0, 0, member.begin * N, std::min(member.end * N, H), H);
   }
 
-  // Rows of x, and split.
-  Rows input(int64_t row, int64_t count, const Split& to) const {
+  Rows input(int64_t row, int64_t count, const TileRows<V>& to) const {
     const S* x = static_cast<const S*>(p.x) + row * I;
-    if constexpr (takes_tiles<V>)
-      if (tiled_input) to.fill(x, I, count, 0, 0, I, 0, I);
+    if constexpr (takes_tiles<V, W>)
+      if (tiled_input) to.fill(x, I, count, 0, 0, 0, I, I);
     return {x, I, I, tiled_input ? to.memory : nullptr, to.capacity};
   }
 
   void steps(const Job& job, Member& member, int64_t team, int64_t slice) {
     const TileRegisters registers(tiled);
-    const Split h_rows[2] = {{h_split.get() + team * 2 * h_size, block_rows},
-                             {h_split.get() + (team * 2 + 1) * h_size, block_rows}},
-                x_rows_split{x_split.get() + slice * x_size, x_rows};
+    const TileRows<V> h_rows[2] = {{h_tiles.get() + team * 2 * h_size, block_rows},
+                                   {h_tiles.get() + (team * 2 + 1) * h_size, block_rows}},
+                      own_x{x_tiles.get() + slice * x_size, x_rows};
     S* h = h_state.get() + team * 2 * block_rows * padded_H;
     S* c = c_state.get() + team * block_rows * padded_H;
     S* a = pre_activations.get() + slice * panels_kept * capacity * sums * N;
     start(job, member, h, c);
-    for (const Split& rows : h_rows) split_units(member, h, job.row_end - job.row_begin, rows);
+    for (const TileRows<V>& rows : h_rows) fill_tiles(member, h, job.row_end - job.row_begin, rows);
     member.meet_in_step();
     int64_t kept_row = 0;  // the sequence row of the first row of pre-activations kept
     for (int64_t s = 0; s < sequence.T; ++s) {
@@ -117,11 +115,11 @@ struct Forward : Recurrence<Cell, S, N> {
           const int64_t t_end = job.step(std::min(s + plan.chunk, sequence.T) - 1);
           kept_row = sequence.start(std::min(t, t_end));
           const int64_t rows = sequence.start(std::max(t, t_end) + 1) - kept_row;
-          project(job, member.begin, n, input(kept_row, rows, x_rows_split), rows, a);
+          project(job, member.begin, n, input(kept_row, rows, own_x), rows, a);
         }
         step(job, t, member.begin, n, job.row_begin, count, a + (row - kept_row) * sums * N, h_in, h_out, c, s % 2);
       } else {
-        const Rows x = input(row, count, x_rows_split);
+        const Rows x = input(row, count, own_x);
         for (int64_t panel = member.begin; panel < member.end; panel += panels_at_once)
           for (int64_t r = 0; r < count; r += capacity) {
             const int64_t n = std::min<int64_t>(panels_at_once, member.end - panel),
@@ -130,7 +128,7 @@ struct Forward : Recurrence<Cell, S, N> {
             step(job, t, panel, n, job.row_begin + r, rows, a, h_in, h_out, c);
           }
       }
-      split_units(member, h_out, count, h_rows[(s + 1) % 2]);
+      fill_tiles(member, h_out, count, h_rows[(s + 1) % 2]);
       member.meet_in_step();
     }
   }
@@ -169,13 +167,12 @@ struct Forward : Recurrence<Cell, S, N> {
                int64_t count, S* sum, bool backwards = false) {
     const S* A = rows.first;
     const int64_t panel_stride = capacity * sums * N, lda = rows.stride, K = rows.K;
-    if constexpr (takes_tiles<V>)
-      if (rows.split) {
-        const int64_t size = tiled_size<pieces_of<W>>(K);
-        multiply_tiles<V, pieces, pieces_of<W>>(
-            {reinterpret_cast<const uint16_t*>(packed) + (job.direction * panels + panel) * gates * size, n * gates,
-             blocks_of(K), rows.split, rows.capacity, count, sum, sums * N, N, false,
-             gates, panel_stride});
+    if constexpr (takes_tiles<V, W>)
+      if (rows.tiles) {
+        const auto* tiles = reinterpret_cast<const Packed<W>*>(packed) +
+                            (job.direction * panels + panel) * gates * packed_size<Packed<W>>(K) * N;
+        multiply_tiles<V>({tiles, n * gates, blocks_of(K), rows.tiles, rows.capacity, count, sum, sums * N, N, false,
+                           gates, panel_stride});
         return;
       }
     const int64_t size = packed_size<Stored>(K) * N;

@@ -14,14 +14,18 @@ namespace fusedrnn::cpu {
 namespace {
 
 // What packed weights are stored as, where they keep their type: bfloat16 in pairs of neighbours in k. An output vector has
-// packed_size vecs.
+// packed_size vecs; those of pairs are whole tiles (tiles.h), zero beyond K.
 template <class Stored>
 using Packed = std::conditional_t<std::is_same_v<Stored, bfloat16>, bfloat16_pair, Stored>;
 template <class Stored>
 constexpr bool in_pairs = std::is_same_v<Stored, bfloat16_pair>;
 template <class Stored>
+constexpr int64_t padded(int64_t K) {
+  return in_pairs<Stored> ? blocks_of(K) * 32 : K;
+}
+template <class Stored>
 constexpr int64_t packed_size(int64_t K) {
-  return in_pairs<Stored> ? (K + 1) / 2 : K;
+  return in_pairs<Stored> ? padded<Stored>(K) / 2 : K;
 }
 
 // C[row*ldc + vector*c_stride] += sum over k of A[row*lda + k] * W[vector*w_stride + k*k_stride], for
@@ -203,8 +207,7 @@ void multiply_transposed(const Product<S>& p, int64_t pair) {
   }
 }
 
-// Packs rows [first, first + count) of a row-major [*, K] matrix as one output vector; missing rows are zero. Into tiles: the
-// rest of a last block, too.
+// Packs rows [first, first + count) of a row-major [*, K] matrix as one output vector; missing rows are zero.
 template <class V, class From, class To>
 void pack_rows(const From* matrix, int64_t first, int count, int64_t K, To* packed) {
   constexpr int N = V::size;
@@ -214,19 +217,15 @@ void pack_rows(const From* matrix, int64_t first, int count, int64_t K, To* pack
     for (int j = 0; j < N; ++j)
       rows[j] = j < height ? load<V>(matrix + (first + j) * K + k, width) : V(typename V::Scalar(0));
     transpose<N / 2>(rows);
-    if constexpr (in_tiles<To>)
-      for (int i = 0; i < N; i += 2)
-        store_split<V, To::pieces>(rows[i], rows[i + 1], &packed[tiled_place<To::pieces>(k + i)].bits);
-    else if constexpr (in_pairs<To>)
-      for (int i = 0; i < width; i += 2) store_pairs(rows[i], rows[i + 1], packed + (k + i) / 2 * N);
+    if constexpr (in_pairs<To>)
+      for (int i = 0; i < N; i += 2) store_pairs(rows[i], rows[i + 1], packed + (k + i) / 2 * N);
     else
       for (int i = 0; i < width; ++i) rows[i].store(packed + (k + i) * N);
   };
   int64_t k = 0;
   if (count == N)  // known sizes: three times as fast
     for (constexpr std::integral_constant<int, N> whole{}; k + N <= K; k += N) square(k, whole, whole);
-  for (const int64_t end = in_tiles<To> ? blocks_of(K) * 32 : K; k < end; k += N)
-    square(k, count, static_cast<int>(std::clamp<int64_t>(K - k, 0, N)));
+  for (; k < padded<To>(K); k += N) square(k, count, static_cast<int>(std::clamp<int64_t>(K - k, 0, N)));
 }
 
 // Packs columns [first, first + count) of a row-major [K, columns] matrix as output vectors, `stride` numbers from one to the
@@ -239,15 +238,12 @@ void pack_columns(const From* matrix, int64_t columns, int64_t first, int64_t co
     const From* from = matrix + first + v * N;
     To* to = packed + v * stride;
     const auto row = [&](int64_t k) { return k < K ? load<V>(from + k * columns, width) : V(0); };
-    if constexpr (in_tiles<To>)
-      for (int64_t k = begin; k < end; k += 2)
-        store_split<V, To::pieces>(row(k), row(k + 1), &to[tiled_place<To::pieces>(k)].bits);
-    else if constexpr (in_pairs<To>)
+    if constexpr (in_pairs<To>)
       for (int64_t k = begin; k < end; k += 2) store_pairs(row(k), row(k + 1), to + k / 2 * N);
     else
       for (int64_t k = begin; k < end; ++k) load<V>(from + k * columns, width).store(to + k * N);
   };
-  const int64_t rows = in_tiles<To> ? blocks_of(K) * 32 : K;
+  const int64_t rows = padded<To>(K);
   for (int64_t k = 0; k < rows; k += rows_at_once) {
     const int64_t end = std::min(k + rows_at_once, rows);
     int64_t v = 0;

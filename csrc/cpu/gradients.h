@@ -47,22 +47,20 @@ struct Gradients {
   const bool shared = base.plan.row_blocks > 1;  // whether several teams work on one direction
   const int64_t teams = shared ? base.plan.groups : 1;
   const bool tiled = base.plan.tiled_sums;
-  Columns<V, S, W> w_ih{p.dx ? I : 0, gates, H, {0, 1, 2, 3}, base.plan.packed, false, tiled};
+  Columns<V, S, W> w_ih{p.dx ? I : 0, gates, H, {0, 1, 2, 3}, base.plan.packed, tiled};
   Scratch<S> dx_reverse = scratch<S>(p.dx && D == 2 ? base.rows * I : 0);
   Scratch<S> ih_sums, hh_sums, bias_sums = scratch<S>(teams * D * sums * H);
   // A slice's own: a copy of some rows in pairs of vectors (see weight), or in tiles beside the dsums of 16 units; or of dX a
   // last vector that sticks out of its row.
   const int64_t chunk_rows = base.plan.chunk * base.block_rows, copied_rows = std::min(gradient_rows, chunk_rows);
   const int64_t vectors_at_once = std::min(2 * gradient_pairs, std::max(input_vectors, hidden_vectors) + 1);
-  static constexpr int pieces = pieces_beside<W>;
-  const int64_t tiles_of_vector = tiled_size<pieces>(copied_rows);
+  const int64_t tile_numbers = packed_size<bfloat16_pair>(copied_rows) * N;  // of a vector of copied rows
   const int64_t slice_room = std::max(
-      tiled ? (vectors_at_once + 1) * tiles_of_vector / 2 : copied_rows * vectors_at_once * N, chunk_rows * N);
+      tiled ? (vectors_at_once + 2) * tile_numbers : copied_rows * vectors_at_once * N, chunk_rows * N);
   Scratch<S> room = scratch<S>(base.plan.groups * base.plan.slices * slice_room);
-  // The dsums of a team's chunk, split.
-  using Split = SplitRows<V, pieces>;
-  const int64_t split_size = Split::size(tiled ? chunk_rows : 0, sums * blocks_of(H));
-  Scratch<uint16_t> split_dsums = scratch<uint16_t>(base.plan.groups * split_size);
+  // The dsums of a team's chunk for tiles.
+  const int64_t tiles_size = TileRows<V>::size(tiled ? chunk_rows : 0, sums * blocks_of(H));
+  Scratch<uint16_t> dsums_tiles = scratch<uint16_t>(base.plan.groups * tiles_size);
 
   Gradients(const Base& recurrence, const BackwardParams& params) : base(recurrence), p(params) {
     for (int64_t d = 0; d < D; ++d) w_ih.set(d, p.weights[d].w_ih);
@@ -73,21 +71,21 @@ struct Gradients {
   // Where a row of the gradient ends with a vec and nobody else adds to it, the products go straight to their place.
   bool adds_in_place(int64_t columns) const { return !shared && columns % N == 0; }
 
-  Split split_of(int64_t team) const { return {split_dsums.get() + team * split_size, chunk_rows}; }
+  TileRows<V> tiles_of(int64_t team) const { return {dsums_tiles.get() + team * tiles_size, chunk_rows}; }
 
-  // The dsums of panels [begin, end) and some of the chunk's rows.
-  void split_units(const Chunk<S>& chunk, int64_t row, int64_t count, int64_t begin, int64_t end,
-                   const Split& to) const {
-    if constexpr (takes_tiles<V>)
+  // The dsums of panels [begin, end) and some of the chunk's rows, for tiles.
+  void fill_tiles(const Chunk<S>& chunk, int64_t row, int64_t count, int64_t begin, int64_t end,
+                  const TileRows<V>& to) const {
+    if constexpr (takes_tiles<V, W>)
       for (int64_t k = 0; k < sums && begin < end; ++k)
-        to.fill(chunk.dsums + row * chunk.stride + k * H, chunk.stride, count, row, begin * N, std::min(end * N, H),
-                k * blocks_of(H), H);
+        to.fill(chunk.dsums + row * chunk.stride + k * H, chunk.stride, count, k * blocks_of(H), row, begin * N,
+                std::min(end * N, H), H);
   }
 
   // A member's part of one chunk.
   void add(const Chunk<S>& chunk, Member& member, int64_t team, int64_t slice) {
     S* own_room = room.get() + slice * slice_room;
-    if (p.dx) input(chunk, member, split_of(team), own_room);
+    if (p.dx) input(chunk, member, tiles_of(team), own_room);
     const int64_t direction = chunk.job.direction, set = (shared ? team : 0) * D + direction;
     const WeightGradients& wanted = p.gradients[direction];
     const bool first = !member.started[direction];
@@ -110,7 +108,7 @@ struct Gradients {
   }
 
   // dX of the chunk's rows: a member's share of the columns, or of the rows where there are few columns.
-  void input(const Chunk<S>& chunk, const Member& member, const Split& split, S* last_vector) {
+  void input(const Chunk<S>& chunk, const Member& member, const TileRows<V>& tiles, S* last_vector) {
     const bool by_columns = input_vectors >= 2 * member.slices;
     const auto [v_begin, v_end] =
         by_columns ? member.share(input_vectors) : std::pair<int64_t, int64_t>(0, input_vectors);
@@ -124,8 +122,8 @@ struct Gradients {
       S* C = dx + (sequence.start(t) + chunk.job.row_begin + begin) * I;
       const auto multiply = [&](int64_t first, int64_t last, S* to, int64_t width) {
         if (tiled)
-          w_ih.multiply_split(chunk.job.direction, split.at(Cell::input_sum * blocks_of(H), chunk.row(t) + begin),
-                              split.capacity, end - begin, first, last, to, width, true);
+          w_ih.multiply_tiles(chunk.job.direction, tiles, Cell::input_sum * blocks_of(H), chunk.row(t) + begin,
+                              end - begin, first, last, to, width, true);
         else
           w_ih.multiply(chunk.job.direction, A, chunk.stride, end - begin, first, last, to, width, true);
       };
@@ -167,15 +165,16 @@ struct Gradients {
   }
 
   // Panels [begin, end) of the rows of dW_hh or dW_ih, all of their columns: the other way round, since the dsums must be
-  // transposed and split.
+  // transposed.
   template <bool recurrent>
   void weight_in_tiles(const Chunk<S>& chunk, int64_t set, int64_t begin, int64_t end, int64_t vectors, bool fresh,
                        S* memory) {
-    if constexpr (takes_tiles<V>) {
+    if constexpr (takes_tiles<V, W>) {
       if (begin == end) return;
       const auto [to, width] = total<recurrent>(chunk, set);
       const int64_t rows = chunk.rows(), blocks = (rows + gradient_rows - 1) / gradient_rows;
-      uint16_t *left = reinterpret_cast<uint16_t*>(memory), *right = left + tiles_of_vector;
+      bfloat16_pair* right = reinterpret_cast<bfloat16_pair*>(memory);
+      const TileRows<V> left{reinterpret_cast<uint16_t*>(right + vectors_at_once * tile_numbers), N};
       for (int64_t vector = 0; vector < vectors; vector += 2 * gradient_pairs)
         for (int64_t block = 0; block < blocks; ++block) {
           const int64_t count = std::min<int64_t>(2 * gradient_pairs, vectors - vector);
@@ -186,9 +185,9 @@ struct Gradients {
             for (int64_t panel = begin; panel < end; ++panel) {
               const int units = base.units(panel);
               transpose_to_tiles(chunk.dsums + row * chunk.stride + sum * H + panel * N, chunk.stride, K, units, left);
-              multiply_tiles<V, pieces, pieces>({right, count, blocks_of(K), left, N, units,
-                                                 to + (torch_gate * H + panel * N) * width + vector * N, width, N,
-                                                 fresh && block == 0});
+              multiply_tiles<V>({right, count, blocks_of(K), left.memory, N, units,
+                                 to + (torch_gate * H + panel * N) * width + vector * N, width, N,
+                                 fresh && block == 0});
             }
           }
         }
@@ -196,15 +195,14 @@ struct Gradients {
   }
 
   // K rows of up to N units as the N rows of a product over K.
-  static void transpose_to_tiles(const S* from, int64_t stride, int64_t K, int units, uint16_t* tiles) {
-    const SplitRows<V, pieces> to{tiles, N};
+  static void transpose_to_tiles(const S* from, int64_t stride, int64_t K, int units, const TileRows<V>& to) {
     const auto square = [&](int64_t k, auto width) __attribute__((always_inline)) {
       V rows[N];
 #pragma GCC unroll 16
       for (int j = 0; j < N; ++j) rows[j] = k + j < K ? V::load(from + (k + j) * stride, width) : V(S(0));
       transpose<N / 2>(rows);
 #pragma GCC unroll 16
-      for (int j = 0; j < N; ++j) to.store(k / 32, k / 16 % 2, j, rows[j]);
+      for (int j = 0; j < N; ++j) to.store(0, j, k, rows[j]);
     };
     for (int64_t k = 0; k < blocks_of(K) * 32; k += N)
       units == N ? square(k, std::integral_constant<int, N>()) : square(k, units);
@@ -249,15 +247,17 @@ struct Gradients {
   // K rows of them from `row` on, as weights of a product over K.
   template <bool recurrent>
   void copy_to_tiles(const Chunk<S>& chunk, int64_t row, int64_t K, int64_t vector, int64_t count,
-                     uint16_t* tiles) const {
-    const int64_t columns = recurrent ? H : I, padded = blocks_of(K) * 32;
-    std::array<const S*, gradient_rows> rows{};
+                     bfloat16_pair* tiles) const {
+    const int64_t columns = recurrent ? H : I, end = padded<bfloat16_pair>(K);
+    std::array<const S*, gradient_rows> rows{};  // a multiple of 32
     each_row<recurrent>(chunk, row, row + K, [&](int64_t k, const S* from) { rows[k] = from; });
-    for (int64_t v = 0; v < count; ++v, tiles += tiled_size<pieces>(K)) {
+    for (int64_t v = 0; v < count; ++v, tiles += end / 2 * N) {
       const int64_t column = (vector + v) * N;
       const int width = static_cast<int>(std::min<int64_t>(N, columns - column));
-      const auto load = [&](int64_t k) { return rows[k] ? V::load(rows[k] + column, width) : V(S(0)); };
-      for (int64_t k = 0; k < padded; k += 2) store_split<V, pieces>(load(k), load(k + 1), tiles + tiled_place<pieces>(k));
+      const auto rounded = [&](int64_t k) {
+        return V((typename V::Register)to_bfloat16(rows[k] ? V::load(rows[k] + column, width) : V(S(0))));
+      };
+      for (int64_t k = 0; k < end; k += 2) store_pairs(rounded(k), rounded(k + 1), tiles + k / 2 * N);
     }
   }
 

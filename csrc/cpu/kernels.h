@@ -92,7 +92,7 @@ PlanInfo plan_of(const Problem& p, bool backward, int64_t threads) {
   }
   const Plan plan = make_plan(backward ? Pass::backward : Pass::forward, p.sequence.T, p.sequence.B, p.H, p.directions,
                               p.converts_weights(), gates, N, threads,
-                              tiles && p.scalar != ScalarKind::float64);
+                              p.converts_weights() && tiles);
   return {plan.groups, plan.slices, plan.row_blocks, plan.share_units, plan.packed, plan.tiled, false};
 }
 

@@ -157,26 +157,16 @@ FUSEDRNN_INLINE void store_pairs(V even, V odd, bfloat16_pair* p) {
   std::memcpy(p, &words, sizeof(words));
 }
 
-// The upper halves of N words.
+// The nearest bfloat16s, each in the upper half of its word.
+template <int N>
+FUSEDRNN_INLINE typename Bits<N>::Whole to_bfloat16(vec<float, N> x) {
+  using Whole = typename Bits<N>::Whole;
+  const auto bits = (Whole)x.v, nearest = bits + 0x7fff + (bits >> 16 & 1);
+  return (x.v == x.v ? nearest : bits | 0x00400000) & 0xffff0000u;  // a NaN stays one
+}
 template <class V>
 FUSEDRNN_INLINE typename Bits<V::size>::Half upper_halves(typename Bits<V::size>::Whole words) {
   return __builtin_convertvector(words >> 16, typename Bits<V::size>::Half);
-}
-// Whether any number is larger than that with these bits, infinite or NaN, its sign apart.
-template <int N>
-FUSEDRNN_INLINE bool any_beyond(vec<float, N> x, uint32_t bits) {
-  using Whole = typename Bits<N>::Whole;
-  const auto magnitude = (Whole)x.v & 0x7fffffffu;
-#if defined(__x86_64__)
-  if constexpr (N == 16) {
-    using Mask = typename Registers<float, N>::Mask;
-    return __builtin_ia32_ucmpd512_mask((Mask)magnitude, (Mask)(Whole{} + bits), 6, 0xffff) != 0;
-  }
-#endif
-  const auto beyond = magnitude > bits;
-  bool any = false;
-  for (int i = 0; i < N; ++i) any |= beyond[i] != 0;
-  return any;
 }
 
 #define FUSEDRNN_OPERATOR(op)                                       \

@@ -57,10 +57,7 @@ constexpr bool packs_input(int64_t T, int64_t B, int64_t H, bool converted) {
 }
 
 // Rows of a batch from which on its products are made in tiles of 16 (tiles.h), and the least width.
-constexpr int64_t tile_rows_of_float = 12, tile_rows_of_bfloat16 = 3, tile_width = 48;
-constexpr bool in_tiles_from(int64_t B, int64_t H, bool converted) {
-  return B >= (converted ? tile_rows_of_bfloat16 : tile_rows_of_float) && H >= tile_width;
-}
+constexpr bool in_tiles_from(int64_t B, int64_t H) { return B >= 3 && H >= 48; }
 
 // Rows whose gradients are taken in one go: the more, the less often the weights' gradients are fetched and stored (1/256
 // of the multiplications), the fewer, the nearer their pre-activations' gradients still are.
@@ -68,8 +65,6 @@ constexpr int64_t gradient_rows = 256;
 // Pairs of output vectors of a weight's gradient for which rows of x or h are copied side by side: with AVX2 256 KiB, half a
 // second-level cache.
 constexpr int64_t gradient_pairs = 16;
-// Rows of a chunk from which on its gradients are made in tiles.
-constexpr int64_t tile_rows_of_gradients = 32;
 
 // Most rows of a step for which packed bfloat16 weights stay bfloat16: so few wait for weights to come from a cache, more
 // for the arithmetic, to which unpacking would add (AVX2, B = 1: 1.13 to 1.18 times as fast as one by one; B = 3 and 4 are
@@ -128,10 +123,10 @@ constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t H, int directi
   const int64_t block_rows = std::max<int64_t>((B + plan.row_blocks - 1) / plan.row_blocks, 1);
   if (pass == Pass::backward) {
     plan.chunk = std::clamp<int64_t>(gradient_rows / block_rows, 1, std::max<int64_t>(T, 1));
-    plan.tiled_sums = tiles && plan.packed && H >= tile_width && plan.chunk * block_rows >= tile_rows_of_gradients;
-    plan.tiled = plan.tiled_sums && in_tiles_from(B, H, converted);
+    plan.tiled_sums = tiles && plan.packed && in_tiles_from(plan.chunk * block_rows, H);
+    plan.tiled = plan.tiled_sums && in_tiles_from(B, H);
   } else {
-    plan.tiled = tiles && plan.packed && in_tiles_from(B, H, converted);
+    plan.tiled = tiles && plan.packed && in_tiles_from(B, H);
   }
   if (pass == Pass::forward && plan.row_blocks == 1) {  // a block's rows are next to each other within a step only
     const int64_t most = gates * H * H < large_weights ? projection_rows : projection_rows_of_large;
