@@ -299,7 +299,13 @@ LOW_PRECISION = tuple(
             {"T": 1, "B": 5, "I": 33, "H": 65},
             {"T": 9, "B": 2, "I": 16, "H": 70},
             {"T": 30, "B": 1, "I": 16, "H": 65},  # packed bfloat16 is in pairs, the last alone
+            # Products in tiles of 16 rows, 16 outputs and 32 in k: just enough, and beyond every edge.
+            {"T": 3, "B": 16, "I": 32, "H": 32},
+            {"T": 9, "B": 37, "I": 70, "H": 65},
+            {"T": 21, "B": 13, "I": 33, "H": 48, "bidirectional": True, "layers": 2},
+            {"T": 5, "B": 300, "I": 3, "H": 50},
         ),
+        *for_all_cells({"lengths": (2, 9, 1, 9, 4), "T": 9, "B": 5, "I": 20, "H": 40, "bidirectional": True}),
         Case(lengths=(2, 5, 1)),
         Case(proj=3),
     )

@@ -44,7 +44,7 @@ struct Backward : Recurrence<Cell, S, N> {
   void steps(const Job& job, Member& member, int64_t team, int64_t slice) {
     S* dh = dh_carry.get() + team * block_rows * padded_H;
     S* dc = dc_carry.get() + team * block_rows * padded_H;
-    const TileRegisters registers(plan.tiled_sums);
+    const TileRegisters registers(plan.tiled);
     const TileRows<V> tiles = gradients.tiles_of(team);
     exchange<true>(job, member, dh, static_cast<const S*>(p.dh_n));
     if constexpr (Cell::has_cell) exchange<true>(job, member, dc, static_cast<const S*>(p.dc_n));
@@ -69,11 +69,6 @@ struct Backward : Recurrence<Cell, S, N> {
         if (sequence.resets) forget(job, t, member, dh, dc);
       }
       member.meet();
-      if (plan.tiled_sums && !plan.tiled) {
-        const auto [begin, end] = member.share(panels);
-        gradients.fill_tiles(chunk, 0, chunk.rows(), begin, end, tiles);
-        member.meet();
-      }
       gradients.add(chunk, member, team, slice);
       member.meet();
       s_end = s_begin;

@@ -93,7 +93,7 @@ struct Forward : Recurrence<Cell, S, N> {
   }
 
   void steps(const Job& job, Member& member, int64_t team, int64_t slice) {
-    const TileRegisters registers(tiled);
+    const TileRegisters registers(tiled || tiled_input);
     const TileRows<V> h_rows[2] = {{h_tiles.get() + team * 2 * h_size, block_rows},
                                    {h_tiles.get() + (team * 2 + 1) * h_size, block_rows}},
                       own_x{x_tiles.get() + slice * x_size, x_rows};

@@ -46,7 +46,7 @@ struct Gradients {
   const int64_t input_vectors = (I + N - 1) / N, hidden_vectors = (H + N - 1) / N;
   const bool shared = base.plan.row_blocks > 1;  // whether several teams work on one direction
   const int64_t teams = shared ? base.plan.groups : 1;
-  const bool tiled = base.plan.tiled_sums;
+  const bool tiled = base.plan.tiled;
   Columns<V, S, W> w_ih{p.dx ? I : 0, gates, H, {0, 1, 2, 3}, base.plan.packed, tiled};
   Scratch<S> dx_reverse = scratch<S>(p.dx && D == 2 ? base.rows * I : 0);
   Scratch<S> ih_sums, hh_sums, bias_sums = scratch<S>(teams * D * sums * H);
