@@ -88,8 +88,8 @@ def _path(module: torch.nn.Module, input: Tensor | PackedSequence) -> str:
     assert extension is not None
     data = input.data if isinstance(input, PackedSequence) else input
     cell, steps, batch, directions = _call(module, input)
-    double = data.dtype == torch.float64
-    plan = extension.plan(cell, double, False, steps, batch, module.input_size, module.hidden_size, directions)
+    dtype = str(data.dtype).removeprefix("torch.")
+    plan = extension.plan(cell, dtype, False, steps, batch, module.input_size, module.hidden_size, directions)
     packed = "weights packed into tiles" if plan["tiled"] else "packed weights"
     weights = packed if plan["packed"] else "weights read in place"
     threads = plan["teams"] * plan["members"]

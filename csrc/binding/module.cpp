@@ -39,11 +39,11 @@ py::array evaluate_function(const std::string& name, const py::array& x) {
   return evaluate<double>(cpu::kernels().functions_double, which, x);
 }
 
-py::dict plan(const std::string& cell, bool is_double, bool backward, int64_t T, int64_t B, int64_t I, int64_t H,
-              int directions) {
+py::dict plan(const std::string& cell, const std::string& dtype, bool backward, int64_t T, int64_t B, int64_t I,
+              int64_t H, int directions) {
   Problem p{};
   p.cell = cell_info(cell).kind;
-  p.scalar = is_double ? ScalarKind::float64 : ScalarKind::float32;
+  p.scalar = binding::scalar_named(dtype);
   p.sequence.T = T;
   p.sequence.B = B;
   p.I = I;
@@ -116,9 +116,9 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "use_threads", [](bool at_once) { binding::pool_runs_at_once = at_once; }, py::arg("at_once"),
       "Whether torch's thread pool runs the parts of a parallel loop at the same time (OpenMP does).");
-  m.def("plan", &plan, py::arg("cell"), py::arg("is_double"), py::arg("backward"), py::arg("T"), py::arg("B"),
-        py::arg("I"), py::arg("H"), py::arg("directions"),
-        "How a pass over a padded batch would be carried out (csrc/cpu/tuning.h).");
+  m.def("plan", &plan, py::arg("cell"), py::arg("dtype"), py::arg("backward"), py::arg("T"), py::arg("B"), py::arg("I"),
+        py::arg("H"), py::arg("directions"),
+        "How a pass over a padded batch with weights of a dtype would be carried out (csrc/cpu/tuning.h).");
   m.def("peak_flops", &peak_flops, "float32 operations per second from registers, all threads, measured.");
   m.def("read_bandwidth", &read_bandwidth, py::arg("bytes"),
         "Bytes per second at which all threads together read so many bytes again and again, measured.");

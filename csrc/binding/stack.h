@@ -13,10 +13,11 @@
 
 namespace fusedrnn::binding {
 
+// What kernels are given for weights of a dtype; float16 ones become float32 before.
 inline ScalarKind scalar_named(const std::string& dtype) {
-  return dtype == "float32"   ? ScalarKind::float32
-         : dtype == "float64" ? ScalarKind::float64
-                              : ScalarKind::float32_of_bfloat16;
+  return dtype == "float64"    ? ScalarKind::float64
+         : dtype == "bfloat16" ? ScalarKind::float32_of_bfloat16
+                               : ScalarKind::float32;
 }
 
 class Stack {

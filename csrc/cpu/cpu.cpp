@@ -33,7 +33,7 @@ bool has_avx512() {
 // Tiles of bfloat16. Linux wants to be asked for the room that their registers take in a thread's state.
 bool has_amx() {
 #if defined(__linux__)
-  constexpr unsigned amx_bf16 = 1 << 22, amx_tile = 1 << 24;      // CPUID 7.0, EDX
+  constexpr unsigned amx_bf16 = 1 << 22, amx_tile = 1 << 24;        // CPUID 7.0, EDX
   constexpr long request_permission = 0x1023, tile_registers = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   unsigned a = 0, b = 0, c = 0, d = 0;
   return has_avx512() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & amx_bf16) && (d & amx_tile) &&

@@ -91,8 +91,7 @@ PlanInfo plan_of(const Problem& p, bool backward, int64_t threads) {
     return {1, step_needs_team(p, gates) ? std::min(threads, panels) : 1, 1, true, false, false, true};
   }
   const Plan plan = make_plan(backward ? Pass::backward : Pass::forward, p.sequence.T, p.sequence.B, p.H, p.directions,
-                              p.converts_weights(), gates, N, threads,
-                              p.converts_weights() && tiles);
+                              p.converts_weights(), gates, N, threads, p.converts_weights() && tiles);
   return {plan.groups, plan.slices, plan.row_blocks, plan.share_units, plan.packed, plan.tiled, false};
 }
 

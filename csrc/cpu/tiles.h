@@ -166,8 +166,7 @@ void multiply_tiles(const TileProduct<V>& p) {
       int64_t vector = 0;
       for (; vector + 4 <= p.vectors; vector += 4)
         tiles_of_rows<V, 1>(p, row, vector, std::make_integer_sequence<int, 4>());
-      for (; vector < p.vectors; ++vector)
-        tiles_of_rows<V, 1>(p, row, vector, std::make_integer_sequence<int, 1>());
+      for (; vector < p.vectors; ++vector) tiles_of_rows<V, 1>(p, row, vector, std::make_integer_sequence<int, 1>());
     }
 }
 
