@@ -6,6 +6,7 @@
 #include <array>
 #include <utility>
 
+#include "../params.h"
 #include "simd.h"
 #include "tiles.h"
 #include "tuning.h"
@@ -163,6 +164,9 @@ void multiply_few(const Product<S, Stored>& p, std::integer_sequence<int, NV...>
     tiles[end - begin - 1](p, 0, begin);
   }
 }
+
+// Whether weights, where they are packed, are tiles.
+inline bool in_tiles(const Problem& p) { return p.tiles && p.converts_weights() && p.H >= tile_width; }
 
 // Whether multiply takes groups of vectors.
 constexpr bool takes_groups(int64_t rows) { return rows <= 2; }

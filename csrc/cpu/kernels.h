@@ -83,7 +83,9 @@ constexpr int64_t gates_of(CellKind cell) {
 }
 
 template <int bytes, bool tiles>
-PlanInfo plan_of(const Problem& p, bool backward, int64_t threads) {
+PlanInfo plan_of(const Problem& problem, bool backward, int64_t threads) {
+  Problem p = problem;
+  p.tiles = tiles;
   const int64_t gates = gates_of(p.cell),
                 N = bytes / (p.scalar == ScalarKind::float64 ? sizeof(double) : sizeof(float));
   if (!backward && is_step(p)) {
@@ -91,7 +93,7 @@ PlanInfo plan_of(const Problem& p, bool backward, int64_t threads) {
     return {1, step_needs_team(p, gates) ? std::min(threads, panels) : 1, 1, true, false, false, true};
   }
   const Plan plan = make_plan(backward ? Pass::backward : Pass::forward, p.sequence.T, p.sequence.B, p.H, p.directions,
-                              p.converts_weights(), gates, N, threads, p.converts_weights() && tiles);
+                              p.converts_weights(), gates, N, threads, in_tiles(p));
   return {plan.groups, plan.slices, plan.row_blocks, plan.share_units, plan.packed, plan.tiled, false};
 }
 

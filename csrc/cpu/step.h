@@ -10,7 +10,7 @@ namespace {
 
 inline bool is_step(const Problem& p) {
   return p.sequence.T == 1 && !p.sequence.lengths && !p.sequence.resets &&
-         !packs(Pass::forward, 1, p.sequence.B, p.H, p.converts_weights());
+         !packs(Pass::forward, 1, p.sequence.B, p.H, p.converts_weights(), in_tiles(p));
 }
 
 inline bool step_needs_team(const Problem& p, int64_t gates) {

@@ -39,8 +39,13 @@ constexpr int64_t large_weights(int64_t vector) { return vector >= 16 ? 1 << 19 
 
 enum class Pass { forward, backward };
 
+// Hidden units from which on the products of packed bfloat16 weights are made in tiles (tiles.h), for any number of rows: 16
+// take as long as one. Sapphire Rapids, LSTM, inference, times faster than the best without: of 16 and 32 rows, H = 16: 0.94,
+// 32: 1.15, 64: 1.5, 512: 3.9; of one row, H = 256: 1.35, 512: 1.5.
+constexpr int64_t tile_width = 32;
+
 // Rows from which on a single step packs weights (see packs); bfloat16 ones, which a dot product converts at every use.
-constexpr int64_t most_step_rows = 128, most_converted_step_rows = 64;
+constexpr int64_t most_step_rows = 128, most_converted_step_rows = 64, most_step_rows_beside_tiles = 16;
 
 // Whether weights are packed. Packing moves every weight twice; a dot product reads it once per few rows from a near cache.
 // For a single step dot products are as fast up to 128 rows (AVX2, LSTM of 256, B = 16: 120 µs unpacked, 142 packed; B = 128:
@@ -49,20 +54,18 @@ constexpr int64_t most_step_rows = 128, most_converted_step_rows = 64;
 // 512, B = 4, T = 8: 1.01, 0.91, 0.97; of 256, B = 16, T = 8: 0.96, 0.93, 0.85). bfloat16 W_ih are better packed, and
 // widened, from 16 rows on: LSTM of 512, B = 4, T = 25: 4.4 ms in place, 3.0 packed. Backward reads unpacked weights across
 // their rows, which caches like less (training, LSTM of 1024, T·B = 16: 15.0 ms unpacked, 12.4 packed; T·B = 8: 7.9 and 8.5).
-constexpr bool packs(Pass pass, int64_t T, int64_t B, int64_t H, bool converted) {
+// Tiles (tiles.h) pay for packing sooner: a step of an LSTM of 512 in bfloat16, B = 8: 0.84 times as fast packed; of 256, B = 16:
+// 1.24; of 512, B = 48: 2.3. Training a step, of 512: B = 8: 0.94, 16: 1.06, 32: 1.19.
+constexpr bool packs(Pass pass, int64_t T, int64_t B, int64_t H, bool converted, bool tiled) {
   if (H < 64) return T * B >= 8;
-  if (pass == Pass::backward) return T * B >= (T == 1 ? 40 : 16);
-  if (T == 1) return B >= (converted ? most_converted_step_rows : most_step_rows);
+  if (pass == Pass::backward) return T * B >= (T == 1 && !tiled ? 40 : 16);
+  if (T == 1)
+    return B >= (tiled ? most_step_rows_beside_tiles : converted ? most_converted_step_rows : most_step_rows);
   return B == 1 ? T >= 16 : T * B >= 10;
 }
 constexpr bool packs_input(int64_t T, int64_t B, int64_t H, bool converted) {
   return T * B >= (H < 64 ? 8 : !converted && (T == 1 || H >= 512) ? most_step_rows : 16);
 }
-
-// Hidden units from which on the products of packed bfloat16 weights are made in tiles (tiles.h), for any number of rows: 16
-// take as long as one. Sapphire Rapids, LSTM, inference, times faster than the best without: of 16 and 32 rows, H = 16: 0.94,
-// 32: 1.15, 64: 1.5, 512: 3.9; of one row, H = 256: 1.35, 512: 1.5.
-constexpr int64_t tile_width = 32;
 
 // Rows whose gradients are taken in one go: the more, the less often the weights' gradients are fetched and stored (1/256
 // of the multiplications), the fewer, the nearer their pre-activations' gradients still are.
@@ -101,7 +104,7 @@ constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t H, int directi
   const int64_t panels = (H + vector - 1) / vector, step_flops = 2 * gates * H * H * B;
   // A thread is only woken (a few µs) for work that lasts longer.
   if (T * step_flops * directions < 200'000) threads = 1;
-  Plan plan{1, threads, false, 1, 1, packs_input(T, B, H, converted), packs(pass, T, B, H, converted)};
+  Plan plan{1, threads, false, 1, 1, packs_input(T, B, H, converted), packs(pass, T, B, H, converted, tiles)};
   if (directions == 2 && threads >= 2) {
     plan.groups = 2;
     plan.slices = threads / 2;
@@ -131,7 +134,7 @@ constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t H, int directi
     const int64_t most = gates * H * H < large_weights(vector) ? projection_rows : projection_rows_of_large;
     plan.chunk = std::clamp<int64_t>(most / block_rows, 1, std::max<int64_t>(T, 1));
   }
-  plan.tiled = tiles && plan.packed && H >= tile_width;
+  plan.tiled = tiles && plan.packed;
   return plan;
 }
 
