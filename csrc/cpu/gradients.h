@@ -56,10 +56,10 @@ struct Gradients {
   const int64_t vectors_at_once = std::min(2 * gradient_pairs, std::max(input_vectors, hidden_vectors) + 1);
   const int64_t tile_numbers = packed_size<bfloat16_pair>(copied_rows) * N;  // of a vector of copied rows
   const int64_t slice_room =
-      std::max(tiled ? (vectors_at_once + 2) * tile_numbers : copied_rows * vectors_at_once * N, chunk_rows* N);
+      std::max(tiled ? (vectors_at_once + 2) * tile_numbers : copied_rows * vectors_at_once * N, N* chunk_rows);
   Scratch<S> room = scratch<S>(base.plan.groups * base.plan.slices * slice_room);
   // The dsums of a team's chunk for tiles.
-  const int64_t tiles_size = TileRows<V>::size(tiled ? chunk_rows : 0, sums* blocks_of(H));
+  const int64_t tiles_size = TileRows<V>::size(tiled ? chunk_rows : 0, blocks_of(H) * sums);
   Scratch<uint16_t> dsums_tiles = scratch<uint16_t>(base.plan.groups * tiles_size);
 
   Gradients(const Base& recurrence, const BackwardParams& params) : base(recurrence), p(params) {
@@ -141,8 +141,8 @@ struct Gradients {
   std::pair<S*, int64_t> total(const Chunk<S>& chunk, int64_t set) const {
     const int64_t width = recurrent ? hidden_vectors * N : input_vectors * N;
     const WeightGradients& wanted = p.gradients[chunk.job.direction];
-    S* sums = (recurrent ? hh_sums : ih_sums).get() + set * gates * H * width;
-    return {adds_in_place(recurrent ? H : I) ? static_cast<S*>(recurrent ? wanted.w_hh : wanted.w_ih) : sums, width};
+    if (adds_in_place(recurrent ? H : I)) return {static_cast<S*>(recurrent ? wanted.w_hh : wanted.w_ih), width};
+    return {(recurrent ? hh_sums : ih_sums).get() + set * gates * H * width, width};
   }
 
   // Vectors [begin, end) of the columns of dW_hh (recurrent) or dW_ih.

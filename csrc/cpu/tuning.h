@@ -59,8 +59,7 @@ constexpr int64_t most_step_rows = 128, most_converted_step_rows = 64, most_step
 constexpr bool packs(Pass pass, int64_t T, int64_t B, int64_t H, bool converted, bool tiled) {
   if (H < 64) return T * B >= 8;
   if (pass == Pass::backward) return T * B >= (T == 1 && !tiled ? 40 : 16);
-  if (T == 1)
-    return B >= (tiled ? most_step_rows_beside_tiles : converted ? most_converted_step_rows : most_step_rows);
+  if (T == 1) return B >= (tiled ? most_step_rows_beside_tiles : converted ? most_converted_step_rows : most_step_rows);
   return B == 1 ? T >= 16 : T * B >= 10;
 }
 constexpr bool packs_input(int64_t T, int64_t B, int64_t H, bool converted) {
