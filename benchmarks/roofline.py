@@ -9,10 +9,10 @@ BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
 
 @cache
-def peak_flops() -> float:
-    """float32 operations per second of fused multiply-adds from registers, all threads."""
+def peak_flops(dtype: str = "float32") -> float:
+    """Operations per second from registers, all threads: fused multiply-adds, or bfloat16 in tiles where there are any."""
     assert extension is not None
-    return float(extension.peak_flops())
+    return float(extension.peak_flops(dtype))
 
 
 @cache
@@ -39,5 +39,5 @@ def limit(case: Case, mode: Mode) -> float:
         once = case.directions * GATES[case.cell] * case.hidden * inputs * BYTES[case.dtype]
         reads += once
         size += once // case.layers
-    arithmetic = case.flops(mode) / peak_flops() * (2 if case.dtype == "float64" else 1)
+    arithmetic = case.flops(mode) / peak_flops(case.dtype) * (2 if case.dtype == "float64" else 1)
     return max(arithmetic, reads / bandwidth(size))

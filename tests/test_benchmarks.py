@@ -146,7 +146,7 @@ def test_onnxruntime_is_compared_with_what_was_timed_as_it_was() -> None:
 
 
 def test_limit_is_arithmetic_or_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roofline, "peak_flops", lambda: 1e9)
+    monkeypatch.setattr(roofline, "peak_flops", lambda dtype: 1e9)
     monkeypatch.setattr(roofline, "bandwidth", lambda _: 1e9)
     wide = Case("wide", "GRU", batch=64, seq=3, input=5, hidden=7)
     assert roofline.limit(wide, "training") == pytest.approx(wide.flops("training") / 1e9)
@@ -160,6 +160,7 @@ def test_limit_is_arithmetic_or_weights(monkeypatch: pytest.MonkeyPatch) -> None
 def test_rates_are_measured() -> None:
     pytest.importorskip("fusedrnn._C", exc_type=ImportError)
     assert roofline.peak_flops() > 1e8
+    assert roofline.peak_flops("bfloat16") > 1e8
     assert roofline.bandwidth(1 << 16) > 1e8
 
 

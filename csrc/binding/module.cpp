@@ -68,13 +68,18 @@ double seconds_of(const F& f) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-// Floating-point operations per second of fused multiply-adds from registers, all threads: the best of some tries.
-double peak_flops() {
+// Floating-point operations per second from registers, all threads, of fused multiply-adds or, for bfloat16, of tiles where
+// there are any: the best of some tries.
+double peak_flops(const std::string& dtype) {
   const py::gil_scoped_release unlocked;
+  const cpu::Kernels& kernels = cpu::kernels();
+  const bool tiles = dtype == "bfloat16" && kernels.multiply_tiles;
   double best = 0;
   for (int i = 0; i < 20; ++i) {
     double operations = 0;
-    const double seconds = seconds_of([&] { operations = cpu::kernels().multiply_add(2'400'000, threads()); });
+    const double seconds = seconds_of([&] {
+      operations = tiles ? kernels.multiply_tiles(200'000, threads()) : kernels.multiply_add(2'400'000, threads());
+    });
     best = std::max(best, operations / seconds);
   }
   return best;
@@ -119,7 +124,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan", &plan, py::arg("cell"), py::arg("dtype"), py::arg("backward"), py::arg("T"), py::arg("B"), py::arg("I"),
         py::arg("H"), py::arg("directions"),
         "How a pass over a padded batch with weights of a dtype would be carried out (csrc/cpu/tuning.h).");
-  m.def("peak_flops", &peak_flops, "float32 operations per second from registers, all threads, measured.");
+  m.def("peak_flops", &peak_flops, py::arg("dtype"),
+        "Operations per second from registers, all threads, measured: of float32s, or of bfloat16s where there are "
+        "tiles.");
   m.def("read_bandwidth", &read_bandwidth, py::arg("bytes"),
         "Bytes per second at which all threads together read so many bytes again and again, measured.");
   m.def("pooled", &cpu::pooled, "Bytes of working memory that are kept for the next call.");

@@ -107,6 +107,7 @@ constexpr Kernels make_kernels(const char* name) {
           &evaluate<double, bytes>,
           &plan_of<bytes, tiles>,
           &multiply_add<bytes>,
+          tiles ? &multiply_tiles_of_zeros<tiles> : nullptr,
           &read_all<bytes>};
 }
 

@@ -4,6 +4,7 @@
 #include "memory.h"
 #include "simd.h"
 #include "team.h"
+#include "tiles.h"
 
 namespace fusedrnn::cpu {
 namespace {
@@ -25,6 +26,23 @@ double multiply_add(int64_t n, const Threads& threads) {
     seen = sum[0].v[0];
   });
   return 2.0 * V::size * static_cast<double>(n) * threads.count;
+}
+
+// Products of tiles: n by every thread, four sums in turn. Of zeros, with which this takes a fifth less time than with other
+// numbers (Emerald Rapids).
+template <bool exist>
+double multiply_tiles_of_zeros(int64_t n, const Threads& threads) {
+  threads.parallel(threads.count, [&](int64_t begin, int64_t end) {
+    const TileRegisters registers(exist);  // which sets all to zero
+    for (int64_t k = 0; k < n * (end - begin); k += 4)
+      if constexpr (exist) {
+        multiply_tile<0, 4, 6>();
+        multiply_tile<1, 4, 7>();
+        multiply_tile<2, 5, 6>();
+        multiply_tile<3, 5, 7>();
+      }
+  });
+  return 2.0 * 16 * 16 * 32 * static_cast<double>(n) * threads.count;
 }
 
 // Reads `count` numbers `repeats` times, every thread its part: from a cache, where they fit one.

@@ -1,5 +1,5 @@
-// The numbers of the CPU schedule, each with its reason. Measured with AVX-512 on 2 cores of a Zen 4, or with AVX2 on 2 of a
-// Zen 3.
+// The numbers of the CPU schedule, each with its reason. Measured with AVX-512 on 2 cores of a Zen 4, with AVX2 on 2 of a Zen 3,
+// or with AVX-512 and AMX on 2 of an Emerald Rapids.
 #pragma once
 
 #include <algorithm>
@@ -32,7 +32,7 @@ constexpr int64_t summation_block = 128;
 // each. Where W_ih and W_hh are more than a last-level cache has, each pushes the other out: the more rows, the less often
 // (AVX2, 32 MB of cache, LSTM of 1024, B = 1 to 32: 2 to 7 % faster with 192 or 384 than with 48; smaller layers: 0 to 2 %
 // slower).
-// With AVX-512 on a Sapphire Rapids, whose last-level cache gives 27 GB/s to a core, from an LSTM of 362 units on: while others
+// With AVX-512 on an Emerald Rapids, whose last-level cache gives 27 GB/s to a core, from an LSTM of 362 units on: while others
 // used that cache LSTM and GRU of 384 and 512, B = 32, were 7 to 13 % faster, else level.
 constexpr int64_t projection_rows = 48, projection_rows_of_large = 256;
 constexpr int64_t large_weights(int64_t vector) { return vector >= 16 ? 1 << 19 : 3 << 20; }
@@ -40,7 +40,7 @@ constexpr int64_t large_weights(int64_t vector) { return vector >= 16 ? 1 << 19 
 enum class Pass { forward, backward };
 
 // Hidden units from which on the products of packed bfloat16 weights are made in tiles (tiles.h), for any number of rows: 16
-// take as long as one. Sapphire Rapids, LSTM, inference, times faster than the best without: of 16 and 32 rows, H = 16: 0.94,
+// take as long as one. Emerald Rapids, LSTM, inference, times faster than the best without: of 16 and 32 rows, H = 16: 0.94,
 // 32: 1.15, 64: 1.5, 512: 3.9; of one row, H = 256: 1.35, 512: 1.5.
 constexpr int64_t tile_width = 32;
 
