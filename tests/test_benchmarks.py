@@ -146,7 +146,7 @@ def test_onnxruntime_is_compared_with_what_was_timed_as_it_was() -> None:
 
 
 def test_limit_is_arithmetic_or_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roofline, "peak_flops", lambda dtype: 1e9)
+    monkeypatch.setattr(roofline, "peak_flops", lambda _: 1e9)
     monkeypatch.setattr(roofline, "bandwidth", lambda _: 1e9)
     wide = Case("wide", "GRU", batch=64, seq=3, input=5, hidden=7)
     assert roofline.limit(wide, "training") == pytest.approx(wide.flops("training") / 1e9)
