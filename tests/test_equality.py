@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -41,8 +42,20 @@ def test_options(case):
 
 
 @pytest.mark.parametrize("case", LOW_PRECISION, ids=str)
+@pytest.mark.usefixtures("isa")
 def test_low_precision(case):
     check(case)
+
+
+@pytest.mark.usefixtures("isa")
+def test_bfloat16_products_keep_infinity_and_nan():
+    torch.manual_seed(0)
+    x = torch.randn(1, 16, 40).bfloat16()
+    x[0, 1, 3], x[0, 2, 7], x[0, 3, 39] = math.inf, -math.inf, math.nan
+    theirs = torch.nn.RNN(40, 48, nonlinearity="relu").bfloat16()
+    ours = fusedrnn.RNN(40, 48, nonlinearity="relu").bfloat16()
+    ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(ours(x)[0], theirs(x)[0], rtol=0.02, atol=0.02, equal_nan=True)
 
 
 # --- what users do with a module, held against torch.nn doing the same --------------------------
