@@ -128,7 +128,7 @@ struct Forward : Recurrence<Cell, S, N> {
             step(job, t, panel, n, job.row_begin + r, rows, a, h_in, h_out, c);
           }
       }
-      fill_tiles(member, h_out, count, h_rows[(s + 1) % 2]);
+      if (s + 1 < sequence.T) fill_tiles(member, h_out, count, h_rows[(s + 1) % 2]);
       member.meet_in_step();
     }
   }

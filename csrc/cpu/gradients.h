@@ -55,8 +55,8 @@ struct Gradients {
   const int64_t chunk_rows = base.plan.chunk * base.block_rows, copied_rows = std::min(gradient_rows, chunk_rows);
   const int64_t vectors_at_once = std::min(2 * gradient_pairs, std::max(input_vectors, hidden_vectors) + 1);
   const int64_t tile_numbers = packed_size<bfloat16_pair>(copied_rows) * N;  // of a vector of copied rows
-  const int64_t slice_room =
-      std::max(tiled ? (vectors_at_once + 2) * tile_numbers : copied_rows * vectors_at_once * N, N* chunk_rows);
+  const int64_t copy_room = tiled ? (vectors_at_once + 2) * tile_numbers : copied_rows * vectors_at_once * N;
+  const int64_t slice_room = std::max(chunk_rows * N, copy_room);
   Scratch<S> room = scratch<S>(base.plan.groups * base.plan.slices * slice_room);
   // The dsums of a team's chunk for tiles.
   const int64_t tiles_size = TileRows<V>::size(tiled ? chunk_rows : 0, blocks_of(H) * sums);
