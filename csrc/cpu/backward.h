@@ -22,7 +22,7 @@ struct Backward : Recurrence<Cell, S, N> {
   // Of both weights: as large as what forward packs, so that both passes of a step take turns in one block.
   Scratch<S> packed = scratch<S>(w_hh.numbers(p.directions) + gradients.w_ih.numbers(p.directions));
   const int64_t chunk_rows = plan.chunk * block_rows, stride = row_stride<S>(sums * H);
-  Scratch<S> dsums = scratch<S>(plan.groups * chunk_rows * stride);
+  Scratch<S> dsums = scratch<S>(plan.groups * chunk_rows * stride + transposed_overrun<V>);
   Scratch<S> dh_carry = scratch<S>(plan.groups * block_rows * padded_H);
   Scratch<S> dc_carry = scratch<S>(Cell::has_cell ? plan.groups * block_rows * padded_H : 0);
 

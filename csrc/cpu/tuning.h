@@ -39,6 +39,20 @@ constexpr int64_t large_weights(int64_t vector) { return vector >= 16 ? 1 << 19 
 
 enum class Pass { forward, backward };
 
+// Fewest rows for a team, where teams share out the batch of a layer of at most 256 units, whose weights stay in a core's own
+// cache. Gained over sharing units, 128 steps, 2 threads (rows a thread; AVX-512, and much the same with AVX2). Forward: RNN of 64
+// (2): 2.2, of 100 (2): 1.3, of 128 (4): 1.7, (2): 1.04, of 256 (4): 1.2, (2): 0.82; LSTM of 24 (2): 1.4, of 40 (2): 1.3, of 48
+// (3): 0.82, of 128 (8): 0.98, of 256 (4): 0.87; with AVX2 units are 6 to 17 % faster with 8 rows a thread, and tie with 16.
+// Such a team reads W_ih at every step: LSTM of 40 (2), I = 80: 1.2, 160: 1.04, 256: 0.93, (4), I = 512: 1.25.
+// Backward: LSTM of 64 (2): 1.1, (4): 1.2; of 128 (4): 1.2, (3): 0.95; of 256 (4): 1.2, RNN of 256 (4): 1.1, (3): 0.91.
+constexpr int64_t team_rows(Pass pass, int64_t B, int64_t I, int64_t H, int64_t gates, int64_t vector) {
+  if (pass == Pass::forward) {
+    if (gates * H * H * B < 50'000 && gates * H * I < 20'000) return 2;
+    return H < 48 || gates == 1 ? 4 : 16;
+  }
+  return H <= 64 ? 2 : H <= 128 || vector >= 16 ? 4 : 16;
+}
+
 // Hidden units from which on the products of packed bfloat16 weights are made in tiles (tiles.h), for any number of rows: 16
 // take as long as one. Emerald Rapids, LSTM, inference, times faster than the best without: of 16 and 32 rows, H = 16: 0.94,
 // 32: 1.15, 64: 1.5, 512: 3.9; of one row, H = 256: 1.35, 512: 1.5.
@@ -72,6 +86,10 @@ constexpr int64_t gradient_rows = 256;
 // Pairs of output vectors of a weight's gradient for which rows of x or h are copied side by side: with AVX2 256 KiB, half a
 // second-level cache.
 constexpr int64_t gradient_pairs = 16;
+// Vectors from which on a tile of what they are multiplied with is copied (multiply_transposed; Emerald Rapids, AVX-512, dW_hh of
+// an LSTM of 1024, 256 rows: 134 GFLOP/s a core in place, 158 copied; of 256: 132 and 151; of 128, 8 vectors: 148 and 149; of 64,
+// 4 vectors: 165 and 139).
+constexpr int64_t vectors_worth_a_copy = 8;
 
 // Most rows of a step for which packed bfloat16 weights stay bfloat16: so few wait for weights to come from a cache, more
 // for the arithmetic, to which unpacking would add (AVX2, B = 1: 1.13 to 1.18 times as fast as one by one; B = 3 and 4 are
@@ -98,8 +116,8 @@ struct Plan {
   bool tiled = false;  // whether what is packed is tiles
 };
 
-constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t H, int directions, bool converted, int64_t gates,
-                         int64_t vector, int64_t threads, bool tiles) {
+constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t I, int64_t H, int directions, bool converted,
+                         int64_t gates, int64_t vector, int64_t threads, bool tiles) {
   const int64_t panels = (H + vector - 1) / vector, step_flops = 2 * gates * H * H * B;
   // A thread is only woken (a few µs) for work that lasts longer.
   if (T * step_flops * directions < 200'000) threads = 1;
@@ -114,12 +132,12 @@ constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t H, int directi
   // A member without a panel of its own would only keep the others waiting.
   if (plan.share_units) plan.slices = std::min(plan.slices, std::max<int64_t>(panels, 1));
   if (!plan.share_units && pass == Pass::forward) plan.slices = 1;
-  // Rows are independent: cutting the batch needs no meeting at all, but each team then reads all the weights, and has fewer
-  // rows for each. That pays while weights stay in a core's own cache, H of about 256 in float, and from some rows a thread
-  // on (AVX2, forward: with 8 rows a thread units are 6-17 % faster, with 16 they tie; narrow layers and backward up to H = 128:
-  // rows, always).
-  const int64_t spare = threads / plan.groups, enough = pass == Pass::forward ? (H < 48 ? 6 : 16) : H > 128 ? 16 : 6;
-  if (spare > 1 && H <= 256 && B >= enough * spare) {
+  // Rows are independent: cutting the batch needs no meeting at all, but each team then reads all the weights, has fewer rows
+  // for each, and sums up gradients of its own, which pays from about as many of its rows on as there are units (AVX-512,
+  // LSTM of 256, T = 8, B = 32: 0.99; T = 1: 0.86; T = 16: 1.04; of 128, T = 4, B = 16: 0.97, T = 16: 1.08).
+  const int64_t spare = threads / plan.groups;
+  if (spare > 1 && H <= 256 && B >= spare * team_rows(pass, B, I, H, gates, vector) &&
+      (pass == Pass::forward || T * B >= H * spare)) {
     plan.groups *= spare;
     plan.slices = 1;
     // A block's states and what belongs to them should stay near, too (LSTM of 256, 4096 rows, training: 1228 ms in
