@@ -25,8 +25,8 @@ class Stream:
 
     On a CPU the weights are copied once, in the kernels' order: they are those of the moment in which the stream was
     made, or of the last :meth:`refresh`. A step is then one call for all layers, and however a sequence is divided, its
-    outputs have the same bits. The layer itself gives these bits too, where it packs all its weights: up to 511 units
-    from 16 rows × steps on, above from 128.
+    outputs have the same bits. The layer itself gives these bits too, where a call of several steps packs all its
+    weights: up to 511 units from 20 rows × steps on, above from 128.
 
     On other devices weights are read at every call. Nothing waits for the device and the state keeps its place in
     memory, so that a graph may capture a call.

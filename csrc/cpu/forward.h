@@ -194,7 +194,7 @@ struct Forward : Recurrence<Cell, S, N> {
       }
       for (int g = 0; g < gates; ++g) {
         const W* own = static_cast<const W*>(weights) + (gate_of(g) * H + (panel + i) * N) * K;
-        multiply_unpacked<V, S, W, 1>({{{own, A, K, lda}}}, this->units(panel + i), count, sum + g * N, sums * N);
+        multiply_unpacked<V, S, W, 1>({{{own, A, K, lda}}}, this->units(panel + i), count, sum + g * N, sums * N, H);
       }
     }
   }

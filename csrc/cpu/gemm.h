@@ -315,10 +315,10 @@ struct Dots {
 };
 
 // C[row*ldc + j] += a row of A · row j of W, for MB rows and J units; of several Dots, the sum. What it adds for units beyond
-// `count` is of no use.
+// `count` is of no use. Brings the row of W that is `ahead` of the first into the second-level cache, as tiles do.
 template <class V, class S, class Stored, int MB, int J, size_t terms>
-FUSEDRNN_INLINE void dot_tile(const std::array<Dots<S, Stored>, terms>& dots, int64_t row, int64_t unit, int64_t count,
-                              S* C, int64_t ldc) {
+__attribute__((noinline)) void dot_tile(const std::array<Dots<S, Stored>, terms>& dots, int64_t row, int64_t unit,
+                                        int64_t count, S* C, int64_t ldc, int64_t ahead) {
   constexpr int N = V::size;
   V sum[MB][J];
 #pragma GCC unroll 8
@@ -330,7 +330,9 @@ FUSEDRNN_INLINE void dot_tile(const std::array<Dots<S, Stored>, terms>& dots, in
     const Stored* W[J];
     for (int j = 0; j < J; ++j) W[j] = d.W + std::min(unit + j, count - 1) * d.K;
     const int64_t lda = d.lda;
+    const Stored* next = W[0] + ahead * d.K;
     const auto step = [&](int64_t k, int width) __attribute__((always_inline)) {
+      if constexpr (fetches_ahead<V> && MB > 2) __builtin_prefetch(next + k, 0, 2);
       V a[MB];
 #pragma GCC unroll 8
       for (int b = 0; b < MB; ++b) a[b] = V::load(A + b * lda + k, width);
@@ -366,20 +368,26 @@ FUSEDRNN_INLINE void dot_tile(const std::array<Dots<S, Stored>, terms>& dots, in
   }
 }
 
-// All rows of A, and `count` <= N units. A lone row takes more units at a time, for enough sums to overlap.
+template <class V, class S, class Stored, int J, size_t terms, int... MB>
+constexpr auto dot_table(std::integer_sequence<int, MB...>) {
+  return std::array{&dot_tile<V, S, Stored, MB + 1, J, terms>...};
+}
+
+// All rows of A, and `count` <= N units. A lone row takes more units at a time, for enough sums to overlap. Of W a row `next` from
+// the first is the first that the next call needs.
 template <class V, class S, class Stored, size_t terms>
 __attribute__((noinline)) void multiply_unpacked(const std::array<Dots<S, Stored>, terms>& dots, int64_t count,
-                                                 int64_t rows, S* C, int64_t ldc) {
-  constexpr int N = V::size, J = std::min(N, 4), many = std::min(N, 8), most = std::min(3, tile_rows(J, sizeof(V)));
+                                                 int64_t rows, S* C, int64_t ldc, int64_t next) {
+  constexpr int N = V::size, J = std::min(N, 4), many = std::min(N, 8), most = tile_rows(J, sizeof(V));
+  static constexpr auto tiles = dot_table<V, S, Stored, J, terms>(std::make_integer_sequence<int, most>());
   if (rows == 1) {
-    for (int64_t unit = 0; unit < count; unit += many) dot_tile<V, S, Stored, 1, many>(dots, 0, unit, count, C, ldc);
+    for (int64_t unit = 0; unit < count; unit += many) dot_tile<V, S, Stored, 1, many>(dots, 0, unit, count, C, ldc, 0);
     return;
   }
   for (int64_t unit = 0; unit < count; unit += J) {
-    int64_t row = 0;
-    for (; row + most <= rows; row += most) dot_tile<V, S, Stored, most, J>(dots, row, unit, count, C, ldc);
-    if (rows - row == 2) dot_tile<V, S, Stored, 2, J>(dots, row, unit, count, C, ldc);
-    if (rows - row == 1) dot_tile<V, S, Stored, 1, J>(dots, row, unit, count, C, ldc);
+    const int64_t next_unit = (unit + J < count ? unit + J : next) - unit;
+    for (int64_t row = 0, i = 0; row < rows; row += most, ++i)
+      tiles[std::min<int64_t>(most, rows - row) - 1](dots, row, unit, count, C, ldc, i < J ? next_unit + i : 0);
   }
 }
 

@@ -55,9 +55,9 @@ struct Step {
                          static_cast<const S*>(p.x), I, I},
           h{static_cast<const W*>(w.w_hh) + (Cell::hidden_gate(k) * H + unit) * H, hx, H, H};
       if (of_x && of_h) {
-        multiply_unpacked<V, S, W, 2>({{x, h}}, count, B, a + k * N, sums * N);
+        multiply_unpacked<V, S, W, 2>({{x, h}}, count, B, a + k * N, sums * N, H);
       } else {
-        multiply_unpacked<V, S, W, 1>({{of_x ? x : h}}, count, B, a + k * N, sums * N);
+        multiply_unpacked<V, S, W, 1>({{of_x ? x : h}}, count, B, a + k * N, sums * N, H);
       }
     }
     for (int64_t b = 0; b < B; ++b) cell(direction, b, unit, count, a + b * sums * N);

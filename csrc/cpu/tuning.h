@@ -63,18 +63,20 @@ constexpr int64_t most_step_rows = 128, most_converted_step_rows = 64, most_step
 
 // Whether weights are packed. Packing moves every weight twice; a dot product reads it once per few rows from a near cache.
 // For a single step dot products are as fast up to 128 rows (AVX2, LSTM of 256, B = 16: 120 µs unpacked, 142 packed; B = 128:
-// 865 and 882), but those of narrow layers are mostly tails. Several steps read W_hh again and again, W_ih only once for
-// some of them (LSTM of 1024, B = 1, T = 16: 3.9 ms with none or W_hh packed, 4.7 with both; T = 32: 8.1, 6.7, 7.4; LSTM of
-// 512, B = 4, T = 8: 1.01, 0.91, 0.97; of 256, B = 16, T = 8: 0.96, 0.93, 0.85). bfloat16 W_ih are better packed, and
-// widened, from 16 rows on: LSTM of 512, B = 4, T = 25: 4.4 ms in place, 3.0 packed. Backward reads unpacked weights across
-// their rows, which caches like less (training, LSTM of 1024, T·B = 16: 15.0 ms unpacked, 12.4 packed; T·B = 8: 7.9 and 8.5).
-// Tiles (tiles.h) pay for packing sooner: a step of an LSTM of 512 in bfloat16, B = 8: 0.84 times as fast packed; of 256, B = 16:
-// 1.24; of 512, B = 48: 2.3. Training a step, of 512: B = 8: 0.94, 16: 1.06, 32: 1.19.
+// 865 and 882; AVX-512, LSTM and GRU of 128 to 1024, B = 64 to 120: 0.75 to 0.95 of packing's time), but those of narrow layers
+// are mostly tails. Several steps read W_hh again and again, W_ih only once for some of them (LSTM of 1024, B = 1, T = 16: 3.9 ms
+// with none or W_hh packed, 4.7 with both; T = 32: 8.1, 6.7, 7.4; LSTM of 512, B = 4, T = 8: 1.01, 0.91, 0.97; of 256, B = 16,
+// T = 8: 0.96, 0.93, 0.85). Two to four steps of fewer than 20 rows together: LSTM of 256, T = 2, B = 8: 1.09 times as fast in
+// place, of 512, T = B = 4: 1.28 (AVX2: 1.11, 1.12), GRU of 128, T = B = 4: 1.03 (0.90); but six steps of 2 rows, LSTM of 256:
+// 0.98. bfloat16 W_ih are better packed, and widened, from 16 rows on: LSTM of 512, B = 4, T = 25: 4.4 ms in place, 3.0 packed.
+// Backward reads unpacked weights across their rows, which caches like less (training, LSTM of 1024, T·B = 16: 15.0 ms unpacked,
+// 12.4 packed; T·B = 8: 7.9 and 8.5). Tiles (tiles.h) pay for packing sooner: a step of an LSTM of 512 in bfloat16, B = 8: 0.84
+// times as fast packed; of 256, B = 16: 1.24; of 512, B = 48: 2.3. Training a step, of 512: B = 8: 0.94, 16: 1.06, 32: 1.19.
 constexpr bool packs(Pass pass, int64_t T, int64_t B, int64_t H, bool converted, bool tiled) {
   if (H < 64) return T * B >= 8;
   if (pass == Pass::backward) return T * B >= (T == 1 && !tiled ? 40 : 16);
   if (T == 1) return B >= (tiled ? most_step_rows_beside_tiles : converted ? most_converted_step_rows : most_step_rows);
-  return B == 1 ? T >= 16 : T * B >= 10;
+  return B == 1 ? T >= 16 : T * B >= (T <= 4 && !tiled ? 20 : 10);
 }
 constexpr bool packs_input(int64_t T, int64_t B, int64_t H, bool converted) {
   return T * B >= (H < 64 ? 8 : !converted && (T == 1 || H >= 512) ? most_step_rows : 16);
