@@ -28,6 +28,9 @@ CASES = (
     Case(cell="gru", T=6, B=1, I=64, H=256),
     Case(cell="rnn", T=9, B=13, I=5, H=65),
     Case(cell="lstm", T=5, B=3, H=33, layers=2, bidirectional=True, lengths=(2, 5, 1)),
+    # Rows shared out by their lengths: one has more steps than all others together; and two have most.
+    Case(cell="lstm", T=40, B=8, I=5, H=20, lengths=(3, 40, 1, 2, 7, 2, 1, 5)),
+    Case(cell="gru", T=30, B=9, I=5, H=20, bidirectional=True, lengths=(9, 30, 4, 30, 2, 1, 1, 12, 3)),
 )
 
 def check(case, module=None):

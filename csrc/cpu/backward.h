@@ -21,8 +21,8 @@ struct Backward : Recurrence<Cell, S, N> {
   Gradients<Cell, S, N, W> gradients{*this, p};
   // Of both weights: as large as what forward packs, so that both passes of a step take turns in one block.
   Scratch<S> packed = scratch<S>(w_hh.numbers(p.directions) + gradients.w_ih.numbers(p.directions));
-  const int64_t chunk_rows = plan.chunk * block_rows, stride = row_stride<S>(sums * H);
-  Scratch<S> dsums = scratch<S>(plan.groups * chunk_rows * stride + transposed_overrun<V>);
+  const int64_t chunk_rows = plan.chunk * block_rows, stride = row_stride<S>(sums * H + transposed_overrun<V>);
+  Scratch<S> dsums = scratch<S>(plan.groups * chunk_rows * stride);
   Scratch<S> dh_carry = scratch<S>(plan.groups * block_rows * padded_H);
   Scratch<S> dc_carry = scratch<S>(Cell::has_cell ? plan.groups * block_rows * padded_H : 0);
 
@@ -48,7 +48,7 @@ struct Backward : Recurrence<Cell, S, N> {
     const TileRows<V> tiles = gradients.tiles_of(team);
     exchange<true>(job, member, dh, static_cast<const S*>(p.dh_n));
     if constexpr (Cell::has_cell) exchange<true>(job, member, dc, static_cast<const S*>(p.dc_n));
-    for (int64_t s_end = sequence.T; s_end > 0;) {
+    for (int64_t s_end = job.T; s_end > 0;) {
       const int64_t s_begin = std::max<int64_t>(0, s_end - plan.chunk), one = job.step(s_begin),
                     other = job.step(s_end - 1);
       const Chunk<S> chunk{job, std::min(one, other), std::max(one, other) + 1,

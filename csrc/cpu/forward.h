@@ -104,7 +104,7 @@ struct Forward : Recurrence<Cell, S, N> {
     for (const TileRows<V>& rows : h_rows) fill_tiles(member, h, job.row_end - job.row_begin, rows);
     member.meet_in_step();
     int64_t kept_row = 0;  // the sequence row of the first row of pre-activations kept
-    for (int64_t s = 0; s < sequence.T; ++s) {
+    for (int64_t s = 0; s < job.T; ++s) {
       const int64_t t = job.step(s), row = sequence.start(t) + job.row_begin, count = job.rows_end(t) - job.row_begin;
       const Rows h_in{h + (s % 2) * block_rows * padded_H, padded_H, H, tiled ? h_rows[s % 2].memory : nullptr,
                       block_rows};
@@ -112,7 +112,7 @@ struct Forward : Recurrence<Cell, S, N> {
       if (chunked) {
         const int64_t n = member.end - member.begin;
         if (s % plan.chunk == 0) {
-          const int64_t t_end = job.step(std::min(s + plan.chunk, sequence.T) - 1);
+          const int64_t t_end = job.step(std::min(s + plan.chunk, job.T) - 1);
           kept_row = sequence.start(std::min(t, t_end));
           const int64_t rows = sequence.start(std::max(t, t_end) + 1) - kept_row;
           project(job, member.begin, n, input(kept_row, rows, own_x), rows, a);
@@ -128,7 +128,7 @@ struct Forward : Recurrence<Cell, S, N> {
             step(job, t, panel, n, job.row_begin + r, rows, a, h_in, h_out, c);
           }
       }
-      if (s + 1 < sequence.T) fill_tiles(member, h_out, count, h_rows[(s + 1) % 2]);
+      if (s + 1 < job.T) fill_tiles(member, h_out, count, h_rows[(s + 1) % 2]);
       member.meet_in_step();
     }
   }

@@ -214,9 +214,9 @@ void multiply(const Product<S, Stored>& p) {
   }
 }
 
-// What multiply_transposed may read of A beyond its last row.
+// What multiply_transposed may read of A beyond its last column.
 template <class V>
-constexpr int64_t transposed_overrun = tile_rows(2, sizeof(V)) + V::size;
+constexpr int64_t transposed_overrun = (tile_rows(2, sizeof(V)) - 1) / V::size * V::size + V::size - 1;
 
 // The product of a transposed A, K <= gradient_rows, with pairs of vectors, `pair` numbers from one to the next: a tile of A
 // stays in the first-level cache while all vectors use it. For many vectors it is copied: where it lies, a cache line of every

@@ -26,13 +26,14 @@ constexpr int64_t row_stride(int64_t numbers) {
   return ((numbers + line - 1) / line | 1) * line;
 }
 
-// One direction of one block of rows, and the steps in the order in which forward takes them.
+// One direction of one block of rows, and its steps in the order in which forward takes them.
 struct Job {
   const Sequence& sequence;
   int64_t direction, row_begin, row_end;
+  int64_t T;  // steps, those of its longest row where the batch is packed
 
   bool reverse() const { return direction == 1; }
-  int64_t step(int64_t s) const { return reverse() ? sequence.T - 1 - s : s; }
+  int64_t step(int64_t s) const { return reverse() ? T - 1 - s : s; }
   int64_t rows_end(int64_t t) const { return std::min(row_end, sequence.rows_at(t)); }
   int64_t first_step(int64_t b) const { return reverse() ? sequence.length(b) - 1 : 0; }
   int64_t last_step(int64_t b) const { return reverse() ? 0 : sequence.length(b) - 1; }
@@ -71,7 +72,8 @@ struct Recurrence {
   const int64_t B = sequence.B, H = problem.H, rows = sequence.start(sequence.T);
   const int64_t panels = (H + N - 1) / N, padded_H = row_stride<S>(panels * N);  // of a row of states
   const Plan plan;
-  const int64_t block_rows = (B + plan.row_blocks - 1) / plan.row_blocks;
+  const Scratch<int64_t> cuts = cut();
+  const int64_t block_rows = most_rows();
 
   Recurrence(const Problem& p, const Threads& threads, Pass pass)
       : problem(p),
@@ -95,13 +97,40 @@ struct Recurrence {
           member.end = panels;
         }
         for (int64_t j = team; j < problem.directions * plan.row_blocks; j += plan.groups) {
-          const int64_t block = j / problem.directions;
-          f(Job{sequence, j % problem.directions, B * block / plan.row_blocks, B * (block + 1) / plan.row_blocks},
-            member, team, slice);
+          const int64_t block = j / problem.directions, begin = first_row(block);
+          f(Job{sequence, j % problem.directions, begin, first_row(block + 1), steps_of(begin)}, member, team, slice);
         }
         slice = stop;
       }
     });
+  }
+
+  // Rows of a packed batch fall in length: blocks are cut so that each has as many of the sequence's rows, and one at least of
+  // the batch's. Nothing where blocks are of one size.
+  Scratch<int64_t> cut() const {
+    const int64_t blocks = plan.row_blocks;
+    Scratch<int64_t> first = scratch<int64_t>(sequence.offsets && blocks > 1 ? blocks + 1 : 0);
+    int64_t row = 0, length = sequence.T, before = 0;
+    for (int64_t block = 0; first && block < blocks; ++block) {
+      for (; row < B && before * blocks < rows * block; ++row, before += length)
+        while (length > 0 && sequence.rows_at(length - 1) <= row) --length;
+      first[block] = std::clamp(row, block, B - (blocks - block));
+    }
+    if (first) first[blocks] = B;
+    return first;
+  }
+  int64_t first_row(int64_t block) const { return cuts ? cuts[block] : B * block / plan.row_blocks; }
+  int64_t most_rows() const {
+    int64_t most = 0;
+    for (int64_t block = 0; block < plan.row_blocks; ++block)
+      most = std::max(most, first_row(block + 1) - first_row(block));
+    return most;
+  }
+  // The steps of a block's first row.
+  int64_t steps_of(int64_t row) const {
+    int64_t T = sequence.T;
+    while (T > 1 && sequence.rows_at(T - 1) <= row) --T;
+    return T;
   }
 
   // Whether a team has jobs of a direction.
