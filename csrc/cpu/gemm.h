@@ -1,6 +1,7 @@
 // The products of a recurrence: a few rows times all weights, again and again. Weights are packed once per call into
-// output vectors: for each vec of N outputs, K vecs in a row. A register tile takes some rows and a few of these vectors. When all weights are used only a few times, packing would cost more than the products:
-// then they are read as they are, by dot products.
+// output vectors: for each vec of N outputs, K vecs in a row. A register tile takes some rows and a few of these vectors. When
+// all weights are used only a few times, packing would cost more than the products: then they are read as they are, by dot
+// products.
 #pragma once
 
 #include <array>
@@ -51,7 +52,7 @@ template <class V>
 constexpr bool fetches_ahead = sizeof(V) == 64;
 
 // An element's sum has one order, that of k, whatever tile it falls into: a step alone gives the same bits as among others.
-// Brings K vecs from `ahead` on into the second-level cache, where it is not nullptr and tiles do that.
+// Tiles of three rows and more bring K vecs from `ahead` on into the second-level cache, where tiles do that.
 template <class V, class S, class Stored, int MB, int NV, bool transposed, int group = 1>
 __attribute__((noinline)) void tile(const Product<S, Stored>& p, int64_t row, int64_t vector, const Stored* ahead) {
   // A lone fused multiply-add waits four cycles for the one before: few accumulators are split over several k, where nobody
