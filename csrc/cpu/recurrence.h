@@ -110,10 +110,9 @@ struct Recurrence {
   Scratch<int64_t> cut() const {
     const int64_t blocks = plan.row_blocks;
     Scratch<int64_t> first = scratch<int64_t>(sequence.offsets && blocks > 1 ? blocks + 1 : 0);
-    int64_t row = 0, length = sequence.T, before = 0;
+    int64_t row = 0, before = 0;
     for (int64_t block = 0; first && block < blocks; ++block) {
-      for (; row < B && before * blocks < rows * block; ++row, before += length)
-        while (length > 0 && sequence.rows_at(length - 1) <= row) --length;
+      for (; row < B && before * blocks < rows * block; ++row) before += sequence.length(row);
       first[block] = std::clamp(row, block, B - (blocks - block));
     }
     if (first) first[blocks] = B;
@@ -126,11 +125,9 @@ struct Recurrence {
       most = std::max(most, first_row(block + 1) - first_row(block));
     return most;
   }
-  // The steps of a block's first row.
+  // The steps of a block that begins with `row`; one at least, so that every team's gradients have a value.
   int64_t steps_of(int64_t row) const {
-    int64_t T = sequence.T;
-    while (T > 1 && sequence.rows_at(T - 1) <= row) --T;
-    return T;
+    return sequence.offsets && row < B ? std::max<int64_t>(sequence.length(row), 1) : sequence.T;
   }
 
   // Whether a team has jobs of a direction.
