@@ -12,18 +12,16 @@ template <class Cell, class S, int N, class W>
 struct Forward : Recurrence<Cell, S, N> {
   using Base = Recurrence<Cell, S, N>;
   using Base::block_rows;
-  using Base::gates, Base::sums, Base::panels_at_once, Base::sequence, Base::B, Base::H, Base::panels, Base::padded_H,
-      Base::plan;
+  using Base::gates, Base::sums, Base::sequence, Base::B, Base::H, Base::panels, Base::padded_H, Base::plan;
   using typename Base::V;
 
   const ForwardParams& p;
   const int64_t I = p.I;
-  // Pre-activations are kept for the steps of a chunk and all panels, or else for as many rows of a few panels as leave
-  // half of the first-level cache to the products.
-  static constexpr int64_t rows_at_once = (16 << 10) / (panels_at_once * sums * N * sizeof(S));
+  // Pre-activations are kept for the steps of a chunk and all panels, or else for some rows of a few panels.
   // A stream takes all panels of a step at a time, too.
   const bool chunked = plan.chunk > 1 || (p.prepared && plan.row_blocks == 1 && B <= projection_rows);
-  const int64_t capacity = chunked ? block_rows * plan.chunk : std::min(block_rows, rows_at_once);  // rows a panel
+  const int64_t capacity =
+      chunked ? block_rows * plan.chunk : std::min(block_rows, rows_at_once(sums));  // rows a panel
   const int64_t panels_kept = chunked ? panels : panels_at_once;
   PackedWeights<Cell, S, N, W> weights{p, plan.packed_input || p.prepared, plan.packed || p.prepared};
   Scratch<S> room = scratch<S>(p.prepared ? 0 : weights.numbers);
@@ -175,28 +173,18 @@ struct Forward : Recurrence<Cell, S, N> {
                            gates, panel_stride});
         return;
       }
-    const int64_t size = packed_size<Stored>(K) * N;
-    const bool is_packed = packed;
-    if (is_packed) packed += (job.direction * panels + panel) * gates * size;
-    if (is_packed && gates == 1) {
-      multiply<V, S, Stored>({packed, size, N, n, A, lda, K, count, sum, sums * N, panel_stride, false, 0, backwards});
+    if (packed) {
+      const int64_t size = packed_size<Stored>(K) * N;
+      multiply<V, S, Stored, gates>({packed + (job.direction * panels + panel) * gates * size, size, N, n * gates, A,
+                                     lda, K, count, sum, sums * N, gates == 1 ? panel_stride : N, false, panel_stride,
+                                     backwards});
       return;
     }
-    if (is_packed && takes_groups(count)) {
-      multiply<V, S, Stored, gates>(
-          {packed, size, N, n * gates, A, lda, K, count, sum, sums * N, N, false, panel_stride, backwards});
-      return;
-    }
-    for (int64_t i = 0; i < n; ++i, sum += panel_stride) {
-      if (is_packed) {
-        multiply<V, S, Stored>({packed + i * gates * size, size, N, gates, A, lda, K, count, sum, sums * N, N});
-        continue;
-      }
+    for (int64_t i = 0; i < n; ++i, sum += panel_stride)
       for (int g = 0; g < gates; ++g) {
         const W* own = static_cast<const W*>(weights) + (gate_of(g) * H + (panel + i) * N) * K;
         multiply_unpacked<V, S, W, 1>({{{own, A, K, lda}}}, this->units(panel + i), count, sum + g * N, sums * N, H);
       }
-    }
   }
 
   // The cell's first half, for `count` rows of n panels.

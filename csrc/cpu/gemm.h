@@ -42,8 +42,19 @@ struct Product {
   S* C;
   int64_t ldc, c_stride;
   bool fresh = false;        // C holds nothing yet: = in place of +=
-  int64_t group_stride = 0;  // where vectors are in groups (see multiply_few): from a group of C to the next
+  int64_t group_stride = 0;  // where multiply takes groups of vectors: from one to the next in C
   bool backwards = false;    // the last vectors first, where there are one or two rows
+
+  // Where NV vectors from `vector` on are in a row of C.
+  template <int group, int NV>
+  std::array<int64_t, NV> places(int64_t vector) const {
+    std::array<int64_t, NV> at;
+    for (int v = 0; v < NV; ++v) {
+      const int64_t i = vector + v;
+      at[v] = group == 1 ? i * c_stride : i / group * group_stride + i % group * c_stride;
+    }
+    return at;
+  }
 };
 
 // Whether tiles ask for the weights of the next ones (multiply_vectors). With 32 registers there is one for their address; with
@@ -52,9 +63,10 @@ template <class V>
 constexpr bool fetches_ahead = sizeof(V) == 64;
 
 // An element's sum has one order, that of k, whatever tile it falls into: a step alone gives the same bits as among others.
-// Tiles of three rows and more bring K vecs from `ahead` on into the second-level cache, where tiles do that.
-template <class V, class S, class Stored, int MB, int NV, bool transposed, int group = 1>
-__attribute__((noinline)) void tile(const Product<S, Stored>& p, int64_t row, int64_t vector, const Stored* ahead) {
+// Vector v of the tile belongs at place[v] of a row of C. Tiles of three rows and more bring K vecs from `ahead` on into the second-level cache, where tiles do that.
+template <class V, class S, class Stored, int MB, int NV, bool transposed>
+__attribute__((noinline)) void tile(const Product<S, Stored>& p, int64_t row, int64_t vector, const int64_t* place,
+                                    const Stored* ahead) {
   // A lone fused multiply-add waits four cycles for the one before: few accumulators are split over several k, where nobody
   // asks for one order.
   constexpr int split = !transposed || MB * NV >= 8 ? 1 : MB * NV >= 4 ? 2 : 4;
@@ -62,12 +74,8 @@ __attribute__((noinline)) void tile(const Product<S, Stored>& p, int64_t row, in
   const Stored* W = p.W + vector * w_stride;
   const S* A = p.A + (transposed ? row : row * lda);
   S* C = p.C + row * p.ldc;
-  const auto place = [&](int v) __attribute__((always_inline)) {
-    const int64_t i = vector + v;
-    return group == 1 ? i * p.c_stride : i / group * p.group_stride + i % group * p.c_stride;
-  };
   if constexpr (transposed)  // such a C is a whole weight gradient, far from the core
-    for (int b = 0; b < MB; ++b) __builtin_prefetch(C + b * p.ldc + place(0), 1);
+    for (int b = 0; b < MB; ++b) __builtin_prefetch(C + b * p.ldc + place[0], 1);
   V sum[split][MB][NV];
   const auto broadcast = [&](int64_t k, int b)
                              __attribute__((always_inline)) { return V(transposed ? A[k * lda + b] : A[b * lda + k]); };
@@ -132,14 +140,15 @@ __attribute__((noinline)) void tile(const Product<S, Stored>& p, int64_t row, in
         V total = sum[0][b][v];
 #pragma GCC unroll 8
         for (int s = 1; s < split; ++s) total = total + sum[s][b][v];
-        S* c = C + b * p.ldc + place(v);
+        S* c = C + b * p.ldc + place[v];
         (fresh ? total : V::load(c) + total).store(c);
       }
   } while (k < p.K);
 }
 
 template <class S, class Stored>
-using Tile = void (*)(const Product<S, Stored>&, int64_t row, int64_t vector, const Stored* ahead);
+using Tile = void (*)(const Product<S, Stored>&, int64_t row, int64_t vector, const int64_t* place,
+                      const Stored* ahead);
 
 // Tiles of 1, 2 … sizeof...(MB) rows.
 template <class V, class S, class Stored, int NV, bool transposed, int... MB>
@@ -149,13 +158,14 @@ constexpr auto tile_table(std::integer_sequence<int, MB...>) {
 
 // A block of k for all rows, then the next: its weights are in the first-level cache from the second tile on, and meanwhile
 // those of the next block, or of the next vectors, come into the second, one vector during each of the first tiles.
-template <class V, class S, class Stored, int NV>
+template <class V, class S, class Stored, int group, int NV>
 void multiply_vectors(const Product<S, Stored>& p, int64_t vector) {
   constexpr int most = tile_rows(NV, sizeof(V));
   static constexpr auto tiles = tile_table<V, S, Stored, NV, false>(std::make_integer_sequence<int, most>());
   const int64_t count =
       (p.rows + most - 1) / most;  // tiles of even height: a last one of a single row would waste its time
   const int64_t step = (in_pairs<Stored> ? summation_block / 2 : summation_block) * p.k_stride;
+  const auto place = p.template places<group, NV>(vector);
   Product<S, Stored> block = p;
   for (int64_t k = 0; k == 0 || k < p.K; k += summation_block) {
     block.K = std::min(summation_block, p.K - k);
@@ -163,7 +173,7 @@ void multiply_vectors(const Product<S, Stored>& p, int64_t vector) {
                  *next = k + summation_block < p.K ? weights + step : p.W + (vector + NV) * p.w_stride;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t begin = p.rows * i / count, end = p.rows * (i + 1) / count;
-      tiles[end - begin - 1](block, begin, vector, i < NV ? next + i * p.w_stride : weights);
+      tiles[end - begin - 1](block, begin, vector, place.data(), i < NV ? next + i * p.w_stride : weights);
     }
     block.W += step;
     block.A += summation_block;
@@ -171,45 +181,42 @@ void multiply_vectors(const Product<S, Stored>& p, int64_t vector) {
   }
 }
 
-// One or two rows: as many vectors together as a fused multiply-add has cycles to wait for the one before. `group` of them
-// are neighbours in C.
+// One or two rows: as many vectors together as a fused multiply-add has cycles to wait for the one before.
 template <class V, class S, class Stored, int MB, int group, int... NV>
 void multiply_few(const Product<S, Stored>& p, std::integer_sequence<int, NV...>) {
-  static constexpr std::array<Tile<S, Stored>, sizeof...(NV)> tiles = {
-      &tile<V, S, Stored, MB, NV + 1, false, group>...};
-  const int64_t most = sizeof...(NV), count = (p.vectors + most - 1) / most;
+  static constexpr std::array<Tile<S, Stored>, sizeof...(NV)> tiles = {&tile<V, S, Stored, MB, NV + 1, false>...};
+  constexpr int most = sizeof...(NV);
+  const int64_t count = (p.vectors + most - 1) / most;
   for (int64_t j = 0; j < count; ++j) {
     const int64_t i = p.backwards ? count - 1 - j : j;
     const int64_t begin = p.vectors * i / count, end = p.vectors * (i + 1) / count;
-    tiles[end - begin - 1](p, 0, begin, nullptr);
+    tiles[end - begin - 1](p, 0, begin, p.template places<group, most>(begin).data(), nullptr);
   }
 }
 
 // Whether weights, where they are packed, are tiles.
 inline bool in_tiles(const Problem& p) { return p.tiles && p.converts_weights() && p.H >= tile_width; }
 
-// Whether multiply takes groups of vectors.
-constexpr bool takes_groups(int64_t rows) { return rows <= 2; }
-
+// Of `group` vectors each is c_stride after the one before.
 template <class V, class S, class Stored = S, int group = 1>
 void multiply(const Product<S, Stored>& p) {
   if (p.rows == 1) return multiply_few<V, S, Stored, 1, group>(p, std::make_integer_sequence<int, 8>());
   if (p.rows == 2) return multiply_few<V, S, Stored, 2, group>(p, std::make_integer_sequence<int, 6>());
-  const int64_t most = tile_vectors(p.rows, p.vectors, sizeof(V));
+  const int64_t most = tile_vectors(p.rows, group == 1 ? p.vectors : group, sizeof(V));
   for (int64_t vector = 0; vector < p.vectors;) {
     const int64_t n = std::min(most, p.vectors - vector);
     switch (n) {
       case 1:
-        multiply_vectors<V, S, Stored, 1>(p, vector);
+        multiply_vectors<V, S, Stored, group, 1>(p, vector);
         break;
       case 2:
-        multiply_vectors<V, S, Stored, 2>(p, vector);
+        multiply_vectors<V, S, Stored, group, 2>(p, vector);
         break;
       case 3:
-        multiply_vectors<V, S, Stored, 3>(p, vector);
+        multiply_vectors<V, S, Stored, group, 3>(p, vector);
         break;
       default:
-        multiply_vectors<V, S, Stored, 4>(p, vector);
+        multiply_vectors<V, S, Stored, group, 4>(p, vector);
     }
     vector += n;
   }
@@ -240,8 +247,9 @@ void multiply_transposed(const Product<S>& p, int64_t pair) {
       part.A = copy;
       part.lda = most;
     }
+    const auto place = p.template places<1, 2>(0);
     for (int64_t vector = 0; vector < p.vectors; vector += 2, part.W += pair, part.C += 2 * p.c_stride)
-      (vector + 1 < p.vectors ? pairs : singles)[end - begin - 1](part, 0, 0, nullptr);
+      (vector + 1 < p.vectors ? pairs : singles)[end - begin - 1](part, 0, 0, place.data(), nullptr);
   }
 }
 

@@ -64,8 +64,6 @@ template <class Cell, class S, int N>
 struct Recurrence {
   using V = vec<S, N>;
   static constexpr int gates = Cell::gates, sums = Cell::sums, saved = Cell::saved;
-  // Panels for a full register tile, and for whole cache lines of every array.
-  static constexpr int panels_at_once = std::max<int>(gates == 1 ? 4 : 1, 64 / (N * sizeof(S)));
 
   const Problem& problem;
   const Sequence& sequence = problem.sequence;
