@@ -21,7 +21,7 @@ struct Forward : Recurrence<Cell, S, N> {
   // A stream takes all panels of a step at a time, too.
   const bool chunked = plan.chunk > 1 || (p.prepared && plan.row_blocks == 1 && B <= projection_rows);
   const int64_t capacity =
-      chunked ? block_rows * plan.chunk : std::min(block_rows, rows_at_once(sums));  // rows a panel
+      chunked ? block_rows * plan.chunk : std::min(block_rows, rows_at_once(sums, in_tiles(p)));  // rows a panel
   const int64_t panels_kept = chunked ? panels : panels_at_once;
   PackedWeights<Cell, S, N, W> weights{p, plan.packed_input || p.prepared, plan.packed || p.prepared};
   Scratch<S> room = scratch<S>(p.prepared ? 0 : weights.numbers);

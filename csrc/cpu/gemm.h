@@ -63,7 +63,8 @@ template <class V>
 constexpr bool fetches_ahead = sizeof(V) == 64;
 
 // An element's sum has one order, that of k, whatever tile it falls into: a step alone gives the same bits as among others.
-// Vector v of the tile belongs at place[v] of a row of C. Tiles of three rows and more bring K vecs from `ahead` on into the second-level cache, where tiles do that.
+// Vector v of the tile belongs at place[v] of a row of C. Tiles of three rows and more bring K vecs from `ahead` on into the
+// second-level cache, where tiles do that.
 template <class V, class S, class Stored, int MB, int NV, bool transposed>
 __attribute__((noinline)) void tile(const Product<S, Stored>& p, int64_t row, int64_t vector, const int64_t* place,
                                     const Stored* ahead) {

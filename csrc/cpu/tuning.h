@@ -35,8 +35,9 @@ constexpr int64_t panels_at_once = 4;
 // Rows whose pre-activations, `sums` vectors each, are kept for so many panels, near the core: a multiple of every tile's height.
 // Inference on an Emerald Rapids, times as fast as with one panel and 64 rows (AVX-512): LSTM of 128, B = 128: 1.05; of 64, B = 256:
 // 1.04; of 18, B = 16: 1.2 to 1.3; GRU of 128 and 64: 1.13 and 1.21. With 18, 24, 36 and 48 rows, LSTM of 64: 1, 1.03, 1.05, 1.07;
-// GRU of 64: 1, 1.15, 1.19, 1.19.
-constexpr int64_t rows_at_once(int64_t sums) { return 144 / sums; }
+// GRU of 64: 1, 1.15, 1.19, 1.19. Tiles (tiles.h) take 32 rows: bfloat16, LSTM of 200, with 36, 32, 64 and 96 rows: 1, 1.15,
+// 1.18, 1.19; of 128: 1, 1.10, 1.14, 1.11; GRU of 128: 1, 1.10, 1.09, 1.04.
+constexpr int64_t rows_at_once(int64_t sums, bool tiles) { return tiles ? 64 : 144 / sums; }
 
 // Rows of x·W_ih computed at a time when a step has fewer: one row alone reads all weights for one product
 // each. Where W_ih and W_hh are more than a last-level cache has, each pushes the other out: the more rows, the less often
