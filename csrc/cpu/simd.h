@@ -56,6 +56,10 @@ struct vec {
       const Mask lane = {0, 1, 2, 3, 4, 5, 6, 7};
       return vec(__builtin_ia32_maskloadps256(reinterpret_cast<const Register*>(p), lane < n));
     }
+    if constexpr (std::is_same_v<T, float> && N == 16)
+      return vec(__builtin_ia32_loadups512_mask(p, Register{}, static_cast<uint16_t>((1u << n) - 1)));
+    if constexpr (std::is_same_v<T, double> && N == 8)
+      return vec(__builtin_ia32_loadupd512_mask(p, Register{}, static_cast<uint8_t>((1u << n) - 1)));
 #endif
     alignas(sizeof(Register)) T buffer[N] = {};
     copy<N / 2>(buffer, p, n);
@@ -63,6 +67,12 @@ struct vec {
   }
   FUSEDRNN_INLINE void store(T* p, int n) const {
     if (n == N) return store(p);
+#if defined(__x86_64__)
+    if constexpr (std::is_same_v<T, float> && N == 16)
+      return __builtin_ia32_storeups512_mask(p, v, static_cast<uint16_t>((1u << n) - 1));
+    if constexpr (std::is_same_v<T, double> && N == 8)
+      return __builtin_ia32_storeupd512_mask(p, v, static_cast<uint8_t>((1u << n) - 1));
+#endif
     store<N / 2>(v, p, n, std::make_integer_sequence<int, N / 2>());
   }
 
