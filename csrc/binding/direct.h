@@ -110,6 +110,14 @@ inline std::pair<pybind11::object, void*> make(pybind11::handle like, const Call
   return {std::move(made), memory->data};
 }
 
+// What only backward reads.
+inline std::pair<pybind11::object, void*> make_saved(pybind11::handle like, const Call& c, int64_t width) {
+  constexpr int64_t worth_a_pool = 1 << 20;  // bytes; malloc keeps pages for smaller ones
+  const int64_t rows = c.T * c.B;
+  return c.D * rows * width * c.element < worth_a_pool ? make(like, c, {c.D, rows, width})
+                                                       : borrowed(c.scalar, {c.D, rows, width});
+}
+
 // bfloat16 is the upper half of a float.
 inline void widen(const void* from, float* to, int64_t count) {
   const uint16_t* halves = static_cast<const uint16_t*>(from);
@@ -159,8 +167,8 @@ inline pybind11::object forward(const std::string& name, pybind11::handle x, pyb
   const auto state = [&] { return c.step ? make(x, c, {c.B, c.H}) : make(x, c, {layers * c.D, c.B, c.H}); };
   std::pair<pybind11::object, void*> y, h_n = state(), c_n, gates, cells;
   if (c.cell.has_cell) c_n = state();
-  if (save && c.cell.saved) gates = make(x, c, {c.D, c.T * c.B, c.cell.saved * c.H});
-  if (save && c.cell.has_cell) cells = make(x, c, {c.D, c.T * c.B, c.H});
+  if (save && c.cell.saved) gates = make_saved(x, c, c.cell.saved * c.H);
+  if (save && c.cell.has_cell) cells = make_saved(x, c, c.H);
   const auto part = [](void* of_all, int64_t offset) { return of_all ? static_cast<char*>(of_all) + offset : nullptr; };
   for (int64_t layer = 0; layer < layers; ++layer) {
     ForwardParams p = c.problem(layer);

@@ -8,8 +8,11 @@
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
+#include <memory>
 #include <optional>
+#include <utility>
 
+#include "cpu/cpu.h"
 #include "params.h"
 
 namespace fusedrnn::binding {
@@ -24,11 +27,21 @@ struct DLTensor {
   uint64_t byte_offset;
 };
 
+// A tensor whose memory has an owner.
+struct DLManagedTensor {
+  uint32_t major, minor;
+  void* context;
+  void (*deleter)(DLManagedTensor* self);
+  uint64_t flags;
+  DLTensor tensor;
+};
+
 struct DLPackExchange {
   uint32_t major, minor;
   void* previous;
-  void *allocate, *managed_from_object, *object_from_managed;
-  int (*tensor_from_object)(void* object, DLTensor* out);  // borrows; -1 with an error of Python's
+  void *allocate, *managed_from_object;
+  int (*object_from_managed)(DLManagedTensor* tensor, void** object);  // takes it over; -1 with an error of Python's
+  int (*tensor_from_object)(void* object, DLTensor* out);              // borrows; the same
 };
 
 // What torch's Python side offers, given once by use_tensors.
@@ -44,7 +57,7 @@ inline bool use_tensors(const pybind11::type& tensor, const pybind11::type& para
   const pybind11::object capsule = pybind11::getattr(tensor, "__dlpack_c_exchange_api__", pybind11::none());
   if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return false;
   const auto* exchange = static_cast<DLPackExchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-  if (exchange->major != 1 || !exchange->tensor_from_object) return false;
+  if (exchange->major != 1 || !exchange->tensor_from_object || !exchange->object_from_managed) return false;
   torch_types = {exchange, reinterpret_cast<PyTypeObject*>(tensor.ptr()),
                  reinterpret_cast<PyTypeObject*>(parameter.ptr())};
   return true;
@@ -85,6 +98,34 @@ inline std::optional<View> view(pybind11::handle object) {
   if (t.code == is_float && t.bits == 64) return View{data, t.rank, t.sizes, ScalarKind::float64};
   if (t.code == is_bfloat && t.bits == 16) return View{data, t.rank, t.sizes, ScalarKind::bfloat16};
   return {};
+}
+
+// A new float32 or float64 tensor of 3 dimensions whose memory is the kernels' (cpu::borrow) and goes back to them with it: large
+// ones would have fresh pages every time, which the system clears first. Throws Python's error.
+inline std::pair<pybind11::object, void*> borrowed(ScalarKind scalar, std::initializer_list<int64_t> shape) {
+  struct Borrowed {
+    DLManagedTensor managed{1, 0, this, [](DLManagedTensor* self) { delete static_cast<Borrowed*>(self->context); }};
+    int64_t sizes[3], strides[3];
+    size_t bytes;
+    ~Borrowed() {
+      if (managed.tensor.data) cpu::give_back(managed.tensor.data, bytes);
+    }
+  };
+  auto own = std::make_unique<Borrowed>();
+  std::copy(shape.begin(), shape.end(), own->sizes);
+  own->strides[2] = 1;
+  own->strides[1] = own->sizes[2];
+  own->strides[0] = own->sizes[1] * own->sizes[2];
+  const int size = scalar == ScalarKind::float64 ? 8 : 4;
+  own->bytes = own->sizes[0] * own->strides[0] * size;
+  void* const data = cpu::borrow(own->bytes);
+  constexpr int32_t host = 1;
+  constexpr uint8_t is_float = 2;
+  own->managed.tensor = {data, host, 0, 3, is_float, static_cast<uint8_t>(8 * size), 1, own->sizes, own->strides, 0};
+  void* object = nullptr;
+  if (torch_types.exchange->object_from_managed(&own->managed, &object)) throw pybind11::error_already_set();
+  own.release();
+  return {pybind11::reinterpret_steal<pybind11::object>(static_cast<PyObject*>(object)), data};
 }
 
 }  // namespace fusedrnn::binding
