@@ -58,13 +58,14 @@ struct Backward : Recurrence<Cell, S, N> {
         cell(chunk, t, member, dh, dc);
         if (plan.tiled) gradients.fill_tiles(chunk, chunk.row(t), count, member.begin, member.end, tiles);
         member.meet_in_step();
-        if (count > 0 && (s > 0 || p.dhx)) {
+        if (count > 0 && (s > 0 || p.dhx)) {  // every other step backwards through the weights, as forward
           S* C = dh + member.begin * N;
           if (plan.tiled)
-            w_hh.multiply_tiles(job.direction, tiles, 0, chunk.row(t), count, member.begin, member.end, C, padded_H);
+            w_hh.multiply_tiles(job.direction, tiles, 0, chunk.row(t), count, member.begin, member.end, C, padded_H,
+                                false, s % 2);
           else
             w_hh.multiply(job.direction, chunk.at(t, job.row_begin), stride, count, member.begin, member.end, C,
-                          padded_H);
+                          padded_H, false, s % 2);
         }
         if (sequence.resets) forget(job, t, member, dh, dc);
       }

@@ -60,7 +60,7 @@ struct Columns {
 
   // Adds A's rows times vectors [begin, end) of a direction's columns to C, or stores them there when it is fresh.
   void multiply(int64_t direction, const S* A, int64_t lda, int64_t rows, int64_t begin, int64_t end, S* C, int64_t ldc,
-                bool fresh = false) const {
+                bool fresh, bool backwards) const {
     const int64_t in_place = std::clamp(first_packed, begin, end);
     if (begin < in_place)
       for (int g = 0; g < gates; ++g)
@@ -74,19 +74,20 @@ struct Columns {
       panels += (direction * (vectors - first_packed) + in_place - first_packed) * gates * size;
       for (int64_t g = 0; g < blocks; ++g)
         cpu::multiply<V, S, Stored>({panels + g * size, gates * size, N, end - in_place, A + g * H, lda,
-                                     gates / blocks * H, rows, C + (in_place - begin) * N, ldc, N, fresh && g == 0});
+                                     gates / blocks * H, rows, C + (in_place - begin) * N, ldc, N, fresh && g == 0, 0,
+                                     backwards});
     };
     narrow ? packed(reinterpret_cast<Packed<W>*>(panels)) : packed(panels);
   }
 
   // The same in tiles, where weights are narrow and all are packed. A has `gates` times the blocks of H columns.
   void multiply_tiles(int64_t direction, const TileRows<V>& A, int64_t first_block, int64_t row, int64_t rows,
-                      int64_t begin, int64_t end, S* C, int64_t ldc, bool fresh = false) const {
+                      int64_t begin, int64_t end, S* C, int64_t ldc, bool fresh, bool backwards) const {
     if constexpr (takes_tiles<V, W>)
       cpu::multiply_tiles<V>({reinterpret_cast<const Packed<W>*>(panels) +
                                   (direction * vectors + begin) * gates * packed_size<Packed<W>>(H) * N,
                               end - begin, gates * blocks_of(H), A.at(first_block, row), A.capacity, rows, C, ldc, N,
-                              fresh});
+                              fresh, INT64_MAX, 0, backwards});
   }
 };
 

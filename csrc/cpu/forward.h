@@ -170,7 +170,7 @@ struct Forward : Recurrence<Cell, S, N> {
         const auto* tiles = reinterpret_cast<const Packed<W>*>(packed) +
                             (job.direction * panels + panel) * gates * packed_size<Packed<W>>(K) * N;
         multiply_tiles<V>({tiles, n * gates, blocks_of(K), rows.tiles, rows.capacity, count, sum, sums * N, N, false,
-                           gates, panel_stride});
+                           gates, panel_stride, backwards});
         return;
       }
     if (packed) {

@@ -43,7 +43,7 @@ struct Product {
   int64_t ldc, c_stride;
   bool fresh = false;        // C holds nothing yet: = in place of +=
   int64_t group_stride = 0;  // where multiply takes groups of vectors: from one to the next in C
-  bool backwards = false;    // the last vectors first, where there are one or two rows
+  bool backwards = false;    // the last vectors first
 
   // Where NV vectors from `vector` on are in a row of C.
   template <int group, int NV>
@@ -158,9 +158,9 @@ constexpr auto tile_table(std::integer_sequence<int, MB...>) {
 }
 
 // A block of k for all rows, then the next: its weights are in the first-level cache from the second tile on, and meanwhile
-// those of the next block, or of the next vectors, come into the second, one vector during each of the first tiles.
+// those of the next block, or of the vectors that follow, come into the second, one vector during each of the first tiles.
 template <class V, class S, class Stored, int group, int NV>
-void multiply_vectors(const Product<S, Stored>& p, int64_t vector) {
+void multiply_vectors(const Product<S, Stored>& p, int64_t vector, int64_t following) {
   constexpr int most = tile_rows(NV, sizeof(V));
   static constexpr auto tiles = tile_table<V, S, Stored, NV, false>(std::make_integer_sequence<int, most>());
   const int64_t count =
@@ -171,7 +171,7 @@ void multiply_vectors(const Product<S, Stored>& p, int64_t vector) {
   for (int64_t k = 0; k == 0 || k < p.K; k += summation_block) {
     block.K = std::min(summation_block, p.K - k);
     const Stored *weights = block.W + vector * p.w_stride,
-                 *next = k + summation_block < p.K ? weights + step : p.W + (vector + NV) * p.w_stride;
+                 *next = k + summation_block < p.K ? weights + step : p.W + following * p.w_stride;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t begin = p.rows * i / count, end = p.rows * (i + 1) / count;
       tiles[end - begin - 1](block, begin, vector, place.data(), i < NV ? next + i * p.w_stride : weights);
@@ -204,22 +204,23 @@ void multiply(const Product<S, Stored>& p) {
   if (p.rows == 1) return multiply_few<V, S, Stored, 1, group>(p, std::make_integer_sequence<int, 8>());
   if (p.rows == 2) return multiply_few<V, S, Stored, 2, group>(p, std::make_integer_sequence<int, 6>());
   const int64_t most = tile_vectors(p.rows, group == 1 ? p.vectors : group, sizeof(V));
-  for (int64_t vector = 0; vector < p.vectors;) {
-    const int64_t n = std::min(most, p.vectors - vector);
-    switch (n) {
+  const int64_t count = (p.vectors + most - 1) / most;
+  for (int64_t j = 0; j < count; ++j) {
+    const int64_t i = p.backwards ? count - 1 - j : j, vector = i * most,
+                  following = (p.backwards ? std::max<int64_t>(i - 1, 0) : i + 1) * most;
+    switch (std::min(most, p.vectors - vector)) {
       case 1:
-        multiply_vectors<V, S, Stored, group, 1>(p, vector);
+        multiply_vectors<V, S, Stored, group, 1>(p, vector, following);
         break;
       case 2:
-        multiply_vectors<V, S, Stored, group, 2>(p, vector);
+        multiply_vectors<V, S, Stored, group, 2>(p, vector, following);
         break;
       case 3:
-        multiply_vectors<V, S, Stored, group, 3>(p, vector);
+        multiply_vectors<V, S, Stored, group, 3>(p, vector, following);
         break;
       default:
-        multiply_vectors<V, S, Stored, group, 4>(p, vector);
+        multiply_vectors<V, S, Stored, group, 4>(p, vector, following);
     }
-    vector += n;
   }
 }
 

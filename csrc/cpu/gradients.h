@@ -123,9 +123,9 @@ struct Gradients {
       const auto multiply = [&](int64_t first, int64_t last, S* to, int64_t width) {
         if (tiled)
           w_ih.multiply_tiles(chunk.job.direction, tiles, Cell::input_sum * blocks_of(H), chunk.row(t) + begin,
-                              end - begin, first, last, to, width, true);
+                              end - begin, first, last, to, width, true, false);
         else
-          w_ih.multiply(chunk.job.direction, A, chunk.stride, end - begin, first, last, to, width, true);
+          w_ih.multiply(chunk.job.direction, A, chunk.stride, end - begin, first, last, to, width, true, false);
       };
       multiply(v_begin, full, C + v_begin * N, I);
       if (full < v_end) {

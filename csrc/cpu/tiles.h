@@ -111,6 +111,7 @@ struct TileProduct {
   int64_t ldc, c_stride;
   bool fresh = false;
   int64_t group = INT64_MAX, group_stride = 0;  // so many vectors are neighbours in C; from there to the next ones
+  bool backwards = false;                       // the last vectors first
 };
 
 // Rows from `row` on, 16 or 32 of them at most, and some vectors: 4 tiles of sums.
@@ -153,21 +154,26 @@ __attribute__((noinline)) void tiles_of_rows(const TileProduct<V>& p, int64_t ro
     }
 }
 
-// Vectors two at a time meet 32 rows, so that each tile that is loaded is used twice; four meet 16.
+// Vectors two at a time meet 32 rows, so that each tile that is loaded is used twice; four meet 16. The next rows begin with the
+// vectors that these end with.
 template <class V>
 void multiply_tiles(const TileProduct<V>& p) {
-  for (int64_t row = 0; row < p.rows; row += 32)
-    if (p.rows - row > 16) {
-      int64_t vector = 0;
-      for (; vector + 2 <= p.vectors; vector += 2)
+  constexpr std::make_integer_sequence<int, 1> one;
+  bool backwards = p.backwards;
+  for (int64_t row = 0; row < p.rows; row += 32, backwards = !backwards) {
+    const bool two = p.rows - row > 16;
+    const int64_t most = two ? 2 : 4, count = (p.vectors + most - 1) / most;
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t vector = (backwards ? count - 1 - j : j) * most, end = std::min(vector + most, p.vectors);
+      if (end - vector < most)
+        for (int64_t v = vector; v < end; ++v)
+          two ? tiles_of_rows<V, 2>(p, row, v, one) : tiles_of_rows<V, 1>(p, row, v, one);
+      else if (two)
         tiles_of_rows<V, 2>(p, row, vector, std::make_integer_sequence<int, 2>());
-      if (vector < p.vectors) tiles_of_rows<V, 2>(p, row, vector, std::make_integer_sequence<int, 1>());
-    } else {
-      int64_t vector = 0;
-      for (; vector + 4 <= p.vectors; vector += 4)
+      else
         tiles_of_rows<V, 1>(p, row, vector, std::make_integer_sequence<int, 4>());
-      for (; vector < p.vectors; ++vector) tiles_of_rows<V, 1>(p, row, vector, std::make_integer_sequence<int, 1>());
     }
+  }
 }
 
 }  // namespace
