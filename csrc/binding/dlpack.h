@@ -123,8 +123,8 @@ inline std::pair<pybind11::object, void*> borrowed(ScalarKind scalar, std::initi
   constexpr uint8_t is_float = 2;
   own->managed.tensor = {data, host, 0, 3, is_float, static_cast<uint8_t>(8 * size), 1, own->sizes, own->strides, 0};
   void* object = nullptr;
-  if (torch_types.exchange->object_from_managed(&own->managed, &object)) throw pybind11::error_already_set();
-  own.release();
+  // Where this fails nobody says who has the memory: better lost than freed twice.
+  if (torch_types.exchange->object_from_managed(&own.release()->managed, &object)) throw pybind11::error_already_set();
   return {pybind11::reinterpret_steal<pybind11::object>(static_cast<PyObject*>(object)), data};
 }
 
