@@ -108,7 +108,7 @@ $(VENV)/.ready: pyproject.toml
 	else \
 	  echo "installing $(TORCH) into $(VENV)"; \
 	  $(PYTHON) -m venv --clear $(VENV) && \
-	  $(PY) -m pip install -q $(TORCH) numpy ninja pybind11 setuptools && \
+	  $(PY) -m pip install -q $(TORCH) numpy ninja pybind11 'setuptools>=70.1' && \
 	  FUSEDRNN_BUILD=0 $(PY) -m pip install -q --no-build-isolation -e .; \
 	fi
 	@touch $@

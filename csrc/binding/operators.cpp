@@ -27,8 +27,8 @@ using namespace fusedrnn::binding;
 // takes a µs a tensor.
 Tensor make(const Tensor& like, const std::vector<int64_t>& sizes) {
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(), static_cast<int64_t>(sizes.size()),
-                                                          nullptr, nullptr, nullptr, 0, nullptr, &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(), static_cast<int64_t>(sizes.size()),
+                                                   nullptr, nullptr, nullptr, 0, nullptr, &made));
   const Tensor tensor(made);
   cpu::prefer_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
   return tensor;
