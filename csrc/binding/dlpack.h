@@ -27,6 +27,9 @@ struct DLTensor {
   uint64_t byte_offset;
 };
 
+constexpr int32_t on_host = 1;                  // DLTensor::device_type
+constexpr uint8_t is_float = 2, is_bfloat = 4;  // DLTensor::code
+
 // A tensor whose memory has an owner.
 struct DLManagedTensor {
   uint32_t major, minor;
@@ -84,7 +87,7 @@ inline std::optional<View> view(pybind11::handle object) {
     PyErr_Clear();
     return {};
   }
-  if (!t.data || t.device_type != 1 || t.rank == 0) return {};  // 1: the host
+  if (!t.data || t.device_type != on_host || t.rank == 0) return {};
   int64_t stride = 1;
   for (int32_t i = t.rank - 1; i >= 0; --i) {
     // The last stride counts even where there is one element only: an imaginary part, whose sign may still be to change,
@@ -93,7 +96,6 @@ inline std::optional<View> view(pybind11::handle object) {
     stride *= t.sizes[i];
   }
   void* const data = static_cast<char*>(t.data) + t.byte_offset;
-  constexpr uint8_t is_float = 2, is_bfloat = 4;
   if (t.code == is_float && t.bits == 32) return View{data, t.rank, t.sizes, ScalarKind::float32};
   if (t.code == is_float && t.bits == 64) return View{data, t.rank, t.sizes, ScalarKind::float64};
   if (t.code == is_bfloat && t.bits == 16) return View{data, t.rank, t.sizes, ScalarKind::bfloat16};
@@ -119,9 +121,7 @@ inline std::pair<pybind11::object, void*> borrowed(ScalarKind scalar, std::initi
   const int size = scalar == ScalarKind::float64 ? 8 : 4;
   own->bytes = own->sizes[0] * own->strides[0] * size;
   void* const data = cpu::borrow(own->bytes);
-  constexpr int32_t host = 1;
-  constexpr uint8_t is_float = 2;
-  own->managed.tensor = {data, host, 0, 3, is_float, static_cast<uint8_t>(8 * size), 1, own->sizes, own->strides, 0};
+  own->managed.tensor = {data, on_host, 0, 3, is_float, static_cast<uint8_t>(8 * size), 1, own->sizes, own->strides, 0};
   void* object = nullptr;
   // Where this fails nobody says who has the memory: better lost than freed twice.
   if (torch_types.exchange->object_from_managed(&own.release()->managed, &object)) throw pybind11::error_already_set();
