@@ -41,17 +41,24 @@ struct TeamParams {
   uint32_t *data, *counters;
 };
 
-__device__ Pieces pieces_of(const TeamParams& p) {
-  return {p.plan.units * 2 / static_cast<int>(sizeof(Words)), p.plan.rows, 1};
+// What a block hands on, as resident.cuh does; a piece by as many threads as there are.
+template <class Exchange>
+__device__ void send_all(const Exchange& exchange, const TeamParams& p, int round) {
+  const int a_row = p.plan.units * 2 / static_cast<int>(sizeof(Words)), count = a_row * p.plan.rows;
+  const int piece = threadIdx.x % count, number = threadIdx.x / count, copies = resident_threads / count;
+  const int word = exchange.rank * p.plan.units / 2 + piece % a_row * piece_words;
+  if (number < copies)
+    exchange.send(0, round, place_in_operand(p.plan, p.layout, 0, piece / a_row, word), Words{}, number, copies);
+  exchange.sent(0);
 }
 
 __global__ void __launch_bounds__(resident_threads, 1) exchange_in_cluster(const __grid_constant__ TeamParams p) {
 #if FUSEDRNN_HAS_CLUSTERS
   FUSEDRNN_SHARED(memory);
-  const ClusterExchange exchange{p.plan, p.layout, memory, pieces_of(p), static_cast<int>(blockIdx.x)};
+  const ClusterExchange exchange(p.plan, p.layout, memory, static_cast<int>(blockIdx.x), 1);
   exchange.begin();
   for (int round = 1; round <= rounds; ++round) {
-    exchange.send(0, round);
+    send_all(exchange, p, round);
     exchange.receive(0, round);
     __syncthreads();
   }
@@ -61,9 +68,9 @@ __global__ void __launch_bounds__(resident_threads, 1) exchange_in_cluster(const
 __global__ void __launch_bounds__(resident_threads, 1) exchange_in_grid(const __grid_constant__ TeamParams p) {
   FUSEDRNN_SHARED(memory);
   const int rank = blockIdx.x, team = blockIdx.y;
-  const GridExchange exchange{p.plan, p.layout, memory, pieces_of(p), rank, team, p.data, p.counters};
+  const GridExchange exchange{p.plan, p.layout, memory, rank, 1, team, p.data, p.counters};
   for (int round = 1; round <= rounds; ++round) {
-    exchange.send(0, round);
+    send_all(exchange, p, round);
     exchange.receive(0, round);
   }
 }
@@ -136,6 +143,7 @@ TeamParams make_team(int blocks, int rows, bool cluster, uint32_t* memory) {
 }  // namespace
 
 int main() {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);
   cudaDeviceProp gpu;
   expect_success(cudaGetDeviceProperties(&gpu, 0));
   const int multiprocessors = gpu.multiProcessorCount, shared = static_cast<int>(gpu.sharedMemPerBlockOptin);
@@ -155,7 +163,7 @@ int main() {
         const TeamParams team = make_team(blocks, rows, true, memory);
         const Geometry full{blocks, static_cast<unsigned>(active), 1, resident_threads, 1};
         std::printf("  exchange of %d rows, all clusters: %.3f us\n", rows,
-                    microseconds(exchange_in_cluster, full, team, team.layout.bytes, {blocks, false}, memory));
+                    microseconds(exchange_in_cluster, full, team, team.layout.overflow, {blocks, false}, memory));
       }
     }
   for (const int blocks : {16, 32, 64, 128}) {
@@ -167,7 +175,7 @@ int main() {
                 microseconds(synchronize_grid, full, make_team(blocks, 8, false, memory), 0, together, memory));
     for (const int rows : {1, 8}) {
       const TeamParams team = make_team(blocks, rows, false, memory);
-      const float counted = microseconds(exchange_in_grid, full, team, team.layout.bytes, together, memory);
+      const float counted = microseconds(exchange_in_grid, full, team, team.layout.overflow, together, memory);
       expect_success(cudaMemset(memory, 0, 64 << 20));
       std::printf("  exchange of %d rows: counter %.3f us, data as flag %.3f us\n", rows, counted,
                   microseconds(exchange_flagged, full, team, 0, together, memory));

@@ -36,7 +36,11 @@ from test_reference import run_oracle as run_oracle_of_call
 import fusedrnn
 from fusedrnn import _autograd, _dispatch, _reference
 
-pytestmark = pytest.mark.skipif(_dispatch.cuda_extension is None, reason=_dispatch.why_no_cuda)
+pytestmark = [
+    pytest.mark.skipif(_dispatch.cuda_extension is None, reason=_dispatch.why_no_cuda),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
+    pytest.mark.filterwarnings("ignore:RNN module weights are not part of single"),  # torch.nn's, in bfloat16
+]
 
 for_each_cell = pytest.mark.parametrize("kind", CELLS, ids=lambda kind: Case(**kind).equations)
 
@@ -97,7 +101,7 @@ def test_large(case, dtype):
 @for_each_cell
 def test_tf32(kind, no_tf32):
     """Rounded as torch.nn rounds where its switch is on, and not at all where it is off."""
-    case = Case(**kind, T=12, B=32, I=256, H=256)
+    case = Case(**kind, T=12, B=32, I=256, H=512)  # cuDNN's kernels for small layers do not round
     truth = run_oracle(dict(case.module(torch.nn).named_parameters()), case, make_data(case))
     exact = on_gpu(case)
     no_tf32.fp32_precision = "tf32"
@@ -188,6 +192,7 @@ def layer_and_input(kind: dict, **options) -> tuple[torch.nn.Module, torch.Tenso
     return case.module(fusedrnn).cuda(), make_data(case).x.cuda()
 
 
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream does not match")  # of the steps before
 @for_each_cell
 def test_cuda_graph(kind):
     """A training step is captured once and replayed on other numbers."""
@@ -264,8 +269,10 @@ def test_autocast(kind, dtype):
     theirs = Case(**kind, T=6, B=5, I=12, H=20).module(torch.nn).cuda()
     with torch.autocast("cuda", dtype):
         y, _ = layer(x)
-        assert y.dtype == theirs(x)[0].dtype
-    scaler = torch.amp.GradScaler("cuda")
+        assert y.dtype == dtype
+        if dtype == torch.float16:  # torch.nn's layers know no other on a GPU, and stay float32
+            assert theirs(x)[0].dtype == dtype
+    scaler = torch.amp.GradScaler("cuda", init_scale=256.0)
     scaler.scale(y.float().sum()).backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in layer.parameters())
 

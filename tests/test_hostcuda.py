@@ -266,8 +266,8 @@ PLANTED = {
     "result not written": ("layer.cuh", "if (wanted.b_ih) convert(", "if (false) convert(", "db_ih0"),
     "gates confused": (
         "elementwise.cuh",
-        "hidden(Cell::hidden_gate(k))",
-        "hidden(k)",
+        "hidden[Cell::hidden_gate(k)]",
+        "hidden[k]",
         "^y .* above the bound",
     ),
     "gradient crosses a reset": ("elementwise.cuh", "if (v.reset) dh = dc = {};", "", "^dx .* above the bound"),

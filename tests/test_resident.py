@@ -99,7 +99,7 @@ def test_slots_that_are_left_over(monkeypatch):
     monkeypatch.setattr(hostcuda, "largest_cluster", 8)
     monkeypatch.setattr(hostcuda, "multiprocessors", 8)
     case = Case("lstm", T=8, B=1, I=1, H=280)
-    made = hostcuda.library().resident_plan(8, Team.CLUSTER, 1, 280, 1, 4, False, True, 4)
+    made = hostcuda.library().resident_plan(8, Team.CLUSTER, 1, 280, 1, 4, False, True, 4, 8)
     assert (made["blocks"], made["units"], made["halved_tiles"], made["half_groups"]) == (8, 40, 6, 10)
     data, weights = make_data(case), list(case.module(torch.nn).parameters())
     results = hostcuda.forward("lstm", data.x, data.h0, data.c0, weights, None, None, None, False, True)
@@ -117,7 +117,8 @@ def test_weights_beyond_the_registers(monkeypatch, schedule, tf32):
     monkeypatch.setattr(_dispatch, "use_tf32", lambda x: tf32 and x.dtype == torch.float32)
     case = Case("lstm", T=8, B=3, I=2, H=160)
     for team, backward in ((schedule != Schedules.CLUSTER) * 2, False), (schedule == Schedules.GRID, True):
-        assert hostcuda.library().resident_plan(4, int(team), 3, 160, 1, 4, backward, True, 4)["part_groups"] > 8
+        made = hostcuda.library().resident_plan(4, int(team), 3, 160, 1, 4, backward, True, 4, 4)
+        assert made["slot_groups"] > 8
     call = Call(case)
     dtype = torch.float16 if tf32 else torch.float32
     assert_all_as_good(run_recurrence(_autograd.recurrence, call), *wanted(call), dtype)
@@ -177,13 +178,15 @@ def plan(team: Team, B: int, H: int, gates: int = 4, scalar: int = 2, backward: 
         ("cluster", "gru", torch.bfloat16, 1, 105, 1),
         ("step", "gru", torch.bfloat16, 0, 104, 1),
         ("cluster", "lstm", torch.bfloat16, 32, 512, 1),
-        ("cluster", "lstm", torch.bfloat16, 32, 640, 2),
-        ("cluster", "gru", torch.float16, 16, 768, 1),
+        ("cluster", "gru", torch.float16, 16, 512, 1),
+        ("cluster", "lstm", torch.bfloat16, 32, 512, 2),
+        ("grid", "gru", torch.float16, 16, 768, 1),
         ("grid", "lstm", torch.bfloat16, 64, 1024, 1),
         ("grid", "lstm", torch.bfloat16, 32, 2048, 1),
         ("grid", "gru", torch.bfloat16, 32, 2048, 1),
         ("grid", "lstm", torch.float32, 16, 1024, 1),
         ("step", "lstm", torch.bfloat16, 64, 3072, 1),  # 75 MB of weights
+        ("step", "lstm", torch.bfloat16, 64, 2048, 1),  # 8 tiles, which take longer than launches do
         ("step", "lstm", torch.bfloat16, 1024, 512, 1),  # 16 tiles for each of 8 clusters: cuBLAS is as fast
         ("step", "lstm", torch.float64, 16, 512, 1),
     ],
@@ -196,7 +199,7 @@ def test_schedule_on_an_h100(monkeypatch, schedule, cell, dtype, B, H, direction
 
 @pytest.mark.parametrize(
     ("forward", "backward", "cell", "B", "H"),
-    [("cluster", "grid", "lstm", 32, 768), ("cluster", "grid", "gru", 32, 896), ("grid", "grid", "lstm", 64, 2048)],
+    [("cluster", "grid", "lstm", 32, 512), ("cluster", "cluster", "lstm", 1, 256), ("grid", "grid", "gru", 32, 2048)],
 )
 def test_backward_may_need_another_schedule(monkeypatch, forward, backward, cell, B, H):
     monkeypatch.setattr(hostcuda, "schedules", Schedules.ALL)
@@ -209,28 +212,31 @@ def test_plans():
     cluster = plan(Team.CLUSTER, B=32, H=512)
     assert (cluster["blocks"], cluster["units"], cluster["rows"], cluster["tiles"]) == (16, 32, 4, 1)
     assert cluster["part_groups"] == 8
-    # Two teams of 64 blocks share the batch.
+    # Backward a block has what its own gates make of all 512 units: 32 row tiles of 4 groups, two to a slot.
+    shares = plan(Team.CLUSTER, B=32, H=512, backward=True)
+    assert (shares["blocks"], shares["split"], shares["part_groups"], shares["slot_groups"]) == (16, 16, 4, 8)
     # Slots that 9 and 11 row tiles leave over hold weights too.
     assert [plan(Team.CLUSTER, B=64, H=H, gates=3)["halved_tiles"] for H in (768, 896)] == [7, 5]
+    # Four teams of 32 blocks, half of whose weights are in shared memory, not two of 64: a tile costs more than that.
     grid = plan(Team.GRID, B=64, H=1024)
-    assert (grid["blocks"], grid["teams"], grid["rows"] * grid["tiles"], grid["part_groups"]) == (64, 2, 32, 8)
-    # Backward too, each four of them as a cluster; and of 2048 units, whose weights take the shared memory as well.
+    assert (grid["blocks"], grid["teams"], grid["rows"] * grid["tiles"], grid["part_groups"]) == (32, 4, 16, 16)
+    # Backward too, each four of them as a cluster.
     assert not plan(Team.SPLIT_GRID, B=64, H=1024)
-    for H, blocks, teams, groups in ((1024, 64, 2, 8), (2048, 128, 1, 16)):
-        split = plan(Team.SPLIT_GRID, B=64, H=H, backward=True)
-        assert (split["blocks"], split["teams"], split["split"], split["part_groups"]) == (blocks, teams, 4, groups)
-    assert not plan(Team.GRID, B=64, H=2048, backward=True)
-    assert all(plan(Team.SPLIT_GRID, B=64, H=H, backward=True) for H in range(64, 2049, 3))
-    # What comes in, what is made, sums, states of two kinds; then shares, barriers and weights beyond the registers.
-    assert cluster["shared_bytes"] == 2 * 17 * 4 * 64 + 4 * 32 * 2 + 2 * 8 * 132 * 4 + 2 * 4 * 32 * 4 + 2 * 8
-    assert grid["shared_bytes"] == 33 * 8 * 64 + 8 * 16 * 2 + 4 * 8 * 68 * 4 + 2 * 4 * 8 * 16 * 4
-    # That of 2048 units; its operand is a fourth of all 256 groups.
-    states, shares = 2 * 8 * 8 * 16 * 4, 8 * 4 * 8 * 16 * 4
-    in_shared = 65 * 8 * 64 + 4 * 8 * 16 * 2 + 4 * 8 * 68 * 4 + states + shares + 8 * 8 + 16 * 8 * 1024
-    assert split["shared_bytes"] == in_shared
-    # 8 clusters at once; where a team's 8 tiles of the batch do not fit, two teams take turns.
-    turns = plan(Team.CLUSTER, B=512, H=640)
-    assert (turns["blocks"], turns["rows"], turns["tiles"], turns["teams"]) == (16, 8, 4, 16)
+    split = plan(Team.SPLIT_GRID, B=64, H=1024, backward=True)
+    assert (split["blocks"], split["teams"], split["split"], split["part_groups"]) == (32, 4, 4, 16)
+    # With 8 tiles of 2048 units a step takes longer than the launches of the step schedule.
+    assert not plan(Team.SPLIT_GRID, B=64, H=2048, backward=True)
+    assert plan(Team.GRID, B=32, H=2048)["tiles"] == 4
+    # What comes in, sums, states of two kinds; then shares, barriers and weights beyond the registers.
+    assert cluster["shared_bytes"] == 2 * 17 * 4 * 64 + 2 * 2 * 8 * 132 * 4 + 2 * 4 * 32 * 4 + 2 * 8
+    assert shares["shared_bytes"] == 2 * 5 * 4 * 64 + 2 * 4 * 32 * 4 + 2 * 16 * 32 * 6 * 4 + 2 * 8
+    states, in_shared = 2 * 2 * 8 * 32 * 4, 16 * 8 * 1024
+    assert grid["shared_bytes"] == 33 * 8 * 64 + 2 * 2 * 8 * 132 * 4 + states + in_shared
+    operands, of_shares = 33 * 8 * 64, 2 * 4 * 8 * 32 * 4
+    assert split["shared_bytes"] == operands + 2 * 2 * 8 * 132 * 4 + states + of_shares + 2 * 8 + in_shared
+    # 8 clusters at once; where a team's 3 tiles of the batch do not fit, three teams take turns.
+    turns = plan(Team.CLUSTER, B=96, H=896, gates=3)
+    assert (turns["blocks"], turns["rows"], turns["tiles"], turns["teams"]) == (16, 4, 1, 24)
     for sizes in [(b, h, g, s, back, d) for b in (1, 7, 64, 200) for h in range(16, 2100, 61) for g in (1, 3, 4)
                   for s in (2, 4) for back in (False, True) for d in (1, 2)]:  # fmt: skip
         for team in Team:
@@ -250,14 +256,22 @@ def test_plans():
 
 # What is broken, in which schedule, where and how, and the words in which that shows. A test that cannot fail is none.
 RACE = "one thread (reads|writes) what another|two threads write"
-BYTES = "return plan.blocks * pieces.count()"
+EARLY = "more arrivals at a barrier|nobody has written|never comes"
+BYTES = "gates * plan.rows * layout.gate_words * 4}"
+OF_SHARES = "((plan.rows + 1) / 2) * 8}"
+ARMED = "expect_bytes(barrier(tile, round), bytes);  // of"
+WAITED = "while (!phase_is_over("
+COUNTED = "while (static_cast<int32_t>("
 BUFFER = ") * 2 + round % 2;"
-EXISTS = "return at.b < p.step.B && at.j < H;"
+PLACE = "buffer = tile * 2 + round % 2;"
+SHARES = "(tile * 2 + round % 2) * plan.blocks * share_of_block()"
+EXISTS = "in_tile && b < p.step.B && j < H}"
 ZERO = "zero(counters_, counter_bytes_, stream);"
 PLANTED = {
-    "nobody waits for bytes": (1, "exchange.cuh", "while (!phase_is_over(", "while (false && !phase_is_over(", RACE),
+    "nobody waits for bytes": (1, "exchange.cuh", WAITED, WAITED.replace("(", "(false && ", 1), f"{RACE}|{EARLY}"),
     "wrong phase": (1, "exchange.cuh", "(round - 1) / 2 % 2", "round / 2 % 2", f"{RACE}|never comes"),
-    "too few bytes expected": (1, "exchange.cuh", BYTES, BYTES.replace("blocks", "units"), f"{RACE}|never comes"),
+    "too few bytes expected": (1, "exchange.cuh", BYTES, BYTES.replace("4", "2"), f"{RACE}|never comes"),
+    "too few bytes of shares": (1, "exchange.cuh", OF_SHARES, OF_SHARES.replace("8", "4"), f"{RACE}|{EARLY}"),
     "no barriers yet": (
         1,
         "exchange.cuh",
@@ -265,18 +279,13 @@ PLANTED = {
         "    __syncthreads();",
         "nobody has set|while another thread sets",
     ),
-    "bytes not expected": (
-        1,
-        "exchange.cuh",
-        "expect_bytes(barrier(tile, round), bytes());  // of",
-        ";  //",
-        "never comes",
-    ),
-    "one buffer": (1, "exchange.cuh", "tile * 2 + round % 2;", "tile * 2;", f"{RACE}|above the bound"),
-    "nobody counts": (2, "exchange.cuh", "while (static_cast<int32_t>(", "while (false && static_cast<int32_t>(", RACE),
+    "bytes not expected": (1, "exchange.cuh", ARMED, ";  //", "never comes"),
+    "one buffer": (1, "exchange.cuh", PLACE, PLACE.replace(" + round % 2", ""), f"{RACE}|above the bound"),
+    "one place for shares": (1, "exchange.cuh", SHARES, SHARES.replace(" + round % 2", ""), f"{RACE}|above the bound"),
+    "nobody counts": (2, "exchange.cuh", COUNTED, COUNTED.replace("(", "(false && ", 1), RACE),
     "one buffer in the L2": (2, "exchange.cuh", BUFFER, BUFFER.replace(" + round % 2", ""), RACE),
     "counters not reset": (2, "chunk_kernel.cuh", ZERO, "", "nobody has set"),
-    "units beyond the layer": (2, "team.cuh", EXISTS, "return at.b < p.step.B;", f"out of bounds|{RACE}"),
+    "units beyond the layer": (2, "team.cuh", EXISTS, EXISTS.replace(" && j < H", ""), f"out of bounds|{RACE}"),
 }
 
 

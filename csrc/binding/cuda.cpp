@@ -53,6 +53,7 @@ template <class Params>
 void run(void (*pass)(const Params&, const cuda::Context&), const Params& p, const Tensor& x, bool backward,
          bool tf32) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  cuda::use_device(x.get_device_index());
   void *stream = nullptr, *handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));

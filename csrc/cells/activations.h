@@ -9,9 +9,33 @@
 
 namespace fusedrnn {
 
+#if defined(__CUDA_ARCH__) || defined(FUSEDRNN_HOSTCUDA)
+// On a GPU without branches and calls, so that the functions of a step overlap and its code fits the instruction cache.
+// Of a number that is not below 1: the special function unit's, one unit in the last place off, and a Newton step.
+FUSEDRNN_INLINE float reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+#else
+  const float y = 1.0f / x;
+#endif
+  return x < 1e38f ? ::fmaf(y, ::fmaf(-x, y, 1.0f), y) : y;  // of infinity 0
+}
+
+FUSEDRNN_INLINE float sigmoid(float x) { return reciprocal(1.0f + ::expf(-x)); }
+FUSEDRNN_INLINE float tanh(float x) {
+  // An odd polynomial, fitted to a relative error of 1.5e-8 up to 0.5, where the other form would cancel.
+  const float square = x * x, magnitude = ::fabsf(x);
+  const float near_zero =
+      x + x * square * (-0.33333144f + square * (0.13325879f + square * (-0.05304549f + square * 0.01724148f)));
+  const float far = 1.0f - 2.0f * reciprocal(1.0f + ::expf(2.0f * magnitude));
+  return magnitude < 0.5f ? near_zero : ::copysignf(far, x);  // far, and so NaN, where x is NaN
+}
+#else
 FUSEDRNN_INLINE float tanh(float x) { return ::tanhf(x); }
-FUSEDRNN_INLINE double tanh(double x) { return ::tanh(x); }
 FUSEDRNN_INLINE float sigmoid(float x) { return 1.0f / (1.0f + ::expf(-x)); }
+#endif
+FUSEDRNN_INLINE double tanh(double x) { return ::tanh(x); }
 FUSEDRNN_INLINE double sigmoid(double x) { return 1.0 / (1.0 + ::exp(-x)); }
 FUSEDRNN_INLINE float relu(float x) { return x < 0.0f ? 0.0f : x; }  // written so that NaN passes through
 FUSEDRNN_INLINE double relu(double x) { return x < 0.0 ? 0.0 : x; }

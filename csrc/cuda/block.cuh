@@ -40,15 +40,16 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once) write_offsets(c
 
 // The matrix of a gate in shared memory, as [in][out] of rows `ld` apart, and vectors of `padded` values, all with zeros
 // where there are no units. block_shape (tuning.h) says how large all of it is.
-template <class Cell, class S>
+template <class Cell, class S, int R>
 struct Block {
   using A = Accumulator<S>;
-  static constexpr int adjacent = adjacent_units(sizeof(S));
+  static constexpr int adjacent = adjacent_units(sizeof(S)), items = units_of_a_thread(R);
   using V = Values<A, 1>;
   using W = Values<A, adjacent>;
 
   const int H, padded, ld, thread, threads;
-  S* const weights;  // [gates][padded][ld]
+  S* const weights;                         // [gates][padded][ld]
+  int item_rows[items], item_units[items];  // that are this thread's
 
   FUSEDRNN_DEVICE Block(int64_t H, unsigned char* memory)
       : H(static_cast<int>(H)),
@@ -56,7 +57,13 @@ struct Block {
         ld(leading_dimension(this->H, sizeof(S))),
         thread(threadIdx.x),
         threads(blockDim.x),
-        weights(reinterpret_cast<S*>(memory)) {}
+        weights(reinterpret_cast<S*>(memory)) {
+#pragma unroll
+    for (int i = 0; i < items; ++i) {
+      const int item = thread + i * threads;
+      item_rows[i] = item / this->H, item_units[i] = item % this->H;
+    }
+  }
 
   // What follows the weights.
   FUSEDRNN_DEVICE A* vectors() const { return reinterpret_cast<A*>(weights + Cell::gates * padded * ld); }
@@ -83,7 +90,6 @@ struct Block {
 
   // out[r][gate] = in[r][gate or all] times the gate's matrix, for R rows; in and out are `padded` apart from row to row
   // (and gate to gate), in's gates `gate_stride`.
-  template <int R>
   FUSEDRNN_DEVICE void multiply(const A* in, int row_stride, int gate_stride, A* out) const {
     const int columns = padded / adjacent, gate = thread / columns, x = thread % columns * adjacent;
     if (gate >= Cell::gates) return;
@@ -109,13 +115,12 @@ struct Block {
   }
 
   // Calls f(number, row of the block, position) for the units of R rows that are this thread's.
-  template <int R, class F>
-  FUSEDRNN_DEVICE void for_items(int64_t B, const F& f) const {
+  template <class F>
+  FUSEDRNN_DEVICE void for_items(int B, const F& f) const {
 #pragma unroll
-    for (int i = 0; i < units_of_a_thread(R); ++i) {
-      const int item = thread + i * threads, r = item / H, j = item % H;
-      const int64_t b = static_cast<int64_t>(blockIdx.x) * R + r;
-      if (item < R * H && b < B) f(i, r, Position{b, j, static_cast<int>(blockIdx.y)});
+    for (int i = 0; i < items; ++i) {
+      const int r = item_rows[i], b = static_cast<int>(blockIdx.x) * R + r;
+      if (r < R && b < B) f(i, r, Position{b, item_units[i], static_cast<int>(blockIdx.y)});
     }
   }
 
@@ -126,10 +131,9 @@ template <class Cell, class S, int R>
 __global__ void __launch_bounds__(most_block_threads, 1) block_forward(const __grid_constant__ BlockForward<S> p) {
   using A = Accumulator<S>;
   using V = Values<A, 1>;
-  constexpr int items = units_of_a_thread(R);
   FUSEDRNN_SHARED(memory);
   const ForwardStep<S>& step = p.step;
-  const Block<Cell, S> block(step.H, memory);
+  const Block<Cell, S, R> block(step.H, memory);
   const int d = blockIdx.y, H = block.H, padded = block.padded;
   A* const h = block.vectors();                       // [R][padded]
   A* const c = h + R * padded;                        // [R][padded], cells with a cell state only
@@ -138,35 +142,55 @@ __global__ void __launch_bounds__(most_block_threads, 1) block_forward(const __g
   block.load_weights(p.w_hh[d], true);
   block.clear(h, R * padded);
   __syncthreads();
-  const auto for_items = [&](auto f) { block.template for_items<R>(step.B, f); };
+  const auto for_items = [&](const auto& f) { block.for_items(step.B, f); };
   for_items([&](int, int r, const Position& at) {
-    const int64_t state = (d * step.B + at.b) * H + at.j;
+    const int64_t state = static_cast<int64_t>(d * step.B + at.b) * H + at.j;
     store<1>(h + r * padded + at.j, load<1>(step.h + state));
     if constexpr (Cell::has_cell) store<1>(c + r * padded + at.j, load<1>(step.c + state));
   });
   __syncthreads();
 
+  // What comes from memory is on its way while the step before is multiplied.
+  constexpr int items = Block<Cell, S, R>::items;
+  V biases[items][Cell::sums], input[items][Cell::gates];
+  bool reset[items];
+  const auto load_ahead = [&](int i, const Place& next, const Position& at) {
+    if (!step.rows.has(next, at.b)) return;
+    load_input<Cell, S, 1>(step, next, at, input[i]);
+    reset[i] = step.rows.reset(next, at.b);
+  };
+  Place here = place(p.sequence, d, p.begin);
+  for_items([&](int i, int, const Position& at) {
+    load_biases<Cell, S, 1>(step, at, biases[i]);
+    load_ahead(i, here, at);
+  });
   for (int64_t number = p.begin; number < p.end; ++number) {
-    const Place here = place(p.sequence, d, number);
-    V input[items][Cell::gates];
-    for_items([&](int i, int, const Position& at) {
-      if (step.rows.has(here, at.b)) load_input<Cell, S, 1>(step, here, at, input[i]);
-    });
-    block.template multiply<R>(h, padded, 0, hidden);
+    block.multiply(h, padded, 0, hidden);
     __syncthreads();
+    const Place next = place(p.sequence, d, number + 1 < p.end ? number + 1 : -1);
     for_items([&](int i, int r, const Position& at) {
-      if (at.b >= here.rows) return;
-      if (!step.rows.has(here, at.b)) return forward_nothing<S, 1>(step, here, at);
-      const auto product = [&](int gate) { return load<1>(hidden + (r * Cell::gates + gate) * padded + at.j); };
-      const auto made =
-          forward_units<Cell, S, 1>(step, here, at, input[i], product, h + r * padded + at.j, c + r * padded + at.j);
-      store_forward<Cell, S, 1>(step, here, at, made);
+      if (step.rows.has(here, at.b)) {
+        V product[Cell::gates], c_before{};
+#pragma unroll
+        for (int k = 0; k < Cell::gates; ++k) product[k] = load<1>(hidden + (r * Cell::gates + k) * padded + at.j);
+        if constexpr (Cell::has_cell) c_before = load<1>(c + r * padded + at.j);
+        A* const own = h + r * padded + at.j;
+        const auto made = forward_units<Cell>(biases[i], input[i], product, load<1>(own), c_before, reset[i]);
+        store<1>(own, made.h);
+        if constexpr (Cell::has_cell) store<1>(c + r * padded + at.j, made.c);
+        load_ahead(i, next, at);
+        store_forward<Cell, S, 1>(step, here, at, made);
+      } else {
+        if (at.b < here.rows) forward_nothing<S, 1>(step, here, at);
+        load_ahead(i, next, at);
+      }
     });
+    here = next;
     __syncthreads();
   }
 
   for_items([&](int, int r, const Position& at) {
-    const int64_t state = (d * step.B + at.b) * H + at.j;
+    const int64_t state = static_cast<int64_t>(d * step.B + at.b) * H + at.j;
     store<1>(step.h + state, load<1>(h + r * padded + at.j));
     if constexpr (Cell::has_cell) store<1>(step.c + state, load<1>(c + r * padded + at.j));
   });
@@ -176,10 +200,9 @@ template <class Cell, class S, int R>
 __global__ void __launch_bounds__(most_block_threads, 1) block_backward(const __grid_constant__ BlockBackward<S> p) {
   using A = Accumulator<S>;
   using V = Values<A, 1>;
-  constexpr int items = units_of_a_thread(R);
   FUSEDRNN_SHARED(memory);
   const BackwardStep<S>& step = p.step;
-  const Block<Cell, S> block(step.H, memory);
+  const Block<Cell, S, R> block(step.H, memory);
   const int d = blockIdx.y, H = block.H, padded = block.padded;
   A* const dh = block.vectors();                   // [R][padded]
   A* const dc = dh + R * padded;                   // [R][padded], cells with a cell state only
@@ -189,7 +212,7 @@ __global__ void __launch_bounds__(most_block_threads, 1) block_backward(const __
   block.load_weights(p.w_hh[d], false);
   block.clear(da, 2 * R * Cell::gates * padded);
   __syncthreads();
-  const auto for_items = [&](auto f) { block.template for_items<R>(step.B, f); };
+  const auto for_items = [&](const auto& f) { block.for_items(step.B, f); };
   const auto returned = [&](int r, int j) {
     V sum{};
 #pragma unroll
@@ -197,26 +220,34 @@ __global__ void __launch_bounds__(most_block_threads, 1) block_backward(const __
     return sum;
   };
   for_items([&](int, int r, const Position& at) {
-    const int64_t state = (d * step.B + at.b) * H + at.j;
+    const int64_t state = static_cast<int64_t>(d * step.B + at.b) * H + at.j;
     store<1>(dh + r * padded + at.j, load<1>(step.dh + state));
     if constexpr (Cell::has_cell) store<1>(dc + r * padded + at.j, load<1>(step.dc + state));
     if (p.end < p.sequence.T) store<1>(parts + r * Cell::gates * padded + at.j, load<1>(step.product + state));
   });
   __syncthreads();
 
+  constexpr int items = Block<Cell, S, R>::items;
+  ForBackward<Cell, S, 1> values[items];
+  bool returns[items];  // whether the product is of this row
+  const auto load_ahead = [&](int i, const Place& before, const Place& next, const Position& at) {
+    if (step.rows.has(next, at.b)) values[i] = load_for_backward<Cell, S, 1>(step, before, next, at);
+  };
+  Place here = place(p.sequence, d, p.end - 1), previous = place(p.sequence, d, p.end - 2);
+  const Place later = place(p.sequence, d, p.end);
+  for_items([&](int i, int, const Position& at) {
+    returns[i] = step.rows.has(later, at.b) && !step.rows.reset(later, at.b);
+    load_ahead(i, previous, here, at);
+  });
   for (int64_t number = p.end - 1; number >= p.begin; --number) {
-    const Place previous = place(p.sequence, d, number - 1), here = place(p.sequence, d, number),
-                later = place(p.sequence, d, number + 1);
-    ForBackward<Cell, A, 1> values[items];
-    for_items([&](int i, int, const Position& at) {
-      if (step.rows.has(here, at.b)) values[i] = load_for_backward<Cell, S, 1>(step, previous, here, at);
-    });
+    const Place before = place(p.sequence, d, number - 2);
     for_items([&](int i, int r, const Position& at) {
       A* const own = dh + r * padded + at.j;
       V carried = load<1>(own);
-      if (step.rows.has(later, at.b) && !step.rows.reset(later, at.b)) carried += returned(r, at.j);
+      if (returns[i]) carried += returned(r, at.j);
       V gradient[Cell::sums] = {};
-      if (step.rows.has(here, at.b)) {
+      const bool takes_part = step.rows.has(here, at.b);
+      if (takes_part) {
         V cell{};
         if constexpr (Cell::has_cell) cell = load<1>(dc + r * padded + at.j);
         backward_units<Cell>(values[i], carried, cell, gradient);
@@ -225,18 +256,22 @@ __global__ void __launch_bounds__(most_block_threads, 1) block_backward(const __
       } else if (at.b < here.rows) {
         backward_nothing<Cell, S, 1>(step, here, at);
       }
+      returns[i] = takes_part && !values[i].reset;
       store<1>(own, carried);
 #pragma unroll
       for (int k = 0; k < Cell::gates; ++k)
         store<1>(da + (r * Cell::gates + Cell::hidden_gate(k)) * padded + at.j, gradient[k]);
+      if (number > p.begin) load_ahead(i, before, previous, at);
     });
+    here = previous;
+    previous = before;
     __syncthreads();
-    block.template multiply<R>(da, Cell::gates * padded, padded, parts);
+    block.multiply(da, Cell::gates * padded, padded, parts);
     __syncthreads();
   }
 
   for_items([&](int, int r, const Position& at) {
-    const int64_t state = (d * step.B + at.b) * H + at.j;
+    const int64_t state = static_cast<int64_t>(d * step.B + at.b) * H + at.j;
     store<1>(step.dh + state, load<1>(dh + r * padded + at.j));
     if constexpr (Cell::has_cell) store<1>(step.dc + state, load<1>(dc + r * padded + at.j));
     store<1>(step.product + state, returned(r, at.j));

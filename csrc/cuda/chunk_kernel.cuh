@@ -1,8 +1,8 @@
-// The kernel that runs all steps of a chunk, if there is one for a problem, and its launch. The order of preference:
+// The kernel that runs all steps of a chunk, if there is one for a problem, and its launch:
 //   block    where a step has few weights to read from shared memory, or nothing else is there
 //   cluster  where the weights fit the registers and shared memory of a cluster
 //   grid     where they fit those of the whole GPU
-// What none of them takes is left to the step schedule.
+// Of the last two that whose steps take less time (tuning.h). What none of them takes is left to the step schedule.
 #pragma once
 
 #include "block.cuh"
@@ -22,8 +22,11 @@ class ChunkKernel {
       block_ = block_plan(limits, s.T, s.B, p.H, p.directions, Cell::gates, Cell::has_cell, sizeof(S), sizeof(float));
       exact_ = sizeof(S) == 4 && !tf32;
       if (block_.rows && Cell::gates * p.H * p.H * static_cast<int64_t>(sizeof(S)) <= block_weight_bytes) return;
+      ResidentPlan best{};
       for (const Team team : {Team::cluster, Team::split_grid, Team::grid})
-        if (choose(limits, team)) break;
+        if (choose(limits, team) && (!best.blocks || plan_.cycles < best.cycles)) best = plan_;
+      plan_ = best;
+      if (plan_.blocks) layout_ = resident_layout(plan_, Cell::gates, backward_, Cell::has_cell, sizeof(S));
     }
   }
 
@@ -95,7 +98,6 @@ class ChunkKernel {
       room = backward_ ? room_for(backward_kernel()) : room_for(forward_kernel());
       limits.multiprocessors = std::min(limits.multiprocessors, room);
     }
-    layout_ = resident_layout(plan_, Cell::gates, backward_, Cell::has_cell, sizeof(S));
     if (room < (plan_.cluster ? 1 : plan_.teams * p_.directions) * plan_.blocks) plan_ = {};
     return plan_.blocks;
   }

@@ -21,6 +21,9 @@ struct Context {
 
 Limits limits_of(int device);
 
+// Gives the thread the device's context, which one of autograd's may not have yet: torch warns where cuBLAS finds none.
+void use_device(int device);
+
 // How the steps of a problem would be run: "block", "cluster", "grid" or "step".
 const char* schedule(const Problem& problem, const Limits& limits, bool tf32, bool backward);
 

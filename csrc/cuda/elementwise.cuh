@@ -23,41 +23,54 @@ struct Rows {
 
 // The units of a thread: row b of the batch, units [j, j + width) of direction d.
 struct Position {
-  int64_t b, j;
-  int d;
+  int b, j, d;
 };
 
 template <int width>
 FUSEDRNN_DEVICE Position position() {
-  return {static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y,
-          (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * width, static_cast<int>(blockIdx.z)};
+  return {static_cast<int>(blockIdx.x * blockDim.y + threadIdx.y),
+          static_cast<int>((blockIdx.y * blockDim.x + threadIdx.x) * width), static_cast<int>(blockIdx.z)};
+}
+
+// Element j of a row of `stride` elements: with factors of 32 bits one multiplication.
+template <class T>
+FUSEDRNN_DEVICE T* element_of(T* base, int row, int stride, int j) {
+  return base + (static_cast<int64_t>(row) * stride + j);
 }
 
 // What the steps of a chunk have in common, and, for a kernel of one step, where that is.
 template <class S>
 struct ForwardStep {
   using A = Accumulator<S>;
-  int64_t B, H, N;
-  int directions;
+  int B, H, directions;
   Rows rows;
   Place here[2];
-  int64_t first[2];   // row of the sequence that input[d] begins with
+  int first[2];       // row of the sequence that input[d] begins with
   const A* input[2];  // [rows of the chunk, gates*H] x·W_ih
   const A* hidden;    // [D, B, gates*H] h·W_hh
   const A* biases;    // [D, sums*H], or nullptr
   S* y;               // [N, D*H]
   S* h;               // [D, B, H] the state, which the next product reads; h_n after the last step
   A* c;               // [D, B, H] the cell state
-  S* c_n;             // [D, B, H] the cell state as it is given back, or nullptr where c is that
-  S* gates;           // [D, N, saved*H], or nullptr
-  S* cells;           // [D, N, H], or nullptr
+  S* c_n;             // [D, B, H] the cell state as it is given back, or nullptr
+  S* gates[2];        // [N, saved*H] by direction, or nullptr
+  S* cells[2];        // [N, H], likewise
 };
+
+template <class Cell, class S, int width>
+FUSEDRNN_DEVICE void load_biases(const ForwardStep<S>& p, const Position& at,
+                                 Values<Accumulator<S>, width> (&biases)[Cell::sums]) {
+#pragma unroll
+  for (int k = 0; k < Cell::sums; ++k)
+    biases[k] = p.biases ? load<width>(element_of(p.biases, at.d * Cell::sums + k, p.H, at.j))
+                         : Values<Accumulator<S>, width>{};
+}
 
 // What x makes of the pre-activations of some units.
 template <class Cell, class S, int width>
 FUSEDRNN_DEVICE void load_input(const ForwardStep<S>& p, const Place& here, const Position& at,
                                 Values<Accumulator<S>, width> (&input)[Cell::gates]) {
-  const auto* from = p.input[at.d] + (here.start - p.first[at.d] + at.b) * Cell::gates * p.H + at.j;
+  const auto* from = element_of(p.input[at.d], here.start - p.first[at.d] + at.b, Cell::gates * p.H, at.j);
 #pragma unroll
   for (int k = 0; k < Cell::gates; ++k) input[k] = load<width>(from + k * p.H);
 }
@@ -68,31 +81,24 @@ struct Forwarded {
   Values<A, width> h, c, saved[Cell::saved + 1];  // + 1: no array has no element
 };
 
-// One step of some units of a row that takes part in it. hidden(g) is h·W_hh of gate g; h and c are the units' state,
-// wherever it lies.
-template <class Cell, class S, int width, class T, class Hidden>
-FUSEDRNN_DEVICE Forwarded<Cell, Accumulator<S>, width> forward_units(
-    const ForwardStep<S>& p, const Place& here, const Position& at,
-    const Values<Accumulator<S>, width> (&input)[Cell::gates], const Hidden& hidden, T* h_state,
-    Accumulator<S>* c_state) {
-  using A = Accumulator<S>;
-  using V = Values<A, width>;
-  const auto [b, j, d] = at;
-  const bool reset = p.rows.reset(here, b);
-
+// One step of some units of a row that takes part in it, from what the biases, x and h make of the pre-activations, the last
+// by the gates of W_hh, and from the state, which a reset makes zero.
+template <class Cell, class A, int width>
+FUSEDRNN_DEVICE Forwarded<Cell, A, width> forward_units(const Values<A, width> (&biases)[Cell::sums],
+                                                        const Values<A, width> (&input)[Cell::gates],
+                                                        const Values<A, width> (&hidden)[Cell::gates],
+                                                        const Values<A, width>& h, const Values<A, width>& c,
+                                                        bool reset) {
   // What x makes goes to the last `gates` sums, what h makes to the first. A state of zero makes nothing.
-  V sums[Cell::sums] = {};
+  Values<A, width> sums[Cell::sums];
 #pragma unroll
   for (int k = 0; k < Cell::sums; ++k) {
-    if (p.biases) sums[k] = load<width>(p.biases + (d * Cell::sums + k) * p.H + j);
+    sums[k] = biases[k];
     if (k >= Cell::input_sum) sums[k] += input[k - Cell::input_sum];
-    if (k < Cell::gates && !reset) sums[k] += hidden(Cell::hidden_gate(k));
+    if (k < Cell::gates) sums[k] += reset ? Values<A, width>{} : hidden[Cell::hidden_gate(k)];
   }
   Forwarded<Cell, A, width> made{};
-  if (!reset) {
-    made.h = load<width>(h_state);
-    if constexpr (Cell::has_cell) made.c = load<width>(c_state);
-  }
+  if (!reset) made.h = h, made.c = c;
 #pragma unroll
   for (int i = 0; i < width; ++i) {
     A a[Cell::sums], gate[Cell::saved + 1];
@@ -103,8 +109,6 @@ FUSEDRNN_DEVICE Forwarded<Cell, Accumulator<S>, width> forward_units(
 #pragma unroll
     for (int k = 0; k < Cell::saved; ++k) made.saved[k][i] = gate[k];
   }
-  store<width>(h_state, made.h);
-  if constexpr (Cell::has_cell) store<width>(c_state, made.c);
   return made;
 }
 
@@ -113,17 +117,17 @@ template <class Cell, class S, int width>
 FUSEDRNN_DEVICE void store_forward(const ForwardStep<S>& p, const Place& here, const Position& at,
                                    const Forwarded<Cell, Accumulator<S>, width>& made) {
   const auto [b, j, d] = at;
-  const int64_t row = here.start + b, H = p.H;
-  store<width>(p.y + (row * p.directions + d) * H + j, made.h);
+  const int row = here.start + b;
+  store<width>(element_of(p.y, row, p.directions * p.H, d * p.H + j), made.h);
   if constexpr (Cell::has_cell) {
-    if (p.c_n) store<width>(p.c_n + (d * p.B + b) * H + j, made.c);
-    if (p.cells) store<width>(p.cells + (d * p.N + row) * H + j, made.c);
+    if (p.c_n) store<width>(element_of(p.c_n, d * p.B + b, p.H, j), made.c);
+    if (p.cells[d]) store<width>(element_of(p.cells[d], row, p.H, j), made.c);
   }
   if constexpr (Cell::saved > 0) {
-    if (p.gates) {
+    if (p.gates[d]) {
+      S* const to = element_of(p.gates[d], row, Cell::saved * p.H, j);
 #pragma unroll
-      for (int k = 0; k < Cell::saved; ++k)
-        store<width>(p.gates + ((d * p.N + row) * Cell::saved + k) * H + j, made.saved[k]);
+      for (int k = 0; k < Cell::saved; ++k) store<width>(to + k * p.H, made.saved[k]);
     }
   }
 }
@@ -131,41 +135,48 @@ FUSEDRNN_DEVICE void store_forward(const ForwardStep<S>& p, const Place& here, c
 // The output of a row that is absent from a step.
 template <class S, int width>
 FUSEDRNN_DEVICE void forward_nothing(const ForwardStep<S>& p, const Place& here, const Position& at) {
-  store<width>(p.y + ((here.start + at.b) * p.directions + at.d) * p.H + at.j, Values<Accumulator<S>, width>{});
+  store<width>(element_of(p.y, here.start + at.b, p.directions * p.H, at.d * p.H + at.j),
+               Values<Accumulator<S>, width>{});
 }
 
 template <class Cell, class S, int width>
 __global__ void __launch_bounds__(block_threads, blocks_at_once)
     forward_step(const __grid_constant__ ForwardStep<S> p) {
+  using V = Values<Accumulator<S>, width>;
   const Position at = position<width>();
   const Place& here = p.here[at.d];
   if (at.b >= here.rows || at.j >= p.H) return;
   if (!p.rows.has(here, at.b)) return forward_nothing<S, width>(p, here, at);
-  Values<Accumulator<S>, width> input[Cell::gates];
+  V biases[Cell::sums], input[Cell::gates], hidden[Cell::gates];
+  load_biases<Cell, S, width>(p, at, biases);
   load_input<Cell, S, width>(p, here, at, input);
-  const int64_t row = at.d * p.B + at.b, state = row * p.H + at.j;
-  const auto* const from = p.hidden + row * Cell::gates * p.H + at.j;
-  const auto hidden = [&](int gate) { return load<width>(from + gate * p.H); };
-  store_forward<Cell, S, width>(p, here, at,
-                                forward_units<Cell, S, width>(p, here, at, input, hidden, p.h + state, p.c + state));
+  const auto* const from = element_of(p.hidden, at.d * p.B + at.b, Cell::gates * p.H, at.j);
+#pragma unroll
+  for (int k = 0; k < Cell::gates; ++k) hidden[k] = load<width>(from + k * p.H);
+  const int64_t state = static_cast<int64_t>(at.d * p.B + at.b) * p.H + at.j;
+  V c{};
+  if constexpr (Cell::has_cell) c = load<width>(p.c + state);
+  const auto made = forward_units<Cell>(biases, input, hidden, load<width>(p.h + state), c, p.rows.reset(here, at.b));
+  store<width>(p.h + state, made.h);
+  if constexpr (Cell::has_cell) store<width>(p.c + state, made.c);
+  store_forward<Cell, S, width>(p, here, at, made);
 }
 
 // As for forward.
 template <class S>
 struct BackwardStep {
   using A = Accumulator<S>;
-  int64_t B, H, N;
-  int directions;
+  int B, H, directions;
   Rows rows;
   Place previous[2], here[2], later[2];  // in the order of the direction; later is the step processed before
-  int64_t first[2];                      // row of the sequence that da[d] and h_previous[d] begin with
+  int first[2];                          // row of the sequence that da[d] and h_previous[d] begin with
   const S* y;                            // [N, D*H]
   const S* hx;                           // [D, B, H]
   const S* cx;                           // [D, B, H]
-  const S* gates;                        // [D, N, saved*H]
-  const S* cells;                        // [D, N, H]
+  const S* gates[2];                     // [N, saved*H] by direction
+  const S* cells[2];                     // [N, H] by direction
   const S* dy;                           // [N, D*H], or nullptr
-  const S* dcells;                       // [D, N, H], or nullptr
+  const S* dcells[2];                    // [N, H] by direction, or nullptr
   A* product;                            // [D, B, H] what comes back through W_hh from the later step
   A* dh;                                 // [D, B, H] the rest of the gradient of the state, in and out
   A* dc;                                 // [D, B, H] the gradient of the cell state, in and out
@@ -173,59 +184,66 @@ struct BackwardStep {
   S* h_previous[2];                      // [rows of the chunk, H] the state before the step, or nullptr
 };
 
-// What forward left for some units of one step, and what comes from above.
-template <class Cell, class A, int width>
+// What forward left for some units of one step, and what comes from above, as memory has it: whoever loads it ahead of its use
+// does not wait for it. What is not there is zero.
+template <class Cell, class S, int width>
 struct ForBackward {
-  Values<A, width> dy, dc, h, c, c_next, output, gates[Cell::saved + 1];
+  Pack<S, width> dy, dc, h, c, c_next, output, gates[Cell::saved + 1];
   bool reset;
 };
 
 template <class Cell, class S, int width>
-FUSEDRNN_DEVICE ForBackward<Cell, Accumulator<S>, width> load_for_backward(const BackwardStep<S>& p,
-                                                                           const Place& previous, const Place& here,
-                                                                           const Position& at) {
+FUSEDRNN_DEVICE ForBackward<Cell, S, width> load_for_backward(const BackwardStep<S>& p, const Place& previous,
+                                                              const Place& here, const Position& at) {
   const auto [b, j, d] = at;
-  const int64_t H = p.H, state = (d * p.B + b) * H + j, row = here.start + b, row_before = previous.start + b;
-  ForBackward<Cell, Accumulator<S>, width> v{};
+  const int H = p.H, row = here.start + b, row_before = previous.start + b;
+  ForBackward<Cell, S, width> v{};
   v.reset = p.rows.reset(here, b);
   const bool given = !p.rows.has(previous, b);
-  if (p.dy) v.dy = load<width>(p.dy + (row * p.directions + d) * H + j);
+  const auto state = [&](const S* of) { return element_of(of, d * p.B + b, H, j); };
+  const auto output = [&](const S* of, int row) { return element_of(of, row, p.directions * H, d * H + j); };
+  if (p.dy) v.dy = load_pack<width>(output(p.dy, row));
   if (!v.reset && (Cell::needs_previous || p.h_previous[d]))
-    v.h = load<width>(given ? p.hx + state : p.y + (row_before * p.directions + d) * H + j);
+    v.h = load_pack<width>(given ? state(p.hx) : output(p.y, row_before));
   if constexpr (Cell::has_cell) {
-    if (!v.reset) v.c = load<width>(given ? p.cx + state : p.cells + (d * p.N + row_before) * H + j);
-    v.c_next = load<width>(p.cells + (d * p.N + row) * H + j);
-    if (p.dcells) v.dc = load<width>(p.dcells + (d * p.N + row) * H + j);
+    if (!v.reset) v.c = load_pack<width>(given ? state(p.cx) : element_of(p.cells[d], row_before, H, j));
+    v.c_next = load_pack<width>(element_of(p.cells[d], row, H, j));
+    if (p.dcells[d]) v.dc = load_pack<width>(element_of(p.dcells[d], row, H, j));
   }
-  if constexpr (Cell::needs_output) v.output = load<width>(p.y + (row * p.directions + d) * H + j);
+  if constexpr (Cell::needs_output) v.output = load_pack<width>(output(p.y, row));
+  if constexpr (Cell::saved > 0) {
+    const S* const gates = element_of(p.gates[d], row, Cell::saved * H, j);
 #pragma unroll
-  for (int k = 0; k < Cell::saved; ++k) v.gates[k] = load<width>(p.gates + ((d * p.N + row) * Cell::saved + k) * H + j);
+    for (int k = 0; k < Cell::saved; ++k) v.gates[k] = load_pack<width>(gates + k * H);
+  }
   return v;
 }
 
 template <class S, int width, int sums>
 FUSEDRNN_DEVICE void store_gradients(const BackwardStep<S>& p, const Place& here, const Position& at,
                                      const Values<Accumulator<S>, width> (&da)[sums],
-                                     const Values<Accumulator<S>, width>& h_previous) {
-  const int64_t row = here.start - p.first[at.d] + at.b;
+                                     const Pack<S, width>& h_previous) {
+  const int row = here.start - p.first[at.d] + at.b;
+  S* const to = element_of(p.da[at.d], row, sums * p.H, at.j);
 #pragma unroll
-  for (int k = 0; k < sums; ++k) store<width>(p.da[at.d] + (row * sums + k) * p.H + at.j, da[k]);
-  if (p.h_previous[at.d]) store<width>(p.h_previous[at.d] + row * p.H + at.j, h_previous);
+  for (int k = 0; k < sums; ++k) store<width>(to + k * p.H, da[k]);
+  if (p.h_previous[at.d]) store_pack(element_of(p.h_previous[at.d], row, p.H, at.j), h_previous);
 }
 
 // One step of some units of a row that takes part in it: from dh and dc of the state after it, all told but dy and dcells, to da and
 // to those of the state before it, but for what goes through W_hh. No gradient crosses a reset.
-template <class Cell, class A, int width>
-FUSEDRNN_DEVICE void backward_units(const ForBackward<Cell, A, width>& v, Values<A, width>& dh, Values<A, width>& dc,
+template <class Cell, class S, class A, int width>
+FUSEDRNN_DEVICE void backward_units(const ForBackward<Cell, S, width>& v, Values<A, width>& dh, Values<A, width>& dc,
                                     Values<A, width> (&da)[Cell::sums]) {
-  dh += v.dy;
-  if constexpr (Cell::has_cell) dc += v.dc;
+  dh += widen(v.dy);
+  if constexpr (Cell::has_cell) dc += widen(v.dc);
 #pragma unroll
   for (int i = 0; i < width; ++i) {
     A gate[Cell::saved + 1], gradient[Cell::sums];
 #pragma unroll
-    for (int k = 0; k < Cell::saved; ++k) gate[k] = v.gates[k][i];
-    dh[i] = Cell::backward(gate, v.c[i], v.c_next[i], v.h[i], v.output[i], dh[i], dc[i], gradient);
+    for (int k = 0; k < Cell::saved; ++k) gate[k] = widen(v.gates[k].value[i]);
+    const auto of = [&](const Pack<S, width>& pack) { return widen(pack.value[i]); };
+    dh[i] = Cell::backward(gate, of(v.c), of(v.c_next), of(v.h), of(v.output), dh[i], dc[i], gradient);
 #pragma unroll
     for (int k = 0; k < Cell::sums; ++k) da[k][i] = gradient[k];
   }
@@ -248,7 +266,7 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once)
   const Position at = position<width>();
   const Place &here = p.here[at.d], &later = p.later[at.d];
   if ((at.b >= here.rows && at.b >= later.rows) || at.j >= p.H) return;
-  const int64_t state = (at.d * p.B + at.b) * p.H + at.j;
+  const int64_t state = static_cast<int64_t>(at.d * p.B + at.b) * p.H + at.j;
 
   V dh = load<width>(p.dh + state), dc{};
   if (p.rows.has(later, at.b) && !p.rows.reset(later, at.b)) dh += load<width>(p.product + state);
@@ -280,7 +298,7 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once) add_biases(cons
   if (k >= Cell::sums || j >= p.H) return;
   Values<Accumulator<S>, width> sum{};
   if (k >= Cell::input_sum) sum += load<width>(p.b_ih[d] + (k - Cell::input_sum) * p.H + j);
-  if (k < Cell::gates) sum += load<width>(p.b_hh[d] + Cell::hidden_gate(static_cast<int>(k)) * p.H + j);
+  if (k < Cell::gates) sum += load<width>(p.b_hh[d] + Cell::hidden_gate(k) * p.H + j);
   store<width>(p.biases + (d * Cell::sums + k) * p.H + j, sum);
 }
 

@@ -21,6 +21,10 @@ FUSEDRNN_DEVICE bool phase_is_over(uint64_t* barrier, int parity) { return shim:
 FUSEDRNN_DEVICE void send_words(ClusterAddress to, const Words& words, ClusterAddress barrier) {
   shim::store_async(to, &words, sizeof(words), barrier);
 }
+FUSEDRNN_DEVICE void send_pair(ClusterAddress to, float x, float y, ClusterAddress barrier) {
+  const float pair[2] = {x, y};
+  shim::store_async(to, pair, sizeof(pair), barrier);
+}
 FUSEDRNN_DEVICE void raise(uint32_t* counter) { shim::add_release(counter, 1); }
 FUSEDRNN_DEVICE uint32_t counted(const uint32_t* counter) { return shim::load_acquire(counter); }
 FUSEDRNN_DEVICE void begin_copy(uint32_t* to, const uint32_t* from) { shim::begin_copy(to, from, sizeof(Words)); }
@@ -55,10 +59,11 @@ FUSEDRNN_DEVICE void expect_bytes(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
+// Of the block's scope: what arrives is in its own shared memory. A cluster's would empty the L1.
 FUSEDRNN_DEVICE bool phase_is_over(uint64_t* barrier, int parity) {
   uint32_t over;
   asm volatile(
-      "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+      "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
       "selp.u32 %0, 1, 0, p;\n}"
       : "=r"(over)
       : "r"(shared_address(barrier)), "r"(parity)
@@ -68,6 +73,11 @@ FUSEDRNN_DEVICE bool phase_is_over(uint64_t* barrier, int parity) {
 FUSEDRNN_DEVICE void send_words(ClusterAddress to, const Words& words, ClusterAddress barrier) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
                "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]), "r"(barrier)
+               : "memory");
+}
+FUSEDRNN_DEVICE void send_pair(ClusterAddress to, float x, float y, ClusterAddress barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(to),
+               "r"(bits_of(x)), "r"(bits_of(y)), "r"(barrier)
                : "memory");
 }
 #endif
@@ -90,63 +100,111 @@ FUSEDRNN_DEVICE void end_copies() { asm volatile("cp.async.wait_all;" ::: "memor
 
 constexpr int piece_words = sizeof(Words) / 4;
 
-// A piece of what a block has made: 16 bytes of units of one gate and row, and how many there are.
-struct Pieces {
-  int a_row, rows, gates;  // pieces of a row of a gate, rows, gates
-
-  FUSEDRNN_DEVICE int count() const { return a_row * rows * gates; }
-
-  // Where a piece of that block is in an operand of all groups.
-  FUSEDRNN_DEVICE int place(const ResidentLayout& layout, int block, int piece) const {
-    const int line = piece / a_row, row = line % rows, gate = line / rows;
-    const int word = gate * layout.gate_words + (block * a_row + piece % a_row) * piece_words;
-    return (word / group_words * rows + row) * group_words + word % group_words;
-  }
-};
+// Where a word of a gate and row is in an operand: [group][row][16 words].
+FUSEDRNN_DEVICE int place_in_operand(const ResidentPlan& plan, const ResidentLayout& layout, int gate, int row,
+                                     int word) {
+  word += gate * layout.gate_words;
+  return (word / group_words * plan.rows + row) * group_words + word % group_words;
+}
 
 // Rounds of a tile are counted from 1; what comes in by round r must be used before this block sends round r + 1, and then
 // round r + 2 may arrive in its place.
 #if FUSEDRNN_HAS_CLUSTERS
+// Two barriers of a tile, each of which counts the bytes of every other round.
+struct ClusterBarriers {
+  const ResidentPlan& plan;
+  const ResidentLayout& layout;
+  unsigned char* const memory;
+  const int bytes;  // of a round
+
+  FUSEDRNN_DEVICE uint64_t* barrier(int tile, int round) const {
+    return reinterpret_cast<uint64_t*>(memory + layout.barriers) + tile * 2 + round % 2;
+  }
+  FUSEDRNN_DEVICE void begin() const {
+    if (threadIdx.x == 0)
+      for (int i = 0; i < 2 * plan.tiles; ++i) {
+        init_barrier(barrier(i / 2, i % 2));
+        expect_bytes(barrier(i / 2, i % 2), bytes);
+      }
+    wait_for_cluster();
+  }
+  FUSEDRNN_DEVICE void wait(int tile, int round) const {
+    while (!phase_is_over(barrier(tile, round), (round - 1) / 2 % 2)) {
+    }
+    if (threadIdx.x == 0) expect_bytes(barrier(tile, round), bytes);  // of round + 2
+  }
+};
+
+// All blocks of a cluster give each other all that they make.
 struct ClusterExchange {
   const ResidentPlan& plan;
   const ResidentLayout& layout;
   unsigned char* const memory;
-  const Pieces pieces;
   const int rank;
+  const ClusterBarriers barriers;
+
+  FUSEDRNN_DEVICE ClusterExchange(const ResidentPlan& plan, const ResidentLayout& layout, unsigned char* memory,
+                                  int rank, int gates)
+      : plan(plan),
+        layout(layout),
+        memory(memory),
+        rank(rank),
+        barriers{plan, layout, memory, gates * plan.rows * layout.gate_words * 4} {}
 
   FUSEDRNN_DEVICE uint32_t* operand(int tile, int round) const {
     const int buffer = tile * 2 + round % 2;
     return reinterpret_cast<uint32_t*>(memory + layout.operand) + buffer * layout.operand_words;
   }
-  FUSEDRNN_DEVICE uint64_t* barrier(int tile, int round) const {
-    return reinterpret_cast<uint64_t*>(memory + layout.barriers) + tile * 2 + round % 2;
-  }
-  FUSEDRNN_DEVICE int bytes() const { return plan.blocks * pieces.count() * static_cast<int>(sizeof(Words)); }
-
-  FUSEDRNN_DEVICE void begin() const {
-    if (threadIdx.x == 0)
-      for (int i = 0; i < 2 * plan.tiles; ++i) {
-        init_barrier(barrier(i / 2, i % 2));
-        expect_bytes(barrier(i / 2, i % 2), bytes());
-      }
-    wait_for_cluster();
-  }
-
-  FUSEDRNN_DEVICE void receive(int tile, int round) const {
-    while (!phase_is_over(barrier(tile, round), (round - 1) / 2 % 2)) {
-    }
-    if (threadIdx.x == 0) expect_bytes(barrier(tile, round), bytes());  // of round + 2
-  }
-
-  FUSEDRNN_DEVICE void send(int tile, int round) const {
-    const uint32_t* const made = reinterpret_cast<const uint32_t*>(memory + layout.made);
-    const int count = pieces.count();
+  FUSEDRNN_DEVICE void begin() const { barriers.begin(); }
+  FUSEDRNN_DEVICE void receive(int tile, int round) const { barriers.wait(tile, round); }
+  // Words at a place of everyone's operand, by the `number`th of `copies` threads that have them.
+  FUSEDRNN_DEVICE void send(int tile, int round, int place, const Words& words, int number, int copies) const {
+    uint32_t* const at = operand(tile, round) + place;
+    uint64_t* const barrier = barriers.barrier(tile, round);
 #pragma unroll 1
-    for (int i = threadIdx.x; i < count * plan.blocks; i += resident_threads) {
-      const int piece = i % count, to = (i / count + rank) % plan.blocks;  // each begins with itself, not all with one
-      uint32_t* const at = operand(tile, round) + pieces.place(layout, rank, piece);
-      send_words(address_in(at, to), load_words(made + piece * piece_words), address_in(barrier(tile, round), to));
+    for (int i = number; i < plan.blocks; i += copies) {
+      const int to = (i + rank) & (plan.blocks - 1);  // each begins with itself, not all with one
+      send_words(address_in(at, to), words, address_in(barrier, to));
     }
+  }
+  FUSEDRNN_DEVICE void request(int, int) const {}
+  FUSEDRNN_DEVICE void sent(int) const {}
+};
+
+// All blocks of a cluster share a product's inner dimension, of which each has what it makes itself, and send each other what
+// that makes of the other's units.
+struct ClusterSums {
+  const ResidentPlan& plan;
+  const ResidentLayout& layout;
+  unsigned char* const memory;
+  const int rank;
+  const ClusterBarriers barriers;
+
+  FUSEDRNN_DEVICE ClusterSums(const ResidentPlan& plan, const ResidentLayout& layout, unsigned char* memory, int rank)
+      : plan(plan),
+        layout(layout),
+        memory(memory),
+        rank(rank),
+        barriers{plan, layout, memory, plan.blocks * plan.units * ((plan.rows + 1) / 2) * 8} {}
+
+  FUSEDRNN_DEVICE uint32_t* operand(int tile, int round) const {
+    return reinterpret_cast<uint32_t*>(memory + layout.operand) + (tile * 2 + round % 2) * layout.operand_words;
+  }
+  // [block][unit][row], of a round.
+  FUSEDRNN_DEVICE float* shares(int tile, int round) const {
+    return reinterpret_cast<float*>(memory + layout.shares) + (tile * 2 + round % 2) * plan.blocks * share_of_block();
+  }
+  FUSEDRNN_DEVICE int share_of_block() const { return plan.units * layout.share_ld; }
+
+  FUSEDRNN_DEVICE void begin() const { barriers.begin(); }
+  FUSEDRNN_DEVICE void receive(int tile, int round) const { barriers.wait(tile, round); }
+  // Of a unit of the team, of which a block has what multiples of 8 begin.
+  FUSEDRNN_DEVICE void send(int tile, int round, int of_team, int row, float x, float y) const {
+    const int to = of_team * layout.reciprocal_units >> 16;
+    if (to >= plan.blocks || row >= plan.rows) return;
+    float* const at =
+        shares(tile, round) + rank * share_of_block() + (of_team - to * plan.units) * layout.share_ld + row;
+    send_pair(address_in(at, to), x, y, address_in(barriers.barrier(tile, round), to));
   }
 };
 #endif
@@ -155,49 +213,54 @@ struct GridExchange {
   const ResidentPlan& plan;
   const ResidentLayout& layout;
   unsigned char* const memory;
-  const Pieces pieces;
-  const int rank, team;
+  const int rank, gates, team;
   uint32_t* const data;      // [teams][tiles][2] operands of all groups, without zeros
   uint32_t* const counters;  // [teams][tiles], zero before the launch
 
   FUSEDRNN_DEVICE uint32_t* operand(int, int) const { return reinterpret_cast<uint32_t*>(memory + layout.operand); }
   FUSEDRNN_DEVICE uint32_t* buffer(int tile, int round) const {
     const int64_t number = (team * plan.tiles + tile) * 2 + round % 2;
-    return data + number * layout.all_groups * plan.rows * group_words;
+    return data + number * (layout.all_groups * plan.rows * group_words);
   }
   FUSEDRNN_DEVICE uint32_t* counter(int tile) const { return counters + team * plan.tiles + tile; }
 
   FUSEDRNN_DEVICE void begin() const { __syncthreads(); }
 
-  FUSEDRNN_DEVICE void receive(int tile, int round) const {
+  // By the warps that have no unit of the tile before, or by all, after its product, while the others make of it what it is to
+  // be: this tile's counter was raised long ago, but asking for it and copying take as long as what they do.
+  FUSEDRNN_DEVICE void request(int tile, int round) const {
+    const int busy = (plan.rows * plan.units + 31) / 32 * 32 % resident_threads, thread = threadIdx.x - busy;
+    if (thread < 0) return;
     const uint32_t all = static_cast<uint32_t>(round) * plan.blocks;
     // The difference, for a counter that has gone around.
-    if (threadIdx.x == 0)
-      while (static_cast<int32_t>(counted(counter(tile)) - all) < 0) {
-      }
-    __syncthreads();
+    while (static_cast<int32_t>(counted(counter(tile)) - all) < 0) {
+    }
     // The groups of this block, without those pieces of the last that nobody makes.
     constexpr int group_pieces = group_words / piece_words;
-    const int row_pieces = pieces.gates * layout.gate_words / piece_words, first = rank % plan.split * layout.groups;
+    const int row_pieces = gates * layout.gate_words / piece_words, first = rank % plan.split * layout.groups;
     const int whole = (row_pieces / group_pieces - first) * plan.rows * group_pieces;
     const int count = layout.groups * plan.rows * group_pieces, partly = row_pieces % group_pieces;
     const auto exists = [&](int i) {
       return i < count && (i < whole || (i < whole + plan.rows * group_pieces && i % group_pieces < partly));
     };
     const uint32_t* const from = buffer(tile, round) + first * plan.rows * group_words;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < count; i += resident_threads)
+#pragma unroll 4
+    for (int i = thread; i < count; i += resident_threads - busy)
       if (exists(i)) begin_copy(operand(tile, round) + i * piece_words, from + i * piece_words);
+  }
+  FUSEDRNN_DEVICE void receive(int tile, int round) const {
+    if (plan.tiles == 1) request(tile, round);
     end_copies();
     __syncthreads();
   }
 
-  FUSEDRNN_DEVICE void send(int tile, int round) const {
-    const uint32_t* const made = reinterpret_cast<const uint32_t*>(memory + layout.made);
-    for (int i = threadIdx.x; i < pieces.count(); i += resident_threads)
-      store_words(buffer(tile, round) + pieces.place(layout, rank, i), load_words(made + i * piece_words));
+  FUSEDRNN_DEVICE void send(int tile, int round, int place, const Words& words, int number, int) const {
+    if (number == 0) store_words(buffer(tile, round) + place, words);
+  }
+  // After all that a block has made. By the last warp, which seldom has stored anything that this would wait for.
+  FUSEDRNN_DEVICE void sent(int tile) const {
     __syncthreads();
-    if (threadIdx.x == 0) raise(counter(tile));
+    if (threadIdx.x == resident_threads - 1) raise(counter(tile));
   }
 };
 
@@ -227,13 +290,14 @@ struct SharedSums {
     wait_for_cluster();
   }
 
-  // sum(row of the tile, row of the weights) is what this block has, of 4 neighbours.
+  // sum(row of the tile, row of the weights) is what this block has of 4 neighbours.
   template <class F>
   FUSEDRNN_DEVICE void exchange(int tile, int round, const F& sum) const {
-    const int a_row = plan.units / piece_words, count = plan.rows * a_row, own = rank % plan.split;
+    const int a_row = plan.units / piece_words, count = plan.rows * a_row, own = rank % split_blocks;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < count * plan.split; i += resident_threads) {
-      const int piece = i % count, to = i / count, row = piece / a_row, unit = piece % a_row * piece_words;
+    for (int i = threadIdx.x; i < count * split_blocks; i += resident_threads) {
+      const int to = i % split_blocks, piece = i / split_blocks, row = piece / a_row;
+      const int unit = (piece - row * a_row) * piece_words;
       send_words(address_in(share(tile, own) + piece * piece_words, to), sum(row, to * plan.units + unit),
                  address_in(barrier(tile), to));
     }

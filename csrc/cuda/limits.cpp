@@ -8,15 +8,20 @@
 namespace fusedrnn::cuda {
 namespace {
 
-int attribute(cudaDeviceAttr which, int device) {
-  int value = 0;
-  const cudaError_t status = cudaDeviceGetAttribute(&value, which, device);
+void expect_success(cudaError_t status) {
   if (status != cudaSuccess)
     throw std::runtime_error(std::string("fusedrnn: CUDA says: ") + cudaGetErrorString(status));
+}
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  expect_success(cudaDeviceGetAttribute(&value, which, device));
   return value;
 }
 
 }  // namespace
+
+void use_device(int device) { expect_success(cudaSetDevice(device)); }
 
 Limits limits_of(int device) {
   // 16 is more than every GPU with clusters has to offer; whether a kernel's fit is asked before its launch (can_run).

@@ -24,7 +24,7 @@ FUSEDRNN_DEVICE void store_words(uint32_t* to, const Words& words) { shim::store
 FUSEDRNN_DEVICE float round_to_tf32(float x) { return shim::to_tf32(x); }
 FUSEDRNN_DEVICE uint32_t bits_of(float x) { return shim::bits_of(x); }
 FUSEDRNN_DEVICE float float_of(uint32_t bits) { return shim::float_of(bits); }
-FUSEDRNN_DEVICE float from_lane_xor(float x, int mask) { return shim::from_lane_xor(x, mask); }
+FUSEDRNN_DEVICE uint32_t from_lane(uint32_t x, int lane) { return shim::from_lane(x, lane); }
 FUSEDRNN_DEVICE int same_in_warp(int x) { return x; }
 template <class S>
 FUSEDRNN_DEVICE void multiply_tile(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -43,7 +43,7 @@ FUSEDRNN_DEVICE float round_to_tf32(float x) {
 }
 FUSEDRNN_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 FUSEDRNN_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
-FUSEDRNN_DEVICE float from_lane_xor(float x, int mask) { return __shfl_xor_sync(0xffffffff, x, mask); }
+FUSEDRNN_DEVICE uint32_t from_lane(uint32_t x, int lane) { return __shfl_sync(0xffffffff, x, lane); }
 // Tells the compiler that it is, so that a branch on it needs no care for threads that go elsewhere.
 FUSEDRNN_DEVICE int same_in_warp(int x) { return __shfl_sync(0xffffffff, x, 0); }
 
@@ -72,57 +72,58 @@ struct Fragment {
   Words upper, lower;
 };
 
-// Columns of what comes in, a group of one after that of the other; beyond the last the last is taken, for a product that
-// nobody looks at.
-struct Columns {
-  const uint32_t* first;
-  int count;
-
-  FUSEDRNN_DEVICE const uint32_t* operator[](int c) const { return first + (c < count ? c : count - 1) * group_words; }
-};
-
 // float is rounded to TF32.
 template <class S>
 struct TensorCores {
   using Scalar = S;
   static constexpr int columns = tile_columns;  // at once
+  static constexpr int groups_at_once = 4;      // without a branch between them: loads need not wait for products
   struct Sum {
     float value[2][4];  // so that an instruction need not wait for the one before
   };
+  using Operand = Words;  // of a group, what a thread takes of all columns
 
-  static FUSEDRNN_DEVICE float rounded(float x) {
-    if constexpr (std::is_same_v<S, float>) return round_to_tf32(x);
-    return x;  // when it is stored
+  // As bits, the lower of a word.
+  static FUSEDRNN_DEVICE uint32_t bits(float x) {
+    if constexpr (std::is_same_v<S, float>) {
+      return bits_of(round_to_tf32(x));
+    } else {
+      S narrowed;
+      narrow(x, narrowed);
+      return narrowed.bits;
+    }
   }
-  static FUSEDRNN_DEVICE uint32_t bits(S x) {
+  static FUSEDRNN_DEVICE uint32_t bits_of_weight(S x) {
     if constexpr (std::is_same_v<S, float>)
       return bits_of(round_to_tf32(x));
     else
       return x.bits;
   }
 
-  // Of both slots of a warp; slot i's group begins group[i] words after the first.
-  static FUSEDRNN_DEVICE void add(Sum (&sums)[2], const Fragment& a0, const Fragment& a1, const int (&group)[2],
-                                  const Columns& columns, int lane) {
-    const uint32_t* const own = columns[lane / 4] + lane % 4 * 4;
-    const Words b0 = load_words(own + group[0]), b1 = group[1] == group[0] ? b0 : load_words(own + group[1]);
-    add(sums[0], a0, b0);
-    add(sums[1], a1, b1);
+  // Where a thread's part of the first group is, which lies [column][word]; beyond the last column the last is taken, for a
+  // product that nobody looks at.
+  static FUSEDRNN_DEVICE const uint32_t* begin(const uint32_t* group, int column, int count, int lane) {
+    const int own = column + lane / 4;
+    return group + (own < count ? own : count - 1) * group_words + lane % 4 * 4;
   }
+  static FUSEDRNN_DEVICE Operand load(const uint32_t* at, int) { return load_words(at); }
+
   // Which word of a group comes at which place of the inner dimension is free, as long as a and b agree: a thread's four,
   // which are one access, make the two words each of two instructions.
-  static FUSEDRNN_DEVICE void add(Sum& sum, const Fragment& a, const Words& b) {
+  static FUSEDRNN_DEVICE void add(Sum& sum, const Fragment& a, const Operand& b) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint32_t registers[4] = {a.upper[2 * i], a.lower[2 * i], a.upper[2 * i + 1], a.lower[2 * i + 1]};
       multiply_tile<S>(sum.value[i], registers, b[2 * i], b[2 * i + 1]);
     }
   }
-  // To `to`, the place of the first row and column; the columns are `ld` apart.
-  static FUSEDRNN_DEVICE void store(const Sum& sum, float* to, int ld, int lane) {
-    to += lane % 4 * 2 * ld + lane / 4;
+  // Calls f(row, column, value, value of the next column) for the pairs of the 16 x 8 that are this thread's.
+  template <class F>
+  static FUSEDRNN_DEVICE void for_pairs(const Sum& sum, int lane, const F& f) {
+    const auto& [first, second] = sum.value;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) to[i % 2 * ld + i / 2 * 8] = sum.value[0][i] + sum.value[1][i];
+    for (int half = 0; half < 2; ++half)
+      f(half, lane / 4, lane % 4 * 2, first[2 * half] + second[2 * half], first[2 * half + 1] + second[2 * half + 1]);
   }
 };
 
@@ -130,41 +131,53 @@ struct TensorCores {
 struct Fma {
   using Scalar = float;
   static constexpr int columns = 4;  // 8 at once would need more registers than there are
+  static constexpr int groups_at_once = 1;
   struct Sum {
     float value[2][columns];
   };
+  struct Operand {
+    Words column[columns];
+  };
 
-  static FUSEDRNN_DEVICE float rounded(float x) { return x; }
   static FUSEDRNN_DEVICE uint32_t bits(float x) { return bits_of(x); }
+  static FUSEDRNN_DEVICE uint32_t bits_of_weight(float x) { return bits_of(x); }
 
-  static FUSEDRNN_DEVICE void add(Sum (&sums)[2], const Fragment& a0, const Fragment& a1, const int (&group)[2],
-                                  const Columns& incoming, int lane) {
-#pragma unroll
-    for (int column = 0; column < columns; ++column) {
-      const uint32_t* const own = incoming[column] + lane % 4 * 4;
-      const Words b0 = load_words(own + group[0]), b1 = group[1] == group[0] ? b0 : load_words(own + group[1]);
-      add(sums[0], column, a0, b0);
-      add(sums[1], column, a1, b1);
-    }
+  static FUSEDRNN_DEVICE const uint32_t* begin(const uint32_t* group, int column, int, int lane) {
+    return group + column * group_words + lane % 4 * 4;
   }
-  static FUSEDRNN_DEVICE void add(Sum& sum, int column, const Fragment& a, const Words& b) {
+  static FUSEDRNN_DEVICE Operand load(const uint32_t* at, int count) {
+    Operand b;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      sum.value[0][column] += float_of(a.upper[i]) * float_of(b[i]);
-      sum.value[1][column] += float_of(a.lower[i]) * float_of(b[i]);
-    }
+    for (int i = 0; i < columns; ++i) b.column[i] = load_words(at + (i < count ? i : count - 1) * group_words);
+    return b;
   }
-  // Each of the four threads ends with one column: it gives away half of what it has, twice.
-  static FUSEDRNN_DEVICE void store(const Sum& sum, float* to, int ld, int lane) {
-    const bool upper = lane & 2, odd = lane & 1;
+
+  static FUSEDRNN_DEVICE void add(Sum& sum, const Fragment& a, const Operand& b) {
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      const auto& all = sum.value[row];
-      const float first = (upper ? all[2] : all[0]) + from_lane_xor(upper ? all[0] : all[2], 2);
-      const float second = (upper ? all[3] : all[1]) + from_lane_xor(upper ? all[1] : all[3], 2);
-      const float own = (odd ? second : first) + from_lane_xor(odd ? first : second, 1);
-      to[lane % 4 * ld + row * 8 + lane / 4] = own;
+    for (int column = 0; column < columns; ++column)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        sum.value[0][column] += float_of(a.upper[i]) * float_of(b.column[column][i]);
+        sum.value[1][column] += float_of(a.lower[i]) * float_of(b.column[column][i]);
+      }
+  }
+  // The four threads of a row end with a pair of columns each: one of each pair has that of row `lane / 4`, the other that
+  // of the row 8 below. A thread gives away half of what it has, twice.
+  template <class F>
+  static FUSEDRNN_DEVICE void for_pairs(const Sum& sum, int lane, const F& f) {
+    const bool lower = lane & 2, second = lane & 1;
+    const auto exchange = [&](float mine, float other, int mask) {
+      return mine + float_of(from_lane(bits_of(other), lane ^ mask));
+    };
+    float own[columns];
+#pragma unroll
+    for (int i = 0; i < columns; ++i) {
+      const float above = sum.value[0][i], below = sum.value[1][i];
+      own[i] = exchange(lower ? below : above, lower ? above : below, 2);
     }
+    const float x = exchange(second ? own[2] : own[0], second ? own[0] : own[2], 1);
+    const float y = exchange(second ? own[3] : own[1], second ? own[1] : own[3], 1);
+    f(lower, lane / 4, second * 2, x, y);
   }
 };
 

@@ -9,14 +9,19 @@ namespace fusedrnn::cuda {
 
 // Where a step's rows are; no row where there is no such step.
 struct Place {
-  int64_t t, start, rows;
+  int t, start, rows;
 };
+
+// One of two, value by value: a choice of which to read would put both into memory.
+FUSEDRNN_INLINE Place either(bool first, const Place& a, const Place& b) {
+  return {first ? a.t : b.t, first ? a.start : b.start, first ? a.rows : b.rows};
+}
 
 // Step `number` of direction d, which runs from the last step to the first where d is 1.
 FUSEDRNN_INLINE Place place(const Sequence& s, int d, int64_t number) {
   if (number < 0 || number >= s.T) return {-1, 0, 0};
   const int64_t t = d ? s.T - 1 - number : number;
-  return {t, s.start(t), s.rows_at(t)};
+  return {static_cast<int>(t), static_cast<int>(s.start(t)), static_cast<int>(s.rows_at(t))};
 }
 
 // Steps [begin, end) in the order of each direction, and which rows of the sequence they are.

@@ -18,8 +18,13 @@ class Recurrence : Layer<Cell, S> {
 
  public:
   Recurrence(const Problem& p, const Context& context, bool backward)
-      : Base(p, context), room_(context.workspace), kernel_(p, context.limits, context.tf32, backward) {
+      : Base(p, context),
+        room_(context.workspace),
+        kernel_(p, context.limits, context.tf32, backward),
+        exact_(std::is_same_v<S, float> && !context.tf32) {
     this->chunk_bytes_ = kernel_.chunk_bytes(context.chunk_bytes);
+    if (std::max(N_, D_ * B_) >= int64_t{1} << 31)  // kernels count rows with 32 bits
+      throw std::runtime_error("fusedrnn: expected fewer than 2^31 rows in a sequence, got " + std::to_string(N_));
   }
 
   int64_t workspace_bytes(bool backward) {
@@ -40,7 +45,7 @@ class Recurrence : Layer<Cell, S> {
     }
 
     ForwardStep<S> step{};
-    step.B = B_, step.H = H_, step.N = N_, step.directions = D_;
+    step.B = static_cast<int>(B_), step.H = static_cast<int>(H_), step.directions = D_;
     step.rows = {p.sequence.lengths, p.sequence.resets};
     for (int d = 0; d < D_; ++d) step.input[d] = room.input[d];
     step.hidden = room.hidden;
@@ -48,9 +53,11 @@ class Recurrence : Layer<Cell, S> {
     step.y = static_cast<S*>(p.y);
     step.h = static_cast<S*>(p.h_n);
     step.c = same ? static_cast<A*>(p.c_n) : room.c;
-    step.c_n = same ? nullptr : static_cast<S*>(p.c_n);
-    step.gates = static_cast<S*>(p.gates);
-    step.cells = static_cast<S*>(p.cells);
+    step.c_n = same || kernel_ ? nullptr : static_cast<S*>(p.c_n);
+    for (int d = 0; d < D_; ++d) {
+      if (p.gates) step.gates[d] = static_cast<S*>(p.gates) + d * N_ * Cell::saved * H_;
+      if (p.cells) step.cells[d] = static_cast<S*>(p.cells) + d * N_ * H_;
+    }
     const bool vectors = vectors_for({p.y, p.h_n, p.c_n, p.gates, p.cells});
 
     for (Chunk chunk{}; chunk.end < p.sequence.T;) {
@@ -58,11 +65,13 @@ class Recurrence : Layer<Cell, S> {
       for (int d = 0; d < D_; ++d) {
         const Factor x{as<S>(p.x) + chunk.first[d] * p.I, p.I}, w_ih{p.weights[d].w_ih, p.I, 0, true};
         multiply({chunk.rows[d], gates, p.I, 1, x, w_ih, room.input[d], gates, 0, element<S>(), element<A>(), false});
-        step.first[d] = chunk.first[d];
+        step.first[d] = static_cast<int>(chunk.first[d]);
       }
       kernel_ ? kernel_.forward(step, chunk, on_device(room.offsets), stream_)
               : forward_steps(step, chunk, room, vectors);
     }
+    if constexpr (Cell::has_cell && !same)
+      if (kernel_) convert(static_cast<S*>(p.c_n), room.c, D_ * B_, H_);
   }
 
   void backward(const BackwardParams& p) {
@@ -74,16 +83,16 @@ class Recurrence : Layer<Cell, S> {
     this->begin_gradients(p, room.gradients);
 
     BackwardStep<S> step{};
-    step.B = B_, step.H = H_, step.N = N_, step.directions = D_;
+    step.B = static_cast<int>(B_), step.H = static_cast<int>(H_), step.directions = D_;
     step.rows = {p.sequence.lengths, p.sequence.resets};
     step.y = as<S>(p.y);
     step.hx = as<S>(p.hx);
     step.cx = as<S>(p.cx);
-    step.gates = as<S>(p.gates);
-    step.cells = as<S>(p.cells);
     step.dy = as<S>(p.dy);
-    step.dcells = as<S>(p.dcells);
     for (int d = 0; d < D_; ++d) {
+      step.gates[d] = as<S>(p.gates) + d * N_ * Cell::saved * H_;
+      step.cells[d] = as<S>(p.cells) + d * N_ * H_;
+      if (p.dcells) step.dcells[d] = as<S>(p.dcells) + d * N_ * H_;
       step.da[d] = room.gradients.da[d];
       step.h_previous[d] = p.gradients[d].w_hh ? room.gradients.h_previous[d] : nullptr;
     }
@@ -93,7 +102,7 @@ class Recurrence : Layer<Cell, S> {
     const bool vectors = vectors_for({p.y, p.hx, p.cx, p.gates, p.cells, p.dy, p.dcells});
     for (int64_t end = p.sequence.T; end > 0;) {
       const Chunk chunk = chunk_up_to(p.sequence, D_, end, room.gradients.rows);
-      for (int d = 0; d < D_; ++d) step.first[d] = chunk.first[d];
+      for (int d = 0; d < D_; ++d) step.first[d] = static_cast<int>(chunk.first[d]);
       kernel_ ? kernel_.backward(step, chunk, on_device(room.offsets), stream_)
               : backward_steps(step, chunk, room, vectors);
       this->add_gradients(p, room.gradients, chunk);
@@ -226,10 +235,11 @@ class Recurrence : Layer<Cell, S> {
                 std::max(most_rows(step.here), most_rows(step.later)), H_, step, D_);
   }
 
-  // Both directions at once where they have as many rows; f(first direction, how many, rows).
+  // Both directions at once where they have as many rows; f(first direction, how many, rows). Not where float32 is to be
+  // exact: of two products at once cuBLAS adds up 2048 terms and more one after the other, with three times torch's error.
   template <class F>
   void for_directions(const Place (&here)[2], const F& f) {
-    if (D_ == 2 && here[0].rows == here[1].rows) return f(0, 2, here[0].rows);
+    if (D_ == 2 && here[0].rows == here[1].rows && !exact_) return f(0, 2, here[0].rows);
     for (int d = 0; d < D_; ++d) f(d, 1, here[d].rows);
   }
 
@@ -243,6 +253,7 @@ class Recurrence : Layer<Cell, S> {
 
   Room room_;
   ChunkKernel<Cell, S> kernel_;
+  const bool exact_;  // float32 that may not be rounded to TF32
 };
 
 // f(a scalar) with the type that the params name.

@@ -125,16 +125,25 @@ constexpr int resident_register_budget = 255;  // one block to a multiprocessor
 // row: mma.cuh) are in registers: 2 * 8 groups of 8 registers a thread leave as many for everything else.
 constexpr int slots = 2 * resident_warps;
 constexpr int register_groups = 8;
-constexpr int groups_at_once = 4;  // without a branch between them: loads need not wait for products
 constexpr int group_words = 16;
 constexpr int fragment_bytes = 8 * 32 * 4;  // of a slot's group: 8 registers of 32 threads
 
-constexpr int tile_columns = 8;   // rows of the batch that an instruction takes
-constexpr int units_at_once = 2;  // units of a tile that a thread takes in turn
+// Rows of the batch that an instruction takes. A tile has fewer where a thread would have more than one of its units: what a
+// thread does for a unit is most of a step's code, and most of its time.
+constexpr int tile_columns = 8;
 
-// Teams with more tiles of the batch than this give cuBLAS's products enough rows to be as fast as these, which take 8 at a
-// time.
-constexpr int most_tiles = 8;
+// What a tile's part of a step takes, in cycles of an H100 and an H200, from the times of kernels of 256 to 2048 units: all but
+// the product and what it reads; where sums are shared by a grid's neighbours, or by a cluster, for each of a slot's row
+// tiles; and a group of the product, whose weights are in registers or in shared memory. That a tile takes so long, whatever
+// its weights, is why fewer tiles are worth more than weights in registers.
+constexpr int64_t cluster_tile_cycles = 3300, grid_tile_cycles = 4400;
+constexpr int64_t neighbours_cycles = 1100, sent_row_tile_cycles = 900;
+constexpr int64_t register_group_cycles = 92, shared_group_cycles = 200;
+// That every multiprocessor takes in of the L2 in a cycle, when all do.
+constexpr int64_t bytes_from_l2 = 54;
+
+// What the step schedule's launches take on that machine's host, 20 us a step. A team that takes longer has no advantage.
+constexpr int64_t most_step_cycles = 36'000;
 
 // A chunk's steps pay for loading the weights; what a chunk makes need not stay in L2, for it is read ahead of its use.
 constexpr int64_t resident_chunk_factor = 4;
@@ -145,6 +154,10 @@ constexpr int64_t resident_chunk_factor = 4;
 // units is a few hundred bytes. More than 4 do not fit the 16 or 18 multiprocessors of an H100's GPC as well.
 constexpr int split_blocks = 4;
 
+// All blocks of a cluster share it out where a cell has gates: none then takes in anything of what the others made, 2 or 4
+// bytes for every gate of a unit and a row, but 4 bytes for each unit and row: their shares of the sum.
+constexpr FUSEDRNN_INLINE bool cluster_shares_sums(int gates, bool backward) { return backward && gates > 1; }
+
 enum class Team { cluster, split_grid, grid };
 
 struct ResidentPlan {
@@ -153,14 +166,15 @@ struct ResidentPlan {
   int rows, tiles;  // of the batch in a tile, and tiles of a team
   int teams;        // of a direction
   bool cluster;     // or a grid
-  int split;        // blocks of a team that share the inner dimension, or 1
+  int split;  // blocks of a team that share the inner dimension: some neighbours of a grid, all of a cluster, or 1
   int shared_bytes;
+  int64_t cycles;  // of a step
 };
 
 // How a block lies in its registers and its shared memory. Operands are 32-bit words, two or one of the scalars.
 struct ResidentLayout {
-  int gate_words;      // of all units, of one gate of what comes in
-  int all_groups;      // of words of the inner dimension
+  int gate_words;      // of all units that come in, of one gate
+  int all_groups;      // of words of what comes in
   int groups;          // of them, those of a block
   int row_tiles;       // of 16 rows of weights
   int slots_per_part;  // that share a part of the inner dimension, even or 1, so that a warp's two share it or the rows
@@ -168,16 +182,20 @@ struct ResidentLayout {
   int part_groups;     // groups of a part
   int halved_tiles;    // row tiles, the first, that have two parts where there is one: slots are left for them
   int half_groups;     // groups of such a part
+  int slot_tiles;      // row tiles of a slot, more than one only where a cluster shares the inner dimension
+  int slot_groups;     // of all of them
   int operand_words;   // [groups and one of zeros][rows][16]: a warp's 16-byte loads are of neighbours
   int sums_ld;         // a step of 8 banks from every second row to the next, for the stores of two columns each
+  int sums_words;      // of one of two buffers
+  int share_ld;        // rows, a multiple of 2 that is none of 4: neighbouring units are then at most two to a bank
+  int reciprocal_units;  // of 2^16, rounded up: exact for the units of a cluster, 256 of 16 blocks
   // Offsets in bytes of shared memory:
-  int operand;   // [tiles][2] in a cluster, one in a grid
-  int made;      // [gates that come in][rows][units] what is handed on
-  int sums;      // [parts of a row tile][8][sums_ld]
-  int states;    // [tiles][rows][units] twice, once for cells without a cell state
-  int shares;    // [tiles][split][rows][units] of sums, where they are split
+  int operand;  // [tiles][2] in a cluster, one in a grid
+  int sums;     // [2][parts of a row tile][8][sums_ld]
+  int states;   // [tiles][rows][units] twice, once for cells without a cell state
+  int shares;  // where sums are split: [tiles][split][rows][units] in a grid, [tiles][2][split][units][share_ld] in a cluster
   int barriers;  // [tiles][2] in a cluster, [tiles] where sums are split
-  int overflow;  // [parts and row_tiles: overflow_before][groups beyond the registers][2][32 threads][4]
+  int overflow;  // [slots: overflow_before][groups beyond the registers][2][32 threads][4]
   int bytes;
 };
 
@@ -187,8 +205,8 @@ constexpr FUSEDRNN_INLINE int round_up(int64_t x, int to) { return static_cast<i
 constexpr FUSEDRNN_INLINE int overflow_before(const ResidentLayout& l, int part, int row_tile) {
   const auto beyond = [](int groups) { return groups > register_groups ? groups - register_groups : 0; };
   if (row_tile < l.halved_tiles) return (2 * row_tile + part) * beyond(l.half_groups);
-  const int whole = part * l.row_tiles + row_tile - l.halved_tiles;
-  return 2 * l.halved_tiles * beyond(l.half_groups) + whole * beyond(l.part_groups);
+  const int whole = (part * l.row_tiles + row_tile - l.halved_tiles + l.slot_tiles - 1) / l.slot_tiles;
+  return 2 * l.halved_tiles * beyond(l.half_groups) + whole * beyond(l.slot_groups);
 }
 
 // Of what comes in and of what is made of it: forward the state and all gates, backward the other way round.
@@ -199,67 +217,93 @@ constexpr FUSEDRNN_INLINE ResidentLayout resident_layout(const ResidentPlan& pla
                                                          bool has_cell, int scalar_bytes) {
   ResidentLayout l{};
   const int in = gates_in(gates, backward);
-  l.gate_words = plan.blocks * plan.units * scalar_bytes / 4;
+  const bool all_share = plan.cluster && plan.split > 1;
+  l.gate_words = (all_share ? 1 : plan.blocks) * plan.units * scalar_bytes / 4;
   l.all_groups = round_up(static_cast<int64_t>(in) * l.gate_words, group_words) / group_words;
-  l.groups = (l.all_groups + plan.split - 1) / plan.split;
+  l.groups = all_share ? l.all_groups : (l.all_groups + plan.split - 1) / plan.split;
   l.row_tiles = round_up(gates_out(gates, backward) * plan.split * plan.units, 16) / 16;
-  l.slots_per_part = l.row_tiles == 1 || 2 * l.row_tiles > slots ? l.row_tiles : round_up(l.row_tiles, 2);
-  const int most_parts = slots / l.slots_per_part;
+  l.slot_tiles = all_share ? (l.row_tiles + slots - 1) / slots : 1;
+  const int row_slots = (l.row_tiles + l.slot_tiles - 1) / l.slot_tiles;
+  l.slots_per_part = row_slots == 1 || 2 * row_slots > slots ? row_slots : round_up(row_slots, 2);
+  const int most_parts = all_share ? 1 : slots / l.slots_per_part;
   l.part_groups = most_parts ? (l.groups + most_parts - 1) / most_parts : l.groups;
   l.parts = (l.groups + l.part_groups - 1) / l.part_groups;
-  if (l.parts == 1 && l.groups > register_groups && l.row_tiles < slots) l.halved_tiles = slots - l.row_tiles;
+  if (!all_share && l.parts == 1 && l.groups > register_groups && l.row_tiles < slots)
+    l.halved_tiles = slots - l.row_tiles;
   l.half_groups = (l.groups + 1) / 2;
+  l.slot_groups = l.slot_tiles * l.part_groups;
   l.operand_words = (l.groups + 1) * plan.rows * group_words;
   l.sums_ld = l.row_tiles * 16 + 4;
-  const int buffers = plan.cluster ? 2 * plan.tiles : 1, most_parts_of_a_tile = l.halved_tiles ? 2 : l.parts;
-  const int tile_bytes = plan.rows * plan.units * 4, barriers = plan.cluster ? 2 : plan.split > 1 ? 1 : 0;
-  l.made = l.operand + buffers * l.operand_words * 4;
-  l.sums = l.made + in * plan.rows * plan.units * scalar_bytes;
-  l.states = l.sums + most_parts_of_a_tile * tile_columns * l.sums_ld * 4;
-  l.shares = l.states + (1 + has_cell) * plan.tiles * tile_bytes;
-  l.barriers = l.shares + (plan.split > 1 ? plan.tiles * plan.split * tile_bytes : 0);
+  const int parts_of_a_tile = l.halved_tiles ? 2 : l.parts;
+  l.sums_words = all_share ? 0 : parts_of_a_tile * tile_columns * l.sums_ld;
+  l.share_ld = all_share ? round_up(plan.rows + 2, 4) - 2 : plan.rows;
+  l.reciprocal_units = ((1 << 16) + plan.units - 1) / plan.units;
+  const int buffers = plan.cluster ? 2 * plan.tiles : 1, barriers = plan.cluster ? 2 : plan.split > 1 ? 1 : 0;
+  l.sums = l.operand + buffers * l.operand_words * 4;
+  l.states = l.sums + 2 * l.sums_words * 4;
+  l.shares = l.states + (1 + has_cell) * plan.tiles * plan.rows * plan.units * 4;
+  const int of_shares = plan.split > 1 ? plan.tiles * plan.split * l.share_ld * plan.units * 4 : 0;
+  l.barriers = round_up(l.shares + (all_share ? 2 : 1) * of_shares, 8);
   l.overflow = round_up(l.barriers + barriers * plan.tiles * 8, 16);
   l.bytes = l.overflow + overflow_before(l, l.parts - 1, l.row_tiles) * fragment_bytes;
   return l;
 }
 
-// The fewest blocks whose registers hold all the weights, for the fewer share a state, the less there is to hand on; or else
-// the fewest that hold them at all. The batch is shared out over as many teams as there is room for.
+constexpr int64_t tile_cycles(const ResidentPlan& plan, const ResidentLayout& l) {
+  const int in_registers = std::min(l.slot_groups, register_groups);
+  const int64_t product = in_registers * register_group_cycles + (l.slot_groups - in_registers) * shared_group_cycles;
+  const bool split = plan.split > 1;
+  if (plan.cluster) return cluster_tile_cycles + split * l.slot_tiles * sent_row_tile_cycles + product;
+  return grid_tile_cycles + split * neighbours_cycles + l.groups * plan.rows * group_words * 4 / bytes_from_l2 +
+         product;
+}
+
+// The team whose steps take the fewest cycles, and of equals that of the fewest blocks: the fewer share a state, the less
+// there is to hand on. The batch is shared out over as many teams as there is room for.
 constexpr ResidentPlan resident_plan(const Limits& limits, Team team, int64_t T, int64_t B, int64_t H, int directions,
                                      int gates, bool backward, bool has_cell, int scalar_bytes) {
   const bool cluster = team == Team::cluster;
   const bool allowed = limits.schedules & (cluster ? cluster_schedule : grid_schedule);
   const int most = cluster ? std::min(limits.largest_cluster, 16) : limits.multiprocessors / directions;
   if (!allowed || T < fewest_resident_steps || B == 0 || H > (int64_t{1} << 20)) return {};
-  const int split = team == Team::split_grid ? split_blocks : 1;
-  if (split > (backward ? limits.largest_cluster : 1)) return {};
-  for (const bool in_registers : {true, false})
-    for (int blocks = std::max(2, split); blocks <= most; blocks += cluster ? blocks : split) {
-      const int units = round_up((H + blocks - 1) / blocks, 8);
-      // Blocks without units serve where their share of the inner dimension is needed, or there is no other cluster.
-      const bool too_many = (blocks - split) * static_cast<int64_t>(units) >= H && !(cluster && !in_registers);
-      if (units * tile_columns > units_at_once * resident_threads || too_many) continue;
-      const int room = std::max(1, limits.multiprocessors / blocks / directions);
-      const int64_t of_a_team = (B + room - 1) / room, all_tiles = (of_a_team + tile_columns - 1) / tile_columns;
-      const int rows = static_cast<int>((of_a_team + all_tiles - 1) / all_tiles);
-      ResidentPlan plan{blocks, units, rows, 1, 0, cluster, split, 0};
-      const auto layout = [&] { return resident_layout(plan, gates, backward, has_cell, scalar_bytes); };
-      if (layout().slots_per_part > slots || (in_registers && layout().part_groups > register_groups)) continue;
-      if (all_tiles > most_tiles) return {};
-      const auto fits = [&](int64_t tiles) {
-        plan.tiles = static_cast<int>(tiles);
-        plan.shared_bytes = layout().bytes;
-        return plan.shared_bytes <= limits.shared_bytes;
-      };
-      // The blocks of a grid must all be there. More clusters than run at once take turns, all as long.
-      int64_t turns = 1;
-      while (!fits((all_tiles + turns - 1) / turns) && cluster && turns < all_tiles) ++turns;
-      if (plan.shared_bytes > limits.shared_bytes) continue;
-      const int64_t team_rows = static_cast<int64_t>(plan.tiles) * plan.rows;
-      plan.teams = static_cast<int>((B + team_rows - 1) / team_rows);
-      return plan;
-    }
-  return {};
+  const bool all_share = cluster && cluster_shares_sums(gates, backward);
+  const int neighbours = team == Team::split_grid ? split_blocks : 1;
+  if (neighbours > (backward ? limits.largest_cluster : 1)) return {};
+  ResidentPlan best{};
+  const auto consider = [&](int blocks, int units) {
+    if (blocks > most || units > resident_threads) return;
+    // A cluster may have blocks without units; a grid only as many as make up its last neighbours.
+    if (!cluster && static_cast<int64_t>(blocks - neighbours) * units >= H) return;
+    const int most_rows = std::min(tile_columns, resident_threads / units);
+    const int room = std::max(1, limits.multiprocessors / blocks / directions);
+    const int64_t of_a_team = (B + room - 1) / room, all_tiles = (of_a_team + most_rows - 1) / most_rows;
+    const int rows = static_cast<int>((of_a_team + all_tiles - 1) / all_tiles);
+    ResidentPlan plan{blocks, units, rows, 1, 0, cluster, all_share ? blocks : neighbours, 0, 0};
+    const auto layout = [&] { return resident_layout(plan, gates, backward, has_cell, scalar_bytes); };
+    const ResidentLayout of_one = layout();
+    plan.cycles = all_tiles * tile_cycles(plan, of_one);
+    if (of_one.slots_per_part > slots || plan.cycles > most_step_cycles) return;
+    if (best.blocks && plan.cycles >= best.cycles) return;
+    const auto fits = [&](int64_t tiles) {
+      plan.tiles = static_cast<int>(tiles);
+      plan.shared_bytes = layout().bytes;
+      return plan.shared_bytes <= limits.shared_bytes;
+    };
+    // The blocks of a grid must all be there. More clusters than run at once take turns, all as long.
+    int64_t turns = 1;
+    while (!fits((all_tiles + turns - 1) / turns) && cluster && turns < all_tiles) ++turns;
+    if (plan.shared_bytes > limits.shared_bytes) return;
+    const int64_t team_rows = static_cast<int64_t>(plan.tiles) * plan.rows;
+    plan.teams = static_cast<int>((B + team_rows - 1) / team_rows);
+    best = plan;
+  };
+  if (cluster) {
+    for (int blocks = 2; blocks <= 16; blocks *= 2) consider(blocks, round_up((H + blocks - 1) / blocks, 8));
+  } else {
+    for (int units = resident_threads; units > 0; units -= 8)
+      consider(round_up(std::max<int64_t>((H + units - 1) / units, 2), neighbours), units);
+  }
+  return best;
 }
 
 }  // namespace fusedrnn::cuda

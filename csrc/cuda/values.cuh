@@ -70,9 +70,17 @@ FUSEDRNN_DEVICE Pack<S, width> load_pack(const S* from) {
 #endif
 }
 
-template <int width, class S>
-FUSEDRNN_DEVICE Values<Accumulator<S>, width> load(const S* from) {
-  const auto pack = load_pack<width>(from);
+template <class S, int width>
+FUSEDRNN_DEVICE void store_pack(S* to, const Pack<S, width>& pack) {
+#if defined(FUSEDRNN_HOSTCUDA)
+  shim::store(to, pack);
+#else
+  *reinterpret_cast<Pack<S, width>*>(to) = pack;
+#endif
+}
+
+template <class S, int width>
+FUSEDRNN_DEVICE Values<Accumulator<S>, width> widen(const Pack<S, width>& pack) {
   Values<Accumulator<S>, width> values;
 #pragma unroll
   for (int i = 0; i < width; ++i) values[i] = widen(pack.value[i]);
@@ -80,15 +88,16 @@ FUSEDRNN_DEVICE Values<Accumulator<S>, width> load(const S* from) {
 }
 
 template <int width, class S>
+FUSEDRNN_DEVICE Values<Accumulator<S>, width> load(const S* from) {
+  return widen(load_pack<width>(from));
+}
+
+template <int width, class S>
 FUSEDRNN_DEVICE void store(S* to, const Values<Accumulator<S>, width>& values) {
   Pack<S, width> pack;
 #pragma unroll
   for (int i = 0; i < width; ++i) narrow(values[i], pack.value[i]);
-#if defined(FUSEDRNN_HOSTCUDA)
-  shim::store(to, pack);
-#else
-  *reinterpret_cast<Pack<S, width>*>(to) = pack;
-#endif
+  store_pack(to, pack);
 }
 
 }  // namespace fusedrnn::cuda

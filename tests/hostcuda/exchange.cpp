@@ -82,7 +82,7 @@ Block* block_with(const void* at) {
 }
 
 void land(Flight flight) {
-  // As if in the phase before: whoever sees the bytes counted may read them, though that of the sending is not over.
+  // As if before the phase, but after the one before: whoever sees the bytes counted may read them, though that of the sending is not over.
   const InTheNameOf sender({flight.thread, flight.phase - 1, &flight.view});
   const Block* const to = block_with(flight.to);
   if (!to || to->live == 0) return report("bytes arrive at a block that has ended", flight.to);
@@ -133,10 +133,7 @@ void multiply_tile(Operand operand, float (&sum)[4], const uint32_t (&a)[4], uin
   }
 }
 
-float from_lane_xor(float x, int mask) {
-  const uint32_t other = own_lane() ^ static_cast<uint32_t>(mask);
-  return float_of(meet_warp({bits_of(x)})[other][0]);
-}
+uint32_t from_lane(uint32_t x, int lane) { return meet_warp({x})[static_cast<uint32_t>(lane) % warp_threads][0]; }
 
 uintptr_t address_in(const void* own, int rank) {
   const auto offset = static_cast<size_t>(static_cast<const unsigned char*>(own) - own_block().shared);

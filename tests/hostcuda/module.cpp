@@ -194,8 +194,8 @@ std::array<int, 3> block_plan(int multiprocessors, int64_t B, int64_t H, int dir
 
 // What tuning.h chooses for a cluster (0), a grid whose products are split (1) or a grid (2), by name.
 std::map<std::string, int> resident_plan(int multiprocessors, int team, int64_t B, int64_t H, int directions, int gates,
-                                         bool backward, bool has_cell, int scalar_bytes) {
-  const cuda::Limits limits{multiprocessors, 227 << 10, 16, cuda::all_schedules};
+                                         bool backward, bool has_cell, int scalar_bytes, int largest_cluster) {
+  const cuda::Limits limits{multiprocessors, 227 << 10, largest_cluster, cuda::all_schedules};
   const cuda::ResidentPlan plan =
       cuda::resident_plan(limits, static_cast<cuda::Team>(team), cuda::fewest_resident_steps, B, H, directions, gates,
                           backward, has_cell, scalar_bytes);
@@ -210,6 +210,8 @@ std::map<std::string, int> resident_plan(int multiprocessors, int team, int64_t 
           {"parts", layout.parts},
           {"part_groups", layout.part_groups},
           {"split", plan.split},
+          {"slot_groups", layout.slot_groups},
+          {"cycles", static_cast<int>(plan.cycles)},
           {"halved_tiles", layout.halved_tiles},
           {"half_groups", layout.half_groups}};
 }
@@ -254,7 +256,9 @@ PYBIND11_MODULE(hostcuda, m) {
   m.def("geometry", &geometry);
   m.def("chunks_at", &chunks_at);
   m.def("block_plan", &block_plan);
-  m.def("resident_plan", &resident_plan);
+  m.def("resident_plan", &resident_plan, py::arg("multiprocessors"), py::arg("team"), py::arg("B"), py::arg("H"),
+        py::arg("directions"), py::arg("gates"), py::arg("backward"), py::arg("has_cell"), py::arg("scalar_bytes"),
+        py::arg("largest_cluster") = 16);
   m.def("forward", &forward);
   m.def("backward", &backward);
 }

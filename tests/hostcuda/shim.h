@@ -79,7 +79,7 @@ float float_of(uint32_t bits);
 // Of a whole warp (csrc/cuda/mma.cuh); only a TF32's first 19 bits are read.
 enum class Operand { float16, bfloat16, tf32 };
 void multiply_tile(Operand operand, float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
-float from_lane_xor(float x, int mask);
+uint32_t from_lane(uint32_t x, int lane);
 
 // csrc/cuda/exchange.cuh.
 void synchronize_cluster();

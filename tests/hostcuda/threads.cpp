@@ -43,7 +43,7 @@ void run_fiber() {
   }
 }
 
-// All threads of `members` go on, knowing what each of them knew; a new phase begins.
+// All threads of `members` go on, knowing what each of them knew; a new phase begins. Those between are for what is sent.
 void release(const std::vector<uint32_t>& members) {
   View all;
   const auto for_members = [&](const auto& f) {
@@ -52,7 +52,7 @@ void release(const std::vector<uint32_t>& members) {
   };
   for_members([&](const Fiber* fiber) { join(all, fiber->view); });
   for (uint32_t i : members) {
-    all[i] = ++blocks[i].phase;
+    all[i] = blocks[i].phase += 2;
     blocks[i].waiting = blocks[i].waiting_for_cluster = 0;
   }
   for_members([&](Fiber* fiber) {
