@@ -120,15 +120,22 @@ template <class Scalar>
 __global__ void __launch_bounds__(resident_threads, 1) multiply(const __grid_constant__ Pull p) {
   typename TensorCores<Scalar>::Sum sums[2] = {};
   Fragment weights[2][register_groups];
+  int place = 0;  // not twice the same weights: of equal products the compiler makes one
   for (auto& slot : weights)
-    for (Fragment& a : slot) a = {load_words(p.from), load_words(p.from + 4)};
+    for (Fragment& a : slot) {
+      a = {load_words(p.from + place), load_words(p.from + place + 4)};
+      place += 8;
+    }
   const Words b = load_words(p.from + 8);
   for (int round = 0; round < rounds; ++round)
 #pragma unroll
     for (int group = 0; group < register_groups; ++group)
 #pragma unroll
       for (int i = 0; i < 2; ++i) TensorCores<Scalar>::add(sums[i], weights[i][group], b);
-  if (sums[0].value[0][0] + sums[1].value[1][3] == 1) *p.to = 1;
+  float all = 0;  // or the compiler leaves products out
+  for (const auto& sum : sums)
+    for (const auto& value : sum.value) all += value[0] + value[1] + value[2] + value[3];
+  if (all == 1) *p.to = 1;
 }
 
 TeamParams make_team(int blocks, int rows, bool cluster, uint32_t* memory) {

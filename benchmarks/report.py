@@ -5,16 +5,22 @@ import json
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.shapes import GATES, GRID, MODES, SETS, Case, Mode
+from benchmarks.shapes import GATES, GPU_SETS, GRID, MODES, SETS, Case, Mode
 from benchmarks.timing import ALONE, FLOAT32, ONNXRUNTIME, OURS, OURS_DENSE, TORCH, TORCH_DENSE
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 DIAMOND: dict[str, Any] = {"marker": "D", "ls": "", "color": "black", "mfc": "white", "ms": 4}
+# A GPU's rows come in several dtypes, each of which is a set of its own.
+GPU_DTYPE_SETS: dict[str, tuple[Case, ...]] = {
+    f"{name} {dtype}": tuple(replace(case, dtype=dtype) for case in cases)
+    for name, cases in GPU_SETS.items()
+    for dtype in ("bfloat16", "float16", "float32")
+}
 COLOURS = {"LSTM": "#0072b2", "GRU": "#e69f00", "RNN": "#009e73"}
 
 
@@ -106,7 +112,9 @@ def read_rows(paths: Iterable[Path]) -> list[Row]:
     """The rows of the files: of those alike in case, mode, machine and threads only the newest."""
     rows = [Row.from_line(line) for path in paths for line in path.read_text().splitlines() if line]
     rows.sort(key=lambda row: str(row.machine["date"]))
-    newest = {(row.machine["cpu"], row.machine["threads"], row.case.id, row.mode): row for row in rows}
+    newest = {
+        (row.machine["cpu"], row.machine.get("gpu"), row.machine["threads"], row.case.id, row.mode): row for row in rows
+    }
     return list(newest.values())
 
 
@@ -116,8 +124,10 @@ def by_machine(rows: Iterable[Row]) -> dict[str, list[Row]]:
     for row in rows:
         isa = row.machine.get("instruction_set")
         name = f"{row.machine['cpu']}{f' ({isa})' if isa else ''}, {row.machine['threads']} threads"
-        groups.setdefault(name, []).append(row)
-    order = {case.id: position for position, case in enumerate(c for cases in SETS.values() for c in cases)}
+        gpu = row.machine.get("gpu")
+        groups.setdefault(str(gpu) if gpu else name, []).append(row)
+    sets = (*GPU_DTYPE_SETS.values(), *SETS.values())
+    order = {case.id: position for position, case in enumerate(c for cases in sets for c in cases)}
     for group in groups.values():
         group.sort(key=lambda row: order.get(row.case.id, len(order)))
     return groups
@@ -125,9 +135,9 @@ def by_machine(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 def _versions(rows: Sequence[Row]) -> str:
     def seen(key: str) -> str:
-        return ", ".join(sorted({str(row.machine[key]) for row in rows if row.machine[key] is not None}))
+        return ", ".join(sorted({str(row.machine[key]) for row in rows if row.machine.get(key) is not None}))
 
-    named = [f"{key} {seen(key)}" for key in ("fusedrnn", "commit", "torch", "onnxruntime") if seen(key)]
+    named = [f"{key} {seen(key)}" for key in ("fusedrnn", "commit", "torch", "cudnn", "onnxruntime") if seen(key)]
     days = sorted({str(row.machine["date"])[:10] for row in rows})
     return "; ".join([*named, ", ".join(days)])
 
@@ -150,20 +160,28 @@ SUMMARY = [
 ]
 
 
-def _summary_lines(rows: Sequence[Row], sets: Mapping[str, Iterable[Case]]) -> list[str]:
+def _summary_lines(
+    rows: Sequence[Row], sets: Mapping[str, Iterable[Case]], rivals: Sequence[str] | None = None
+) -> list[str]:
     return SUMMARY + [
         f"| {s.set_name} | {s.cell} | {s.mode} | {s.rival} | {s.rows} | {s.losses} "
         f"| {_times(s.geometric_mean)} | {_times(s.worst)} {s.worst_id} |"
         for s in summarise(rows, sets)
+        if rivals is None or s.rival in rivals
     ]
 
 
 def overview(rows: Iterable[Row]) -> str:
-    """README's results: for each machine the whole grid in a few lines."""
+    """README's results: for each machine the whole grid in a few lines; of a GPU torch.nn only, and not every model."""
     lines: list[str] = []
     sets = {"grid": GRID, "one step": SETS["streaming"], "bfloat16": SETS["bfloat16"]}
     for machine, group in by_machine(rows).items():
-        lines += [f"**{machine}** ({_versions(group)})", "", *_summary_lines(group, sets), ""]
+        if group[0].machine.get("gpu"):
+            few = {name: cases for name, cases in GPU_DTYPE_SETS.items() if "models" not in name}
+            summary = _summary_lines(group, few, [TORCH])
+        else:
+            summary = _summary_lines(group, sets)
+        lines += [f"**{machine}** ({_versions(group)})", "", *summary, ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -176,7 +194,8 @@ def markdown(rows: Iterable[Row]) -> str:
     lines: list[str] = []
     others = (TORCH_DENSE, OURS_DENSE, FLOAT32)
     for machine, group in by_machine(rows).items():
-        lines += [f"## {machine}", "", _versions(group), "", *_summary_lines(group, {"grid": GRID, **SETS})]
+        sets = GPU_DTYPE_SETS if group[0].machine.get("gpu") else {"grid": GRID, **SETS}
+        lines += [f"## {machine}", "", _versions(group), "", *_summary_lines(group, sets)]
         for mode in (mode for mode in MODES if any(row.mode == mode for row in group)):
             lines += ["", f"### Every row, {mode}", ""]
             lines += ["| Case | fusedrnn ms | torch.nn ms | × | onnxruntime ms | × | GFLOP/s | of limit | also, ms |"]
@@ -302,6 +321,7 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw the first machine's rows")
     parser.add_argument("--set", nargs="+", choices=SETS, default=["models"], help="sets drawn (models)")
     parser.add_argument("--plot-growth", type=Path, metavar="FILE.png", help="also draw the set growth")
+    parser.add_argument("--plot-gpu", type=Path, metavar="FILE.png", help="also draw the first GPU's bfloat16")
     args = parser.parse_args()
     rows = read_rows(args.files or sorted((ROOT / "benchmarks" / "results").glob("*.jsonl")))
     if not rows:
@@ -322,6 +342,10 @@ def main() -> int:
         draw([row for row in first if row.case.id in drawn], args.plot)
     if args.plot_growth:
         draw_growth(first, args.plot_growth)
+    if args.plot_gpu:
+        drawn = {case.id for case in GPU_DTYPE_SETS["headline bfloat16"]}
+        gpus = (group for group in by_machine(rows).values() if group[0].machine.get("gpu"))
+        draw([row for row in next(gpus) if row.case.id in drawn], args.plot_gpu)
     return 0
 
 

@@ -53,13 +53,13 @@ def fused_module(case: Case, workload: Workload) -> torch.nn.Module:
     return module
 
 
-def check_equal(expected: list[Tensor], actual: list[Tensor]) -> None:
-    """Raises where a pair differs by more than the root of its dtype's eps, relative to the largest value."""
+def check_equal(expected: list[Tensor], actual: list[Tensor], eps: float = 0) -> None:
+    """Raises where a pair differs by more than the root of its dtype's eps, or of ``eps``, of the largest value."""
     for index, (theirs, mine) in enumerate(zip(expected, actual, strict=True)):
         scale = max(1.0, theirs.abs().max().item())
         difference = (mine - theirs).abs().max().item() / scale
         # Written so that a NaN fails.
-        if not difference <= torch.finfo(theirs.dtype).eps ** 0.5:
+        if not difference <= max(eps, torch.finfo(theirs.dtype).eps) ** 0.5:
             raise ResultsDifferError(f"result {index} is {difference:.1e} from torch.nn's")
 
 
