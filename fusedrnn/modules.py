@@ -158,7 +158,9 @@ class _Layer(torch.nn.RNNBase):
         lstm, rows = self.mode == "LSTM", self.num_layers * (2 if self.bidirectional else 1)
         sizes = (self.proj_size or self.hidden_size, self.hidden_size)[: 2 if lstm else 1]
         if hx is None:
-            return [x.new_zeros(rows, batch, size) for size in sizes]
+            # Of one size they are the same tensor, to which nobody writes: on a GPU one launch less.
+            zeros = {size: x.new_zeros(rows, batch, size) for size in sizes}
+            return [zeros[size] for size in sizes]
         states = as_pair(hx, self.mode) if lstm else [hx]
         for i, (state, size) in enumerate(zip(states, sizes, strict=True)):
             name = ("h_0", "c_0")[i] if lstm else "hx"

@@ -77,7 +77,7 @@ def kernels(name: str) -> list[tuple[str, int]]:
     for cell in CELLS[name]:
         for scalar, widest in SCALARS.items():
             for width in (widest, 1):
-                for kernel in ("forward_step", "backward_step", "add_biases"):
+                for kernel in ("forward_step", "backward_step"):
                     found.append((f"fusedrnn::cuda::{kernel}<fusedrnn::{cell}, {scalar}, {width}>(", width))
     return found
 

@@ -48,7 +48,8 @@ struct ForwardStep {
   int first[2];       // row of the sequence that input[d] begins with
   const A* input[2];  // [rows of the chunk, gates*H] x·W_ih
   const A* hidden;    // [D, B, gates*H] h·W_hh
-  const A* biases;    // [D, sums*H], or nullptr
+  const S* b_ih[2];   // [gates*H], or nullptr
+  const S* b_hh[2];   // [gates*H], likewise
   S* y;               // [N, D*H]
   S* h;               // [D, B, H] the state, which the next product reads; h_n after the last step
   A* c;               // [D, B, H] the cell state
@@ -57,13 +58,18 @@ struct ForwardStep {
   S* cells[2];        // [N, H], likewise
 };
 
+// Both biases of every pre-activation, added.
 template <class Cell, class S, int width>
 FUSEDRNN_DEVICE void load_biases(const ForwardStep<S>& p, const Position& at,
                                  Values<Accumulator<S>, width> (&biases)[Cell::sums]) {
+  const S *const b_ih = p.b_ih[at.d], *const b_hh = p.b_hh[at.d];
 #pragma unroll
-  for (int k = 0; k < Cell::sums; ++k)
-    biases[k] = p.biases ? load<width>(element_of(p.biases, at.d * Cell::sums + k, p.H, at.j))
-                         : Values<Accumulator<S>, width>{};
+  for (int k = 0; k < Cell::sums; ++k) {
+    biases[k] = {};
+    if (!b_ih) continue;
+    if (k >= Cell::input_sum) biases[k] += load<width>(b_ih + (k - Cell::input_sum) * p.H + at.j);
+    if (k < Cell::gates) biases[k] += load<width>(b_hh + Cell::hidden_gate(k) * p.H + at.j);
+  }
 }
 
 // What x makes of the pre-activations of some units.
@@ -281,25 +287,6 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once)
     backward_nothing<Cell, S, width>(p, here, at);
   }
   store<width>(p.dh + state, dh);
-}
-
-template <class S>
-struct Biases {
-  int64_t H;
-  const S* b_ih[2];        // [gates*H]
-  const S* b_hh[2];        // [gates*H]
-  Accumulator<S>* biases;  // [D, sums*H]
-};
-
-// Both biases of every pre-activation, added.
-template <class Cell, class S, int width>
-__global__ void __launch_bounds__(block_threads, blocks_at_once) add_biases(const __grid_constant__ Biases<S> p) {
-  const auto [k, j, d] = position<width>();
-  if (k >= Cell::sums || j >= p.H) return;
-  Values<Accumulator<S>, width> sum{};
-  if (k >= Cell::input_sum) sum += load<width>(p.b_ih[d] + (k - Cell::input_sum) * p.H + j);
-  if (k < Cell::gates) sum += load<width>(p.b_hh[d] + Cell::hidden_gate(k) * p.H + j);
-  store<width>(p.biases + (d * Cell::sums + k) * p.H + j, sum);
 }
 
 template <class To, class From>

@@ -147,15 +147,6 @@ class Layer {
     }
   }
 
-  bool has_bias() const { return p_.weights[0].b_ih; }
-
-  void add_biases_to(A* biases) {
-    const auto& w = p_.weights;
-    const Biases<S> p{H_, {as<S>(w[0].b_ih), as<S>(w[1].b_ih)}, {as<S>(w[0].b_hh), as<S>(w[1].b_hh)}, biases};
-    const bool vectors = vectors_for({p.b_ih[0], p.b_ih[1], p.b_hh[0], p.b_hh[1]});
-    elementwise(add_biases<Cell, S, widest>, add_biases<Cell, S, 1>, vectors, Cell::sums, H_, p, D_);
-  }
-
   // Whether the units of all rows of these arrays can be taken `widest` at a time.
   bool vectors_for(std::initializer_list<const void*> arrays) const {
     if (H_ % widest) return false;

@@ -12,7 +12,7 @@ namespace fusedrnn::cuda {
 template <class Cell, class S>
 class Recurrence : Layer<Cell, S> {
   using Base = Layer<Cell, S>;
-  using Base::multiply, Base::convert, Base::elementwise, Base::vectors_for, Base::has_bias, Base::for_gate_blocks;
+  using Base::multiply, Base::convert, Base::elementwise, Base::vectors_for, Base::for_gate_blocks;
   using Base::same, Base::widest, Base::p_, Base::stream_, Base::D_, Base::B_, Base::H_, Base::N_, Base::chunk_bytes_;
   using typename Base::A, typename Base::Gradients;
 
@@ -36,7 +36,6 @@ class Recurrence : Layer<Cell, S> {
     const ForwardRoom room(*this);
     if (room.w_hh) copy_weights(room.w_hh, false);
     if (room.offsets) copy_offsets(room.offsets);
-    if (has_bias()) this->add_biases_to(room.biases);
     const int64_t state_bytes = D_ * B_ * H_ * sizeof(S), gates = Cell::gates * H_;
     copy(p.h_n, p.hx, state_bytes, stream_);
     if constexpr (Cell::has_cell) {
@@ -49,16 +48,18 @@ class Recurrence : Layer<Cell, S> {
     step.rows = {p.sequence.lengths, p.sequence.resets};
     for (int d = 0; d < D_; ++d) step.input[d] = room.input[d];
     step.hidden = room.hidden;
-    step.biases = has_bias() ? room.biases : nullptr;
     step.y = static_cast<S*>(p.y);
     step.h = static_cast<S*>(p.h_n);
     step.c = same ? static_cast<A*>(p.c_n) : room.c;
     step.c_n = same || kernel_ ? nullptr : static_cast<S*>(p.c_n);
     for (int d = 0; d < D_; ++d) {
+      step.b_ih[d] = as<S>(p.weights[d].b_ih);
+      step.b_hh[d] = as<S>(p.weights[d].b_hh);
       if (p.gates) step.gates[d] = static_cast<S*>(p.gates) + d * N_ * Cell::saved * H_;
       if (p.cells) step.cells[d] = static_cast<S*>(p.cells) + d * N_ * H_;
     }
-    const bool vectors = vectors_for({p.y, p.h_n, p.c_n, p.gates, p.cells});
+    const bool vectors =
+        vectors_for({p.y, p.h_n, p.c_n, p.gates, p.cells, step.b_ih[0], step.b_ih[1], step.b_hh[0], step.b_hh[1]});
 
     for (Chunk chunk{}; chunk.end < p.sequence.T;) {
       chunk = chunk_from(p.sequence, D_, chunk.end, room.rows);
@@ -120,7 +121,6 @@ class Recurrence : Layer<Cell, S> {
     int64_t rows;                // of the sequence in a chunk
     A* input[2];                 // [rows, gates*H]
     A* hidden = nullptr;         // [D, B, gates*H], for steps
-    A* biases;                   // [D, sums*H]
     A* c = nullptr;              // [D, B, H] where c_n is not of the accumulators' type
     S* w_hh = nullptr;           // [D, gates*H, H] where steps want the weights in another place
     int64_t* offsets = nullptr;  // [T + 1] of a packed batch, for blocks
@@ -130,7 +130,6 @@ class Recurrence : Layer<Cell, S> {
       rows = chunk_rows(s.N_, s.B_, s.D_ * gates * sizeof(A), s.chunk_bytes_);
       for (int d = 0; d < s.D_; ++d) input[d] = s.room_.template take<A>(rows * gates);
       if (!s.kernel_) hidden = s.room_.template take<A>(s.D_ * s.B_ * gates);
-      biases = s.room_.template take<A>(s.D_ * Cell::sums * s.H_);
       if (Cell::has_cell && !same) c = s.room_.template take<A>(s.D_ * s.B_ * s.H_);
       if (s.needs_offsets()) offsets = s.room_.template take<int64_t>(s.p_.sequence.T + 1);
       s.kernel_.take(s.room_);
