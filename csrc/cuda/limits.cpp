@@ -24,7 +24,7 @@ int attribute(cudaDeviceAttr which, int device) {
 void use_device(int device) { expect_success(cudaSetDevice(device)); }
 
 Limits limits_of(int device) {
-  // 16 is more than every GPU with clusters has to offer; whether a kernel's fit is asked before its launch (can_run).
+  // 16 is more than every GPU with clusters has to offer; how many of a kernel's fit is asked of the device (active_blocks).
   const int largest_cluster = attribute(cudaDevAttrClusterLaunch, device) ? 16 : 0;
   const unsigned without_grid = attribute(cudaDevAttrCooperativeLaunch, device) ? 0 : grid_schedule;
   return {attribute(cudaDevAttrMultiProcessorCount, device), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
