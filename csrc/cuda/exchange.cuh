@@ -200,7 +200,7 @@ struct ClusterSums {
   FUSEDRNN_DEVICE void receive(int tile, int round) const { barriers.wait(tile, round); }
   // Of a unit of the team, of which a block has what multiples of 8 begin.
   FUSEDRNN_DEVICE void send(int tile, int round, int of_team, int row, float x, float y) const {
-    const int to = of_team * layout.reciprocal_units >> 16;
+    const int to = of_team * layout.reciprocal_units >> 20;
     if (to >= plan.blocks || row >= plan.rows) return;
     float* const at =
         shares(tile, round) + rank * share_of_block() + (of_team - to * plan.units) * layout.share_ld + row;

@@ -188,7 +188,7 @@ struct ResidentLayout {
   int sums_ld;         // a step of 8 banks from every second row to the next, for the stores of two columns each
   int sums_words;      // of one of two buffers
   int share_ld;        // rows, a multiple of 2 that is none of 4: neighbouring units are then at most two to a bank
-  int reciprocal_units;  // of 2^16, rounded up: exact for the units of a cluster, 256 of 16 blocks
+  int reciprocal_units;  // of 2^20, rounded up: divides exactly up to 16 blocks of 256 units
   // Offsets in bytes of shared memory:
   int operand;  // [tiles][2] in a cluster, one in a grid
   int sums;     // [2][parts of a row tile][8][sums_ld]
@@ -237,7 +237,7 @@ constexpr FUSEDRNN_INLINE ResidentLayout resident_layout(const ResidentPlan& pla
   const int parts_of_a_tile = l.halved_tiles ? 2 : l.parts;
   l.sums_words = all_share ? 0 : parts_of_a_tile * tile_columns * l.sums_ld;
   l.share_ld = all_share ? round_up(plan.rows + 2, 4) - 2 : plan.rows;
-  l.reciprocal_units = ((1 << 16) + plan.units - 1) / plan.units;
+  l.reciprocal_units = ((1 << 20) + plan.units - 1) / plan.units;
   const int buffers = plan.cluster ? 2 * plan.tiles : 1, barriers = plan.cluster ? 2 : plan.split > 1 ? 1 : 0;
   l.sums = l.operand + buffers * l.operand_words * 4;
   l.states = l.sums + 2 * l.sums_words * 4;
