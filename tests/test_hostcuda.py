@@ -248,8 +248,35 @@ def test_order_of_threads_makes_no_difference(monkeypatch, schedules):
 
 
 # What is broken, where and how, and the words in which that shows. A test that cannot fail is none.
+def test_how_much_is_enqueued(monkeypatch):
+    """A launch takes some µs, which is what a small layer's call consists of."""
+    test_operators = pytest.importorskip("test_operators")
+
+    def counted(kind, schedules, T):
+        monkeypatch.setattr(hostcuda, "schedules", schedules)
+        call = Call(Case(**kind, T=T, B=2, H=32, dtype="bfloat16"))
+        given = test_operators.backward_arguments(call) | {"tf32": False}
+        states = 2 if given["cx"] is not None else 1
+        given["wanted"] = [True, *[False] * states, *[True] * len(given["weights"])]
+        names = ("cell", "x", "hx", "cx", "weights", "batch_sizes", "lengths", "resets", "tf32")
+        before = hostcuda.library().enqueued()
+        hostcuda.forward(**{name: given[name] for name in names}, save=True)
+        between = hostcuda.library().enqueued()
+        hostcuda.backward(**given)
+        return between - before, hostcuda.library().enqueued() - between
+
+    for kind in CELLS:
+        # x·W_ih and the steps; the steps, ones for the biases' sum, dx, dW_ih, dW_hh, that sum, and the biases.
+        hidden = 2 if kind["cell"] == "gru" else 1
+        for schedules in (Schedules.BLOCK, Schedules.CLUSTER):
+            assert counted(kind, schedules, T=8) == (2, 6 + hidden), (kind, schedules)
+        # Two a step; backward none to go back to a state that is not asked for, but a GRU's W_hh in another order.
+        assert counted(kind, Schedules.STEP, T=3) == (7, 5 + 5 + hidden + 2 * (hidden - 1)), kind
+
+
 MASK = "if (at.b >= here.rows || at.j >= p.H) return;"
 HIDDEN = "if (!s.kernel_) hidden = s.room_.template take<A>(s.D_ * s.B_ * gates);"
+FIRST = "step.hx = as<S>(p.hx), step.cx = as<S>(p.cx);"
 BEGIN = "this->begin_gradients(p, room.gradients);"
 PLANTED = {
     "rows unmasked": ("elementwise.cuh", MASK, "if (at.j >= p.H) return;", "out of bounds"),
@@ -259,11 +286,11 @@ PLANTED = {
         "if (at.b >= here.rows) return;",
         "reads what another writes|two threads write|read out of bounds",
     ),
-    "no first state": ("recurrence.cuh", "copy(p.h_n, p.hx, state_bytes, stream_);", "", "nobody has written: h_n"),
+    "no first state": ("recurrence.cuh", FIRST, FIRST.replace("(p.hx)", "(p.h_n)"), "nobody has written: h_n"),
     "wide at any address": ("layer.cuh", "if (H_ % widest) return false;", "", "misaligned|read out of bounds"),
     "host in device memory": ("recurrence.cuh", BEGIN, f"{BEGIN} room.dh[0] = 0;", "host code"),
     "array too small": ("recurrence.cuh", HIDDEN, HIDDEN.replace("s.D_ * ", ""), "write out of bounds: workspace"),
-    "result not written": ("layer.cuh", "if (wanted.b_ih) convert(", "if (false) convert(", "db_ih0"),
+    "result not written": ("elementwise.cuh", "if (p.b_ih && k >= Cell::input_sum)", "if (false)", "db_ih0"),
     "gates confused": (
         "elementwise.cuh",
         "hidden[Cell::hidden_gate(k)]",

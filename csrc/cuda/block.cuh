@@ -144,9 +144,9 @@ __global__ void __launch_bounds__(most_block_threads, 1) block_forward(const __g
   __syncthreads();
   const auto for_items = [&](const auto& f) { block.for_items(step.B, f); };
   for_items([&](int, int r, const Position& at) {
-    const int64_t state = static_cast<int64_t>(d * step.B + at.b) * H + at.j;
-    store<1>(h + r * padded + at.j, load<1>(step.h + state));
-    if constexpr (Cell::has_cell) store<1>(c + r * padded + at.j, load<1>(step.c + state));
+    const auto state = load_state<Cell, S, 1>(step, at);
+    store<1>(h + r * padded + at.j, state.h);
+    if constexpr (Cell::has_cell) store<1>(c + r * padded + at.j, state.c);
   });
   __syncthreads();
 
@@ -190,9 +190,10 @@ __global__ void __launch_bounds__(most_block_threads, 1) block_forward(const __g
   }
 
   for_items([&](int, int r, const Position& at) {
-    const int64_t state = static_cast<int64_t>(d * step.B + at.b) * H + at.j;
-    store<1>(step.h + state, load<1>(h + r * padded + at.j));
-    if constexpr (Cell::has_cell) store<1>(step.c + state, load<1>(c + r * padded + at.j));
+    State<A, 1> state;
+    state.h = load<1>(h + r * padded + at.j);
+    if constexpr (Cell::has_cell) state.c = load<1>(c + r * padded + at.j);
+    store_state<Cell, S, 1>(step, at, state);
   });
 }
 
@@ -221,8 +222,9 @@ __global__ void __launch_bounds__(most_block_threads, 1) block_backward(const __
   };
   for_items([&](int, int r, const Position& at) {
     const int64_t state = static_cast<int64_t>(d * step.B + at.b) * H + at.j;
-    store<1>(dh + r * padded + at.j, load<1>(step.dh + state));
-    if constexpr (Cell::has_cell) store<1>(dc + r * padded + at.j, load<1>(step.dc + state));
+    const auto gradients = load_gradients<Cell, S, 1>(step, at);
+    store<1>(dh + r * padded + at.j, gradients.h);
+    if constexpr (Cell::has_cell) store<1>(dc + r * padded + at.j, gradients.c);
     if (p.end < p.sequence.T) store<1>(parts + r * Cell::gates * padded + at.j, load<1>(step.product + state));
   });
   __syncthreads();

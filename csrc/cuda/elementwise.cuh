@@ -50,13 +50,41 @@ struct ForwardStep {
   const A* hidden;    // [D, B, gates*H] h·W_hh
   const S* b_ih[2];   // [gates*H], or nullptr
   const S* b_hh[2];   // [gates*H], likewise
+  const S* hx;        // [D, B, H] the state before the first of these steps, or nullptr where h and c have it
+  const S* cx;        // [D, B, H] likewise
   S* y;               // [N, D*H]
   S* h;               // [D, B, H] the state, which the next product reads; h_n after the last step
   A* c;               // [D, B, H] the cell state
-  S* c_n;             // [D, B, H] the cell state as it is given back, or nullptr
+  S* c_n;             // [D, B, H] the cell state as it is given back, or nullptr where that is c
   S* gates[2];        // [N, saved*H] by direction, or nullptr
   S* cells[2];        // [N, H], likewise
 };
+
+// Of some units of a row of the batch, the state before the first of the steps, and that after the last.
+template <class A, int width>
+struct State {
+  Values<A, width> h{}, c{};
+};
+
+template <class Cell, class S, int width>
+FUSEDRNN_DEVICE State<Accumulator<S>, width> load_state(const ForwardStep<S>& p, const Position& at) {
+  const int64_t place = static_cast<int64_t>(at.d * p.B + at.b) * p.H + at.j;
+  State<Accumulator<S>, width> state;
+  state.h = load<width>((p.hx ? p.hx : p.h) + place);
+  if constexpr (Cell::has_cell) state.c = p.hx ? load<width>(p.cx + place) : load<width>(p.c + place);
+  return state;
+}
+
+template <class Cell, class S, int width>
+FUSEDRNN_DEVICE void store_state(const ForwardStep<S>& p, const Position& at,
+                                 const State<Accumulator<S>, width>& state) {
+  const int64_t place = static_cast<int64_t>(at.d * p.B + at.b) * p.H + at.j;
+  store<width>(p.h + place, state.h);
+  if constexpr (Cell::has_cell) {
+    store<width>(p.c + place, state.c);
+    if (p.c_n) store<width>(p.c_n + place, state.c);
+  }
+}
 
 // Both biases of every pre-activation, added.
 template <class Cell, class S, int width>
@@ -125,10 +153,8 @@ FUSEDRNN_DEVICE void store_forward(const ForwardStep<S>& p, const Place& here, c
   const auto [b, j, d] = at;
   const int row = here.start + b;
   store<width>(element_of(p.y, row, p.directions * p.H, d * p.H + j), made.h);
-  if constexpr (Cell::has_cell) {
-    if (p.c_n) store<width>(element_of(p.c_n, d * p.B + b, p.H, j), made.c);
+  if constexpr (Cell::has_cell)
     if (p.cells[d]) store<width>(element_of(p.cells[d], row, p.H, j), made.c);
-  }
   if constexpr (Cell::saved > 0) {
     if (p.gates[d]) {
       S* const to = element_of(p.gates[d], row, Cell::saved * p.H, j);
@@ -159,12 +185,9 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once)
   const auto* const from = element_of(p.hidden, at.d * p.B + at.b, Cell::gates * p.H, at.j);
 #pragma unroll
   for (int k = 0; k < Cell::gates; ++k) hidden[k] = load<width>(from + k * p.H);
-  const int64_t state = static_cast<int64_t>(at.d * p.B + at.b) * p.H + at.j;
-  V c{};
-  if constexpr (Cell::has_cell) c = load<width>(p.c + state);
-  const auto made = forward_units<Cell>(biases, input, hidden, load<width>(p.h + state), c, p.rows.reset(here, at.b));
-  store<width>(p.h + state, made.h);
-  if constexpr (Cell::has_cell) store<width>(p.c + state, made.c);
+  const auto before = load_state<Cell, S, width>(p, at);
+  const auto made = forward_units<Cell>(biases, input, hidden, before.h, before.c, p.rows.reset(here, at.b));
+  store_state<Cell, S, width>(p, at, {made.h, made.c});
   store_forward<Cell, S, width>(p, here, at, made);
 }
 
@@ -183,12 +206,30 @@ struct BackwardStep {
   const S* cells[2];                     // [N, H] by direction
   const S* dy;                           // [N, D*H], or nullptr
   const S* dcells[2];                    // [N, H] by direction, or nullptr
+  bool starts;                           // dh and dc hold nothing yet: the gradients are those of h_n and c_n
+  const S *dh_n, *dc_n;                  // [D, B, H], or nullptr for zero
   A* product;                            // [D, B, H] what comes back through W_hh from the later step
   A* dh;                                 // [D, B, H] the rest of the gradient of the state, in and out
   A* dc;                                 // [D, B, H] the gradient of the cell state, in and out
   S* da[2];                              // [rows of the chunk, sums*H] gradients of the pre-activations
   S* h_previous[2];                      // [rows of the chunk, H] the state before the step, or nullptr
 };
+
+// Of some units of a row of the batch, the gradients of the state after the last of the steps, but for the product.
+template <class Cell, class S, int width>
+FUSEDRNN_DEVICE State<Accumulator<S>, width> load_gradients(const BackwardStep<S>& p, const Position& at) {
+  const int64_t place = static_cast<int64_t>(at.d * p.B + at.b) * p.H + at.j;
+  State<Accumulator<S>, width> state;
+  if (!p.starts) {
+    state.h = load<width>(p.dh + place);
+    if constexpr (Cell::has_cell) state.c = load<width>(p.dc + place);
+    return state;
+  }
+  if (p.dh_n) state.h = load<width>(p.dh_n + place);
+  if constexpr (Cell::has_cell)
+    if (p.dc_n) state.c = load<width>(p.dc_n + place);
+  return state;
+}
 
 // What forward left for some units of one step, and what comes from above, as memory has it: whoever loads it ahead of its use
 // does not wait for it. What is not there is zero.
@@ -274,11 +315,10 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once)
   if ((at.b >= here.rows && at.b >= later.rows) || at.j >= p.H) return;
   const int64_t state = static_cast<int64_t>(at.d * p.B + at.b) * p.H + at.j;
 
-  V dh = load<width>(p.dh + state), dc{};
+  auto [dh, dc] = load_gradients<Cell, S, width>(p, at);
   if (p.rows.has(later, at.b) && !p.rows.reset(later, at.b)) dh += load<width>(p.product + state);
   if (p.rows.has(here, at.b)) {
     const auto v = load_for_backward<Cell, S, width>(p, p.previous[at.d], here, at);
-    if constexpr (Cell::has_cell) dc = load<width>(p.dc + state);
     V da[Cell::sums];
     backward_units<Cell>(v, dh, dc, da);
     store_gradients<S, width>(p, here, at, da, v.h);
@@ -302,6 +342,26 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once)
   const auto [row, j, d] = position<width>();
   if (row >= p.rows || j >= p.columns) return;
   store<width>(p.to + row * p.columns + j, load<width>(p.from + row * p.columns + j));
+}
+
+// The gradients of both biases, where they are wanted, from those of the pre-activations that they are part of.
+template <class S>
+struct Biases {
+  const Accumulator<S>* sums;  // [sums*H]
+  S *b_ih, *b_hh;              // [gates*H], or nullptr
+  int H;
+};
+
+template <class Cell, class S>
+__global__ void __launch_bounds__(block_threads, blocks_at_once) write_biases(const __grid_constant__ Biases<S> p) {
+  const Position at = position<1>();
+  if (at.b > 0 || at.j >= p.H) return;
+#pragma unroll
+  for (int k = 0; k < Cell::sums; ++k) {
+    const auto sum = load<1>(p.sums + k * p.H + at.j);
+    if (p.b_ih && k >= Cell::input_sum) store<1>(p.b_ih + (k - Cell::input_sum) * p.H + at.j, sum);
+    if (p.b_hh && k < Cell::gates) store<1>(p.b_hh + Cell::hidden_gate(k) * p.H + at.j, sum);
+  }
 }
 
 template <class S>

@@ -60,27 +60,29 @@ class Layer {
         N_(p.sequence.start(p.sequence.T)),
         chunk_bytes_(context.chunk_bytes) {}
 
-  // A chunk's gradients of pre-activations, and what they become: sums over all chunks, in the accumulators' type.
+  // A chunk's gradients of pre-activations, and what they become: sums over all chunks, in the accumulators' type. Those of a
+  // lone chunk go to the weights' gradients themselves.
   struct Gradients {
     int64_t rows;      // of the sequence in a chunk
     S* da[2];          // [rows, sums*H]
     S* h_previous[2];  // [rows, H] the state before each step
     S* ones;           // [rows]
     A* biases[2];      // [sums*H]
-    A* w_ih[2];        // [gates*H, I], nullptr where the result itself is of the accumulators' type
+    A* w_ih[2];        // [gates*H, I], nullptr where the product is the result
     A* w_hh[2];        // [gates*H, H], likewise
 
     Gradients(const Layer& layer, Room& room) {
       const int64_t sums = Cell::sums * layer.H_, gates = Cell::gates * layer.H_;
       rows = chunk_rows(layer.N_, layer.B_, layer.D_ * sums * sizeof(S), layer.chunk_bytes_);
+      const bool in_place = same || rows >= layer.N_;
       // The directions' arrays lie one behind the other: their distance is a batched product's stride.
       for (int d = 0; d < layer.D_; ++d) da[d] = room.take<S>(rows * sums);
       for (int d = 0; d < layer.D_; ++d) h_previous[d] = room.take<S>(rows * layer.H_);
       ones = room.take<S>(rows);
       for (int d = 0; d < layer.D_; ++d) {
         biases[d] = room.take<A>(sums);
-        w_ih[d] = same ? nullptr : room.take<A>(gates * layer.p_.I);
-        w_hh[d] = same ? nullptr : room.take<A>(gates * layer.H_);
+        w_ih[d] = in_place ? nullptr : room.take<A>(gates * layer.p_.I);
+        w_hh[d] = in_place ? nullptr : room.take<A>(gates * layer.H_);
       }
     }
   };
@@ -103,16 +105,18 @@ class Layer {
         S* const dx = static_cast<S*>(p.dx) + first * p.I;
         multiply({rows, p.I, gates, 1, {da_x, sums}, w_ih, dx, p.I, 0, element<S>(), element<S>(), D_ == 2});
       }
-      if (wanted.w_ih) {
-        A* const gradient = same ? static_cast<A*>(wanted.w_ih) : g.w_ih[d];
-        const Factor da{da_x, sums, 0, true};
-        multiply({gates, p.I, rows, 1, da, x, gradient, p.I, 0, element<S>(), element<A>(), accumulate});
-      }
+      // Rows of a gradient from `at` on, and where they are.
+      const auto weight = [&](A* own, void* result, int64_t at, int64_t count, const S* from, const Factor& with) {
+        const int64_t columns = with.ld;
+        void* const to = own ? static_cast<void*>(own + at * columns) : static_cast<S*>(result) + at * columns;
+        const Factor da{from, sums, 0, true};
+        const Element out = own ? element<A>() : element<S>();
+        multiply({count, columns, rows, 1, da, with, to, columns, 0, element<S>(), out, accumulate});
+      };
+      if (wanted.w_ih) weight(g.w_ih[d], wanted.w_ih, 0, gates, da_x, x);
       if (wanted.w_hh)
         for_gate_blocks([&](int sum, int gate, int count) {
-          A* const gradient = (same ? static_cast<A*>(wanted.w_hh) : g.w_hh[d]) + gate * H_ * H_;
-          const Factor da{g.da[d] + sum * H_, sums, 0, true};
-          multiply({count * H_, H_, rows, 1, da, h, gradient, H_, 0, element<S>(), element<A>(), accumulate});
+          weight(g.w_hh[d], wanted.w_hh, gate * H_, count * H_, g.da[d] + sum * H_, h);
         });
       if (wanted.b_ih || wanted.b_hh) {
         const Factor ones{g.ones, rows}, da{g.da[d], sums};
@@ -125,15 +129,12 @@ class Layer {
   void finish_gradients(const BackwardParams& p, const Gradients& g) {
     for (int d = 0; d < D_; ++d) {
       const WeightGradients& wanted = p.gradients[d];
-      if constexpr (!same) {
-        if (wanted.w_ih) convert(static_cast<S*>(wanted.w_ih), g.w_ih[d], Cell::gates * H_, p.I);
-        if (wanted.w_hh) convert(static_cast<S*>(wanted.w_hh), g.w_hh[d], Cell::gates * H_, H_);
-      }
-      if (wanted.b_ih) convert(static_cast<S*>(wanted.b_ih), g.biases[d] + Cell::input_sum * H_, Cell::gates, H_);
-      if (wanted.b_hh)
-        for_gate_blocks([&](int sum, int gate, int count) {
-          convert(static_cast<S*>(wanted.b_hh) + gate * H_, g.biases[d] + sum * H_, count, H_);
-        });
+      if (wanted.w_ih && g.w_ih[d]) convert(static_cast<S*>(wanted.w_ih), g.w_ih[d], Cell::gates * H_, p.I);
+      if (wanted.w_hh && g.w_hh[d]) convert(static_cast<S*>(wanted.w_hh), g.w_hh[d], Cell::gates * H_, H_);
+      if (wanted.b_ih || wanted.b_hh)
+        elementwise(
+            write_biases<Cell, S>, write_biases<Cell, S>, false, 1, H_,
+            Biases<S>{g.biases[d], static_cast<S*>(wanted.b_ih), static_cast<S*>(wanted.b_hh), static_cast<int>(H_)});
     }
   }
 
@@ -179,7 +180,7 @@ class Layer {
     if (product.rows == 0 || product.columns == 0) return;
     if (product.inner) return blas_->multiply(product);
     // Only an empty batch's weight gradients are sums of nothing; they have no gaps.
-    zero(product.c, product.rows * product.columns * sizeof(A), stream_);
+    zero(product.c, product.rows * product.columns * (product.out == element<S>() ? sizeof(S) : sizeof(A)), stream_);
   }
 
   const Problem& p_;

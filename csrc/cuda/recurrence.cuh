@@ -37,13 +37,16 @@ class Recurrence : Layer<Cell, S> {
     if (room.w_hh) copy_weights(room.w_hh, false);
     if (room.offsets) copy_offsets(room.offsets);
     const int64_t state_bytes = D_ * B_ * H_ * sizeof(S), gates = Cell::gates * H_;
-    copy(p.h_n, p.hx, state_bytes, stream_);
-    if constexpr (Cell::has_cell) {
-      copy(p.c_n, p.cx, state_bytes, stream_);
-      if constexpr (!same) convert(room.c, as<S>(p.cx), D_ * B_, H_);
-    }
-
     ForwardStep<S> step{};
+    if (starts_together()) {
+      step.hx = as<S>(p.hx), step.cx = as<S>(p.cx);
+    } else {
+      copy(p.h_n, p.hx, state_bytes, stream_);
+      if constexpr (Cell::has_cell) {
+        copy(p.c_n, p.cx, state_bytes, stream_);
+        if constexpr (!same) convert(room.c, as<S>(p.cx), D_ * B_, H_);
+      }
+    }
     step.B = static_cast<int>(B_), step.H = static_cast<int>(H_), step.directions = D_;
     step.rows = {p.sequence.lengths, p.sequence.resets};
     for (int d = 0; d < D_; ++d) step.input[d] = room.input[d];
@@ -51,15 +54,15 @@ class Recurrence : Layer<Cell, S> {
     step.y = static_cast<S*>(p.y);
     step.h = static_cast<S*>(p.h_n);
     step.c = same ? static_cast<A*>(p.c_n) : room.c;
-    step.c_n = same || kernel_ ? nullptr : static_cast<S*>(p.c_n);
+    step.c_n = same ? nullptr : static_cast<S*>(p.c_n);
     for (int d = 0; d < D_; ++d) {
       step.b_ih[d] = as<S>(p.weights[d].b_ih);
       step.b_hh[d] = as<S>(p.weights[d].b_hh);
       if (p.gates) step.gates[d] = static_cast<S*>(p.gates) + d * N_ * Cell::saved * H_;
       if (p.cells) step.cells[d] = static_cast<S*>(p.cells) + d * N_ * H_;
     }
-    const bool vectors =
-        vectors_for({p.y, p.h_n, p.c_n, p.gates, p.cells, step.b_ih[0], step.b_ih[1], step.b_hh[0], step.b_hh[1]});
+    const bool vectors = vectors_for(
+        {p.y, p.hx, p.cx, p.h_n, p.c_n, p.gates, p.cells, step.b_ih[0], step.b_ih[1], step.b_hh[0], step.b_hh[1]});
 
     for (Chunk chunk{}; chunk.end < p.sequence.T;) {
       chunk = chunk_from(p.sequence, D_, chunk.end, room.rows);
@@ -70,20 +73,22 @@ class Recurrence : Layer<Cell, S> {
       }
       kernel_ ? kernel_.forward(step, chunk, on_device(room.offsets), stream_)
               : forward_steps(step, chunk, room, vectors);
+      step.hx = step.cx = nullptr;
     }
-    if constexpr (Cell::has_cell && !same)
-      if (kernel_) convert(static_cast<S*>(p.c_n), room.c, D_ * B_, H_);
   }
 
   void backward(const BackwardParams& p) {
     const BackwardRoom room(*this);
     if (room.w_hh) copy_weights(room.w_hh, true);
     if (room.offsets) copy_offsets(room.offsets);
-    start_gradient(room.dh, p.dh_n);
-    if constexpr (Cell::has_cell) start_gradient(room.dc, p.dc_n);
-    this->begin_gradients(p, room.gradients);
-
     BackwardStep<S> step{};
+    step.starts = starts_together();
+    if (step.starts) {
+      step.dh_n = as<S>(p.dh_n), step.dc_n = as<S>(p.dc_n);
+    } else {
+      start_gradient(room.dh, p.dh_n);
+      if constexpr (Cell::has_cell) start_gradient(room.dc, p.dc_n);
+    }
     step.B = static_cast<int>(B_), step.H = static_cast<int>(H_), step.directions = D_;
     step.rows = {p.sequence.lengths, p.sequence.resets};
     step.y = as<S>(p.y);
@@ -100,17 +105,21 @@ class Recurrence : Layer<Cell, S> {
     step.product = room.product;
     step.dh = room.dh;
     step.dc = room.dc;
-    const bool vectors = vectors_for({p.y, p.hx, p.cx, p.gates, p.cells, p.dy, p.dcells});
+    const bool vectors = vectors_for({p.y, p.hx, p.cx, p.gates, p.cells, p.dy, p.dcells, p.dh_n, p.dc_n});
     for (int64_t end = p.sequence.T; end > 0;) {
       const Chunk chunk = chunk_up_to(p.sequence, D_, end, room.gradients.rows);
       for (int d = 0; d < D_; ++d) step.first[d] = static_cast<int>(chunk.first[d]);
       kernel_ ? kernel_.backward(step, chunk, on_device(room.offsets), stream_)
-              : backward_steps(step, chunk, room, vectors);
+              : backward_steps(step, chunk, room, vectors, p.dhx);
+      step.starts = false;
+      if (end == p.sequence.T) this->begin_gradients(p, room.gradients);
       this->add_gradients(p, room.gradients, chunk);
       end = chunk.begin;
     }
-    backward_kernel(step, -1, vectors);  // takes up what the first step sent back
-    if (p.dhx) convert(static_cast<S*>(p.dhx), room.dh, D_ * B_, H_);
+    if (p.dhx) {
+      backward_kernel(step, -1, vectors);  // takes up what the first step sent back
+      convert(static_cast<S*>(p.dhx), room.dh, D_ * B_, H_);
+    }
     if constexpr (Cell::has_cell)
       if (p.dcx) convert(static_cast<S*>(p.dcx), room.dc, D_ * B_, H_);
     this->finish_gradients(p, room.gradients);
@@ -190,6 +199,13 @@ class Recurrence : Layer<Cell, S> {
     }
   }
 
+  // Whether the first kernel takes all rows from the state (backward: the gradients) that is given. A row that a step does not
+  // have must find it where later steps look.
+  bool starts_together() const {
+    const Sequence& s = p_.sequence;
+    return s.T > 0 && (kernel_ || !(s.offsets || s.lengths));
+  }
+
   // Direction d's, from the copy where there is one.
   Factor hidden_weights(const S* copied, int d, bool transposed) const {
     const int64_t stride = Cell::gates * H_ * H_;
@@ -201,18 +217,23 @@ class Recurrence : Layer<Cell, S> {
     for (int64_t s = chunk.begin; s < chunk.end; ++s) {
       for (int d = 0; d < D_; ++d) step.here[d] = place(p_.sequence, d, s);
       for_directions(step.here, [&](int d, int count, int64_t rows) {
-        const Factor h{step.h + d * B_ * H_, H_, B_ * H_}, w_hh = hidden_weights(room.w_hh, d, true);
+        const Factor h{(step.hx ? step.hx : step.h) + d * B_ * H_, H_, B_ * H_},
+            w_hh = hidden_weights(room.w_hh, d, true);
         A* const hidden = room.hidden + d * B_ * gates;
         multiply({rows, gates, H_, count, h, w_hh, hidden, gates, B_ * gates, element<S>(), element<A>(), false});
       });
       elementwise(forward_step<Cell, S, widest>, forward_step<Cell, S, 1>, vectors, most_rows(step.here), H_, step, D_);
+      step.hx = step.cx = nullptr;
     }
   }
 
-  void backward_steps(BackwardStep<S>& step, const Chunk& chunk, const BackwardRoom& room, bool vectors) {
+  void backward_steps(BackwardStep<S>& step, const Chunk& chunk, const BackwardRoom& room, bool vectors,
+                      bool to_start) {
     const int64_t sums = Cell::sums * H_;
     for (int64_t s = chunk.end - 1; s >= chunk.begin; --s) {
       backward_kernel(step, s, vectors);
+      step.starts = false;
+      if (s == 0 && !to_start) break;
       const S* da[2] = {};
       for (int d = 0; d < D_; ++d) da[d] = step.da[d] + (step.here[d].start - step.first[d]) * sums;
       for_directions(step.here, [&](int d, int count, int64_t rows) {

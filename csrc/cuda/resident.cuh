@@ -23,9 +23,6 @@ FUSEDRNN_DEVICE void run_resident_forward(const ResidentForward<S>& p, unsigned 
 
   V biases[Cell::sums] = {}, input[Cell::gates];
   bool reset = false;
-  const auto state_of = [&](const Item& item) {
-    return static_cast<int64_t>(block.d * step.B + item.at.b) * step.H + item.at.j;
-  };
   const auto load_ahead = [&](const Item& item, const Place& place) {
     if (!item.exists || !step.rows.has(place, item.at.b)) return;
     load_input<Cell, S, 1>(step, place, item.at, input);
@@ -34,15 +31,13 @@ FUSEDRNN_DEVICE void run_resident_forward(const ResidentForward<S>& p, unsigned 
   Place here = place(p.sequence, block.d, p.begin);
   for (int tile = 0; tile < plan.tiles; ++tile) {
     const Item item = block.item(tile);
-    V h[1] = {}, c{};
-    if (item.exists) {
-      h[0] = load<1>(step.h + state_of(item));
-      if constexpr (Cell::has_cell) c = load<1>(step.c + state_of(item));
-    }
+    State<float, 1> state;
+    if (item.exists) state = load_state<Cell, S, 1>(step, item.at);
     if (item.in_tile) {
-      store<1>(block.states(0, tile) + item.in_states, h[0]);
-      if constexpr (Cell::has_cell) store<1>(block.states(1, tile) + item.in_states, c);
+      store<1>(block.states(0, tile) + item.in_states, state.h);
+      if constexpr (Cell::has_cell) store<1>(block.states(1, tile) + item.in_states, state.c);
     }
+    const V h[1] = {state.h};
     block.hand_on(tile, 1, item, h);
     block.exchange.sent(tile);
   }
@@ -94,8 +89,10 @@ FUSEDRNN_DEVICE void run_resident_forward(const ResidentForward<S>& p, unsigned 
   for (int tile = 0; tile < plan.tiles; ++tile) {
     const Item item = block.item(tile);
     if (!item.exists) continue;
-    store<1>(step.h + state_of(item), load<1>(block.states(0, tile) + item.in_states));
-    if constexpr (Cell::has_cell) store<1>(step.c + state_of(item), load<1>(block.states(1, tile) + item.in_states));
+    State<float, 1> state;
+    state.h = load<1>(block.states(0, tile) + item.in_states);
+    if constexpr (Cell::has_cell) state.c = load<1>(block.states(1, tile) + item.in_states);
+    store_state<Cell, S, 1>(step, item.at, state);
   }
 }
 
@@ -116,9 +113,10 @@ FUSEDRNN_DEVICE void run_resident_backward(const ResidentBackward<S>& p, unsigne
   for (int tile = 0; tile < plan.tiles; ++tile) {
     const Item item = block.item(tile);
     if (!item.in_tile) continue;
-    store<1>(block.states(0, tile) + item.in_states, item.exists ? load<1>(step.dh + state_of(item)) : V{});
-    if constexpr (Cell::has_cell)
-      store<1>(block.states(1, tile) + item.in_states, item.exists ? load<1>(step.dc + state_of(item)) : V{});
+    State<float, 1> state;
+    if (item.exists) state = load_gradients<Cell, S, 1>(step, item.at);
+    store<1>(block.states(0, tile) + item.in_states, state.h);
+    if constexpr (Cell::has_cell) store<1>(block.states(1, tile) + item.in_states, state.c);
   }
 
   ForBackward<Cell, S, 1> values{};

@@ -41,6 +41,7 @@ extern uint3 thread_index, block_index, block_size;
 void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel, unsigned cluster,
             bool whole_grid);
 extern int active_blocks;  // what a kernel is told that there is room for
+extern int64_t enqueued;   // kernels, copies and fills so far
 
 // Of the running thread's block.
 void synchronize();

@@ -14,6 +14,7 @@ namespace shim {
 
 uint3 thread_index, block_index, block_size;
 int active_blocks = 1 << 30;
+int64_t enqueued = 0;
 
 std::vector<Fiber*> fibers;  // of the running group
 std::vector<Block> blocks;
@@ -199,6 +200,7 @@ void synchronize_cluster() {
 
 void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel, unsigned cluster,
             bool whole_grid) {
+  ++enqueued;
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   // The limits of every GPU from sm_80 on; shared memory and clusters are sm_90's.
   if (threads == 0 || threads > 1024 || grid.x == 0 || grid.x > 0x7fffffff || grid.y == 0 || grid.y > 65535 ||
