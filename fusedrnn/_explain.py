@@ -74,6 +74,8 @@ def _cuda_path(module: torch.nn.Module, input: Tensor | PackedSequence) -> str:
     if schedule == "step":
         reason = "float64" if dtype == "float64" else "few steps, a large batch or a large layer"
         return f"step schedule: a product and a kernel per time step ({reason}){other}"
+    if schedule == "lone":
+        return f"one kernel for the lone step, products included{other}"
     where = {
         "block": "shared memory",
         "cluster": "the registers of a cluster of thread blocks",

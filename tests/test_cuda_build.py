@@ -94,6 +94,18 @@ def blocks(name: str) -> list[str]:
     ]
 
 
+def lone_steps(name: str) -> list[str]:
+    """The kernels of lone steps."""
+    return [
+        f"fusedrnn::cuda::lone_step<fusedrnn::{cell}, {scalar}, {rows}, {width}>("
+        for cell in CELLS[name]
+        for scalar in SCALARS
+        if scalar != "double"
+        for rows in (1, 4)
+        for width in (4, 1)
+    ]
+
+
 def residents(name: str, architecture: str) -> list[tuple[str, str]]:
     """The kernels of the resident schedules, and what multiplies in them; a GPU before sm_90 has no clusters."""
     multipliers = {f"TensorCores<{scalar}>": "HMMA" for scalar in SCALARS if scalar != "double"} | {"Fma": "FFMA"}
@@ -121,12 +133,13 @@ def test_registers_and_memory(folder, name, architecture):
             ("block_", "block_register_budget"),
             ("cluster_", "resident_register_budget"),
             ("grid_", "resident_register_budget"),
+            ("lone_", "lone_register_budget"),
             ("", "register_budget"),
         )
     }
     used = resources(cubin(folder, name, architecture))
     named = [kernel for kernel, _ in [*kernels(name), *residents(name, architecture)]]
-    for kernel in [*named, *blocks(name)]:
+    for kernel in [*named, *blocks(name), *lone_steps(name)]:
         assert find(kernel, used)
     for kernel, of in used.items():
         budget = next(number for prefix, number in budgets.items() if f"cuda::{prefix}" in kernel)

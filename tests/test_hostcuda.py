@@ -248,6 +248,17 @@ def test_order_of_threads_makes_no_difference(monkeypatch, schedules):
 
 
 # What is broken, where and how, and the words in which that shows. A test that cannot fail is none.
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "both"])
+@pytest.mark.parametrize("kind", CELLS, ids=lambda kind: Case(**kind).equations)
+def test_lone_step(kind, bidirectional, dtype):
+    for B, I, H in (1, 40, 36), (3, 5, 9), (6, 132, 4), (16, 4, 12), (17, 4, 12):  # noqa: E741
+        case = Case(**kind, T=1, B=B, I=I, H=H, bidirectional=bidirectional, dtype=dtype)
+        assert hostcuda.schedule_of(case) == ("step" if B > 16 or dtype == "float64" else "lone")
+        for call in Call(case), Call(replace(case, lengths=(1,) * B), resets=True):
+            check(call)
+
+
 def test_how_much_is_enqueued(monkeypatch):
     """A launch takes some µs, which is what a small layer's call consists of."""
     test_operators = pytest.importorskip("test_operators")
@@ -271,6 +282,7 @@ def test_how_much_is_enqueued(monkeypatch):
         for schedules in (Schedules.BLOCK, Schedules.CLUSTER):
             assert counted(kind, schedules, T=8) == (2, 6 + hidden), (kind, schedules)
         # Two a step; backward none to go back to a state that is not asked for, but a GRU's W_hh in another order.
+        assert counted(kind, Schedules.STEP, T=1)[0] == 1, kind
         assert counted(kind, Schedules.STEP, T=3) == (7, 5 + 5 + hidden + 2 * (hidden - 1)), kind
 
 

@@ -105,6 +105,7 @@ def test_explain_names_the_path(module, x, words, threads):
         (("cluster", "grid"), ("cluster schedule", "; backward by the grid schedule")),
         (("grid", "step"), ("grid schedule", "; backward by the step schedule")),
         (("step", "step"), ("step schedule", "large layer)")),
+        (("lone", "step"), ("one kernel for the lone step", "; backward by the step schedule")),
     ],
 )
 def test_explain_names_a_gpus_schedules(monkeypatch, schedules, words):

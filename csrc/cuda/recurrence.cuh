@@ -5,6 +5,7 @@
 #pragma once
 
 #include "chunk_kernel.cuh"
+#include "lone_step.cuh"
 #include "recurrence.h"
 
 namespace fusedrnn::cuda {
@@ -21,7 +22,8 @@ class Recurrence : Layer<Cell, S> {
       : Base(p, context),
         room_(context.workspace),
         kernel_(p, context.limits, context.tf32, backward),
-        exact_(std::is_same_v<S, float> && !context.tf32) {
+        exact_(std::is_same_v<S, float> && !context.tf32),
+        lone_(is_lone_step(p.sequence.T, B_, p.sequence.lengths, sizeof(A))) {
     this->chunk_bytes_ = kernel_.chunk_bytes(context.chunk_bytes);
     if (std::max(N_, D_ * B_) >= int64_t{1} << 31)  // kernels count rows with 32 bits
       throw std::runtime_error("fusedrnn: expected fewer than 2^31 rows in a sequence, got " + std::to_string(N_));
@@ -64,6 +66,7 @@ class Recurrence : Layer<Cell, S> {
     const bool vectors = vectors_for(
         {p.y, p.hx, p.cx, p.h_n, p.c_n, p.gates, p.cells, step.b_ih[0], step.b_ih[1], step.b_hh[0], step.b_hh[1]});
 
+    if (lone_) return lone_forward(p, step, vectors);
     for (Chunk chunk{}; chunk.end < p.sequence.T;) {
       chunk = chunk_from(p.sequence, D_, chunk.end, room.rows);
       for (int d = 0; d < D_; ++d) {
@@ -203,7 +206,25 @@ class Recurrence : Layer<Cell, S> {
   // have must find it where later steps look.
   bool starts_together() const {
     const Sequence& s = p_.sequence;
-    return s.T > 0 && (kernel_ || !(s.offsets || s.lengths));
+    return s.T > 0 && (kernel_ || lone_ || !(s.offsets || s.lengths));
+  }
+
+  void lone_forward(const ForwardParams& p, ForwardStep<S>& step, bool vectors) {
+    if constexpr (sizeof(A) == 4) {
+      LoneStep<S> lone{step, as<S>(p.x), static_cast<int>(p.I), {}, {}};
+      vectors = vectors && vectors_for({p.x}) && p.I % widest == 0;
+      for (int d = 0; d < D_; ++d) {
+        lone.step.here[d] = place(p_.sequence, d, 0);
+        lone.w_ih[d] = as<S>(p.weights[d].w_ih), lone.w_hh[d] = as<S>(p.weights[d].w_hh);
+        vectors = vectors && vectors_for({lone.w_ih[d], lone.w_hh[d]});
+      }
+      const auto of_rows = [&](auto rows) {
+        constexpr int R = decltype(rows)::value;
+        launch(vectors ? lone_step<Cell, S, R, widest> : lone_step<Cell, S, R, 1>, lone_step_geometry(B_, H_, R, D_),
+               stream_, lone);
+      };
+      B_ == 1 ? of_rows(std::integral_constant<int, 1>()) : of_rows(std::integral_constant<int, lone_rows>());
+    }
   }
 
   // Direction d's, from the copy where there is one.
@@ -274,6 +295,7 @@ class Recurrence : Layer<Cell, S> {
   Room room_;
   ChunkKernel<Cell, S> kernel_;
   const bool exact_;  // float32 that may not be rounded to TF32
+  const bool lone_;   // forward is one kernel (lone_step.cuh)
 };
 
 // f(a scalar) with the type that the params name.
@@ -296,7 +318,11 @@ void with_scalar(ScalarKind scalar, const F& f) {
 template <class Cell>
 const char* RecurrenceOf<Cell>::schedule(const Problem& p, const Limits& limits, bool tf32, bool backward) {
   const char* name = nullptr;
-  with_scalar(p.scalar, [&](auto s) { name = ChunkKernel<Cell, decltype(s)>(p, limits, tf32, backward).name(); });
+  with_scalar(p.scalar, [&](auto s) {
+    using S = decltype(s);
+    const bool lone = is_lone_step(p.sequence.T, p.sequence.B, p.sequence.lengths, sizeof(Accumulator<S>));
+    name = lone && !backward ? "lone" : ChunkKernel<Cell, S>(p, limits, tf32, backward).name();
+  });
   return name;
 }
 

@@ -49,6 +49,26 @@ constexpr Geometry elementwise_geometry(int64_t rows, int64_t units, int width, 
           static_cast<unsigned>(x), static_cast<unsigned>(y)};
 }
 
+// A lone step (lone_step.cuh) reads the weights once for so many rows of the batch, whose sums of all gates a thread's registers
+// hold; from the L2 again for the next. Up to how many rows that takes less time than the launches that it saves, no GPU
+// has said: 16 read an LSTM's 2 MB at 512 units four times, some 2 µs.
+constexpr int lone_rows = 4;
+constexpr int64_t most_lone_rows = 16;
+constexpr int lone_blocks_at_once = 4;
+constexpr int lone_register_budget = 128;  // 65536 for a multiprocessor's threads
+
+// Whether a call of forward is one, for everything but float64, which is for checks of gradients.
+constexpr bool is_lone_step(int64_t T, int64_t B, bool has_lengths, int accumulator_bytes) {
+  return T == 1 && B > 0 && B <= most_lone_rows && !has_lengths && accumulator_bytes == 4;
+}
+
+// A warp for a unit, of some rows of a direction.
+constexpr Geometry lone_step_geometry(int64_t rows, int64_t units, int rows_at_once, int directions) {
+  constexpr int warps = block_threads / 32;
+  return {(units + warps - 1) / warps, static_cast<unsigned>((rows + rows_at_once - 1) / rows_at_once),
+          static_cast<unsigned>(directions), 32, warps};
+}
+
 // The schedules besides the step schedule, as bits.
 enum Schedules : unsigned { block_schedule = 1, cluster_schedule = 2, grid_schedule = 4, all_schedules = 7 };
 
