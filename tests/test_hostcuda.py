@@ -247,7 +247,6 @@ def test_order_of_threads_makes_no_difference(monkeypatch, schedules):
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-# What is broken, where and how, and the words in which that shows. A test that cannot fail is none.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "both"])
 @pytest.mark.parametrize("kind", CELLS, ids=lambda kind: Case(**kind).equations)
@@ -263,9 +262,9 @@ def test_how_much_is_enqueued(monkeypatch):
     """A launch takes some µs, which is what a small layer's call consists of."""
     test_operators = pytest.importorskip("test_operators")
 
-    def counted(kind, schedules, T):
+    def counted(kind, schedules, T, **more):
         monkeypatch.setattr(hostcuda, "schedules", schedules)
-        call = Call(Case(**kind, T=T, B=2, H=32, dtype="bfloat16"))
+        call = Call(Case(**kind, T=T, B=2, H=32, dtype="bfloat16", **more))
         given = test_operators.backward_arguments(call) | {"tf32": False}
         states = 2 if given["cx"] is not None else 1
         given["wanted"] = [True, *[False] * states, *[True] * len(given["weights"])]
@@ -282,10 +281,12 @@ def test_how_much_is_enqueued(monkeypatch):
         for schedules in (Schedules.BLOCK, Schedules.CLUSTER):
             assert counted(kind, schedules, T=8) == (2, 6 + hidden), (kind, schedules)
         # Two a step; backward none to go back to a state that is not asked for, but a GRU's W_hh in another order.
-        assert counted(kind, Schedules.STEP, T=1)[0] == 1, kind
+        for bidirectional in False, True:
+            assert counted(kind, Schedules.STEP, T=1, bidirectional=bidirectional)[0] == 1, kind
         assert counted(kind, Schedules.STEP, T=3) == (7, 5 + 5 + hidden + 2 * (hidden - 1)), kind
 
 
+# What is broken, where and how, and the words in which that shows. A test that cannot fail is none.
 MASK = "if (at.b >= here.rows || at.j >= p.H) return;"
 HIDDEN = "if (!s.kernel_) hidden = s.room_.template take<A>(s.D_ * s.B_ * gates);"
 FIRST = "step.hx = as<S>(p.hx), step.cx = as<S>(p.cx);"

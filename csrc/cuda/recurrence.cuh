@@ -185,7 +185,8 @@ class Recurrence : Layer<Cell, S> {
   }
 
   bool copies_weights(bool in_order_of_sums) const {
-    return !kernel_ && (D_ == 2 || (in_order_of_sums && Cell::hidden_gate(0) != 0));
+    if (kernel_ || (lone_ && !in_order_of_sums)) return false;
+    return D_ == 2 || (in_order_of_sums && Cell::hidden_gate(0) != 0);
   }
 
   // W_hh of all directions one behind the other, the gates in the order of the sums on request.
