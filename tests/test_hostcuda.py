@@ -310,6 +310,7 @@ PLANTED = {
         "hidden[k]",
         "^y .* above the bound",
     ),
+    "state crosses a reset": ("elementwise.cuh", "if (v.reset) v.h = v.c = {};", "", "^dx .* above the bound"),
     "gradient crosses a reset": ("elementwise.cuh", "if (v.reset) dh = dc = {};", "", "^dx .* above the bound"),
 }
 

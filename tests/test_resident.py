@@ -262,14 +262,16 @@ OF_SHARES = "((plan.rows + 1) / 2) * 8}"
 ARMED = "expect_bytes(barrier(tile, round), bytes);  // of"
 WAITED = "while (!phase_is_over("
 COUNTED = "while (static_cast<int32_t>("
-BUFFER = ") * 2 + round % 2;"
-PLACE = "buffer = tile * 2 + round % 2;"
-SHARES = "(tile * 2 + round % 2) * plan.blocks * share_of_block()"
-EXISTS = "in_tile && b < p.step.B && j < H}"
+ODD = " + (round & 1)"
+BUFFER = "+ tile) * 2 + (round & 1);"
+PLACE = "buffer = tile * 2 + (round & 1);"
+SHARES = "(tile * 2 + (round & 1)) * plan.blocks * share_of_block()"
+EXISTS = "has_unit(in_tile && unit < H)"
+TO = "destination_of(to, unit - to * plan.units, layout)"
 ZERO = "zero(counters_, counter_bytes_, stream);"
 PLANTED = {
     "nobody waits for bytes": (1, "exchange.cuh", WAITED, WAITED.replace("(", "(false && ", 1), f"{RACE}|{EARLY}"),
-    "wrong phase": (1, "exchange.cuh", "(round - 1) / 2 % 2", "round / 2 % 2", f"{RACE}|never comes"),
+    "wrong phase": (1, "exchange.cuh", "(round - 1) >> 1 & 1", "round >> 1 & 1", f"{RACE}|never comes"),
     "too few bytes expected": (1, "exchange.cuh", BYTES, BYTES.replace("4", "2"), f"{RACE}|never comes"),
     "too few bytes of shares": (1, "exchange.cuh", OF_SHARES, OF_SHARES.replace("8", "4"), f"{RACE}|{EARLY}"),
     "no barriers yet": (
@@ -280,12 +282,13 @@ PLANTED = {
         "nobody has set|while another thread sets",
     ),
     "bytes not expected": (1, "exchange.cuh", ARMED, ";  //", "never comes"),
-    "one buffer": (1, "exchange.cuh", PLACE, PLACE.replace(" + round % 2", ""), f"{RACE}|above the bound"),
-    "one place for shares": (1, "exchange.cuh", SHARES, SHARES.replace(" + round % 2", ""), f"{RACE}|above the bound"),
+    "one buffer": (1, "exchange.cuh", PLACE, PLACE.replace(ODD, ""), f"{RACE}|above the bound"),
+    "one place for shares": (1, "exchange.cuh", SHARES, SHARES.replace(ODD, ""), f"{RACE}|{EARLY}"),
+    "shares beside their place": (1, "team.cuh", TO, TO.replace(" - to * plan.units", ""), "in no block"),
     "nobody counts": (2, "exchange.cuh", COUNTED, COUNTED.replace("(", "(false && ", 1), RACE),
-    "one buffer in the L2": (2, "exchange.cuh", BUFFER, BUFFER.replace(" + round % 2", ""), RACE),
+    "one buffer in the L2": (2, "exchange.cuh", BUFFER, BUFFER.replace(ODD, ""), RACE),
     "counters not reset": (2, "chunk_kernel.cuh", ZERO, "", "nobody has set"),
-    "units beyond the layer": (2, "team.cuh", EXISTS, EXISTS.replace(" && j < H", ""), f"out of bounds|{RACE}"),
+    "units beyond the layer": (2, "team.cuh", EXISTS, EXISTS.replace(" && unit < H", ""), f"out of bounds|{RACE}"),
 }
 
 

@@ -114,6 +114,24 @@ struct Block {
     for (int r = 0; r < R; ++r) store<adjacent>(out + (r * Cell::gates + gate) * padded + x, sums[r]);
   }
 
+  // A thread's units in what lies in memory; kept where it has one only, for more would need more registers than there are.
+  template <class Columns, class Step>
+  struct ColumnsOf {
+    const Step& step;
+    const int d;
+    Columns own;
+
+    FUSEDRNN_DEVICE ColumnsOf(const Block& block, const Step& step, int d) : step(step), d(d) {
+      if constexpr (items > 1) return;
+      own = {step, block.item_units[0], d};
+      own.keep();
+    }
+    FUSEDRNN_DEVICE Columns of(int unit) const {
+      if constexpr (items > 1) return {step, unit, d};
+      return own;
+    }
+  };
+
   // Calls f(number, row of the block, position) for the units of R rows that are this thread's.
   template <class F>
   FUSEDRNN_DEVICE void for_items(int B, const F& f) const {
@@ -133,7 +151,8 @@ __global__ void __launch_bounds__(most_block_threads, 1) block_forward(const __g
   using V = Values<A, 1>;
   FUSEDRNN_SHARED(memory);
   const ForwardStep<S>& step = p.step;
-  const Block<Cell, S, R> block(step.H, memory);
+  using Own = Block<Cell, S, R>;
+  const Own block(step.H, memory);
   const int d = blockIdx.y, H = block.H, padded = block.padded;
   A* const h = block.vectors();                       // [R][padded]
   A* const c = h + R * padded;                        // [R][padded], cells with a cell state only
@@ -150,25 +169,28 @@ __global__ void __launch_bounds__(most_block_threads, 1) block_forward(const __g
   });
   __syncthreads();
 
-  // What comes from memory is on its way while the step before is multiplied.
-  constexpr int items = Block<Cell, S, R>::items;
-  V biases[items][Cell::sums], input[items][Cell::gates];
-  bool reset[items];
-  const auto load_ahead = [&](int i, const Place& next, const Position& at) {
-    if (!step.rows.has(next, at.b)) return;
-    load_input<Cell, S, 1>(step, next, at, input[i]);
-    reset[i] = step.rows.reset(next, at.b);
-  };
-  Place here = place(p.sequence, d, p.begin);
-  for_items([&](int i, int, const Position& at) {
-    load_biases<Cell, S, 1>(step, at, biases[i]);
-    load_ahead(i, here, at);
-  });
+  constexpr int items = Own::items;
+  V biases[items][Cell::sums];
+  for_items([&](int i, int, const Position& at) { load_biases<Cell, S, 1>(step, at, biases[i]); });
+  const typename Own::template ColumnsOf<ForwardColumns<Cell, S>, ForwardStep<S>> columns(block, step, d);
+  Walk walk(p.sequence, d, p.begin, p.end, p.begin, 1);
+  walk.look_ahead();
+  Place here = walk.next();
   for (int64_t number = p.begin; number < p.end; ++number) {
+    walk.look_ahead();
+    // What comes from memory is on its way during the product. Not from one turn of the loop to the next: where a loop begins
+    // the compiler waits for all that is on its way.
+    V input[items][Cell::gates];
+    uint8_t reset[items];
+    for_items([&](int i, int, const Position& at) {
+      if (at.b >= here.rows) return;
+      load_input(columns.of(at.j), here.start + at.b, input[i]);
+      reset[i] = step.rows.reset_byte(here, at.b);
+    });
     block.multiply(h, padded, 0, hidden);
     __syncthreads();
-    const Place next = place(p.sequence, d, number + 1 < p.end ? number + 1 : -1);
     for_items([&](int i, int r, const Position& at) {
+      const int row = here.start + at.b;
       if (step.rows.has(here, at.b)) {
         V product[Cell::gates], c_before{};
 #pragma unroll
@@ -178,14 +200,12 @@ __global__ void __launch_bounds__(most_block_threads, 1) block_forward(const __g
         const auto made = forward_units<Cell>(biases[i], input[i], product, load<1>(own), c_before, reset[i]);
         store<1>(own, made.h);
         if constexpr (Cell::has_cell) store<1>(c + r * padded + at.j, made.c);
-        load_ahead(i, next, at);
-        store_forward<Cell, S, 1>(step, here, at, made);
-      } else {
-        if (at.b < here.rows) forward_nothing<S, 1>(step, here, at);
-        load_ahead(i, next, at);
+        store_forward(columns.of(at.j), row, made);
+      } else if (at.b < here.rows) {
+        forward_nothing<1>(columns.of(at.j), row);
       }
     });
-    here = next;
+    here = walk.next();
     __syncthreads();
   }
 
@@ -203,7 +223,8 @@ __global__ void __launch_bounds__(most_block_threads, 1) block_backward(const __
   using V = Values<A, 1>;
   FUSEDRNN_SHARED(memory);
   const BackwardStep<S>& step = p.step;
-  const Block<Cell, S, R> block(step.H, memory);
+  using Own = Block<Cell, S, R>;
+  const Own block(step.H, memory);
   const int d = blockIdx.y, H = block.H, padded = block.padded;
   A* const dh = block.vectors();                   // [R][padded]
   A* const dc = dh + R * padded;                   // [R][padded], cells with a cell state only
@@ -229,48 +250,57 @@ __global__ void __launch_bounds__(most_block_threads, 1) block_backward(const __
   });
   __syncthreads();
 
-  constexpr int items = Block<Cell, S, R>::items;
-  ForBackward<Cell, S, 1> values[items];
-  bool returns[items];  // whether the product is of this row
-  const auto load_ahead = [&](int i, const Place& before, const Place& next, const Position& at) {
-    if (step.rows.has(next, at.b)) values[i] = load_for_backward<Cell, S, 1>(step, before, next, at);
+  constexpr int items = Own::items;
+  const typename Own::template ColumnsOf<BackwardColumns<Cell, S>, BackwardStep<S>> columns(block, step, d);
+  Walk walk(p.sequence, d, 0, p.sequence.T, p.end - 1, -1);
+  const auto next_place = [&] {
+    walk.look_ahead();
+    return walk.next();
   };
-  Place here = place(p.sequence, d, p.end - 1), previous = place(p.sequence, d, p.end - 2);
-  const Place later = place(p.sequence, d, p.end);
+  Place here = next_place(), previous = next_place();
+  bool returns[items];  // whether the product is of this row
   for_items([&](int i, int, const Position& at) {
+    const Place later = place(p.sequence, d, p.end);
     returns[i] = step.rows.has(later, at.b) && !step.rows.reset(later, at.b);
-    load_ahead(i, previous, here, at);
   });
   for (int64_t number = p.end - 1; number >= p.begin; --number) {
-    const Place before = place(p.sequence, d, number - 2);
+    walk.look_ahead();
+    // As forward. The first product was made by the kernel of the later steps.
+    ForBackward<Cell, S, 1> values[items];
+    bool takes_part[items];
+    for_items([&](int i, int, const Position& at) {
+      takes_part[i] = step.rows.has(here, at.b);
+      if (takes_part[i])
+        values[i] =
+            load_for_backward<1>(columns.of(at.j), step.rows, previous, step.rows.has(previous, at.b), here, at.b);
+    });
+    if (number + 1 < p.end) block.multiply(da, Cell::gates * padded, padded, parts);
+    __syncthreads();
     for_items([&](int i, int r, const Position& at) {
       A* const own = dh + r * padded + at.j;
       V carried = load<1>(own);
       if (returns[i]) carried += returned(r, at.j);
       V gradient[Cell::sums] = {};
-      const bool takes_part = step.rows.has(here, at.b);
-      if (takes_part) {
+      if (takes_part[i]) {
         V cell{};
         if constexpr (Cell::has_cell) cell = load<1>(dc + r * padded + at.j);
         backward_units<Cell>(values[i], carried, cell, gradient);
-        store_gradients<S, 1>(step, here, at, gradient, values[i].h);
+        store_gradients(columns.of(at.j), here.start + at.b, gradient, values[i].h);
         if constexpr (Cell::has_cell) store<1>(dc + r * padded + at.j, cell);
       } else if (at.b < here.rows) {
-        backward_nothing<Cell, S, 1>(step, here, at);
+        backward_nothing<1>(columns.of(at.j), here.start + at.b);
       }
-      returns[i] = takes_part && !values[i].reset;
+      returns[i] = takes_part[i] && !values[i].reset;
       store<1>(own, carried);
 #pragma unroll
       for (int k = 0; k < Cell::gates; ++k)
         store<1>(da + (r * Cell::gates + Cell::hidden_gate(k)) * padded + at.j, gradient[k]);
-      if (number > p.begin) load_ahead(i, before, previous, at);
     });
-    here = previous;
-    previous = before;
-    __syncthreads();
-    block.multiply(da, Cell::gates * padded, padded, parts);
+    here = previous, previous = walk.next();
     __syncthreads();
   }
+  block.multiply(da, Cell::gates * padded, padded, parts);
+  __syncthreads();
 
   for_items([&](int, int r, const Position& at) {
     const int64_t state = static_cast<int64_t>(d * step.B + at.b) * H + at.j;

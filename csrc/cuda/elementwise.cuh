@@ -13,12 +13,17 @@ namespace fusedrnn::cuda {
 // Which rows take part in a step, and which of them start anew. Both arrays are on the device, or nullptr (params.h).
 struct Rows {
   const int64_t* lengths;
-  const bool* resets;
+  const uint8_t* resets;
 
-  FUSEDRNN_DEVICE bool has(const Place& place, int64_t b) const {
-    return b < place.rows && (!lengths || place.t < lengths[b]);
+  // No more than a step's number can be.
+  FUSEDRNN_DEVICE int length(int b) const {
+    constexpr int64_t most = INT32_MAX;
+    return static_cast<int>(lengths && lengths[b] < most ? lengths[b] : most);
   }
-  FUSEDRNN_DEVICE bool reset(const Place& place, int64_t b) const { return resets && resets[place.start + b]; }
+  FUSEDRNN_DEVICE bool has(const Place& place, int b) const { return b < place.rows && place.t < length(b); }
+  FUSEDRNN_DEVICE bool reset(const Place& place, int b) const { return reset_byte(place, b); }
+  // As memory has it: whoever loads it ahead of its use does not wait for it.
+  FUSEDRNN_DEVICE uint8_t reset_byte(const Place& place, int b) const { return resets ? resets[place.start + b] : 0; }
 };
 
 // The units of a thread: row b of the batch, units [j, j + width) of direction d.
@@ -37,6 +42,28 @@ template <class T>
 FUSEDRNN_DEVICE T* element_of(T* base, int row, int stride, int j) {
   return base + (static_cast<int64_t>(row) * stride + j);
 }
+
+// Some units, of all rows, in an array of rows of `stride` elements, the first of which is first_row; or in no array. With
+// numbers of 32 bits a loop over steps has the address of a row's by one multiplication.
+template <class T>
+class Column {
+ public:
+  Column() = default;
+  FUSEDRNN_DEVICE Column(T* array, int stride, int j, int first_row = 0)
+      : base_(array ? reinterpret_cast<Byte*>(array + j) - first_row * static_cast<int64_t>(stride * size) : nullptr) {}
+  FUSEDRNN_DEVICE explicit operator bool() const { return base_; }
+  FUSEDRNN_DEVICE T* at(int row, int stride) const {
+    return reinterpret_cast<T*>(base_ + static_cast<uint64_t>(static_cast<uint32_t>(row)) *
+                                            static_cast<uint32_t>(stride * size));
+  }
+  FUSEDRNN_DEVICE void keep() { base_ = kept(base_); }
+
+ private:
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  static constexpr int size = sizeof(T);
+
+  Byte* base_ = nullptr;  // of row 0, which need not be part of the array
+};
 
 // What the steps of a chunk have in common, and, for a kernel of one step, where that is.
 template <class S>
@@ -100,13 +127,37 @@ FUSEDRNN_DEVICE void load_biases(const ForwardStep<S>& p, const Position& at,
   }
 }
 
+// Some units, of all rows of the sequence, in what forward reads and writes at every step but the state.
+template <class Cell, class S>
+struct ForwardColumns {
+  int H, outputs;  // of a row of all directions
+  Column<const Accumulator<S>> input;
+  Column<S> y, cells, gates;  // the latter two where they are saved
+
+  ForwardColumns() = default;
+  FUSEDRNN_DEVICE ForwardColumns(const ForwardStep<S>& p, int j, int d)
+      : H(p.H),
+        outputs(p.directions * H),
+        input(p.input[d], Cell::gates * H, j, p.first[d]),
+        y(p.y, outputs, d * H + j) {
+    if constexpr (Cell::has_cell) cells = {p.cells[d], H, j};
+    if constexpr (Cell::saved > 0) gates = {p.gates[d], Cell::saved * H, j};
+  }
+  // For a loop over steps.
+  FUSEDRNN_DEVICE void keep() {
+    H = kept(H), outputs = kept(outputs), input.keep(), y.keep();
+    if constexpr (Cell::has_cell) cells.keep();
+    if constexpr (Cell::saved > 0) gates.keep();
+  }
+};
+
 // What x makes of the pre-activations of some units.
 template <class Cell, class S, int width>
-FUSEDRNN_DEVICE void load_input(const ForwardStep<S>& p, const Place& here, const Position& at,
+FUSEDRNN_DEVICE void load_input(const ForwardColumns<Cell, S>& columns, int row,
                                 Values<Accumulator<S>, width> (&input)[Cell::gates]) {
-  const auto* from = element_of(p.input[at.d], here.start - p.first[at.d] + at.b, Cell::gates * p.H, at.j);
+  const auto* const from = columns.input.at(row, Cell::gates * columns.H);
 #pragma unroll
-  for (int k = 0; k < Cell::gates; ++k) input[k] = load<width>(from + k * p.H);
+  for (int k = 0; k < Cell::gates; ++k) input[k] = load<width>(from + k * columns.H);
 }
 
 // What a step makes of some units.
@@ -148,27 +199,24 @@ FUSEDRNN_DEVICE Forwarded<Cell, A, width> forward_units(const Values<A, width> (
 
 // All of it that outlives the step, but for the state.
 template <class Cell, class S, int width>
-FUSEDRNN_DEVICE void store_forward(const ForwardStep<S>& p, const Place& here, const Position& at,
+FUSEDRNN_DEVICE void store_forward(const ForwardColumns<Cell, S>& columns, int row,
                                    const Forwarded<Cell, Accumulator<S>, width>& made) {
-  const auto [b, j, d] = at;
-  const int row = here.start + b;
-  store<width>(element_of(p.y, row, p.directions * p.H, d * p.H + j), made.h);
+  store<width>(columns.y.at(row, columns.outputs), made.h);
   if constexpr (Cell::has_cell)
-    if (p.cells[d]) store<width>(element_of(p.cells[d], row, p.H, j), made.c);
+    if (columns.cells) store<width>(columns.cells.at(row, columns.H), made.c);
   if constexpr (Cell::saved > 0) {
-    if (p.gates[d]) {
-      S* const to = element_of(p.gates[d], row, Cell::saved * p.H, j);
+    if (columns.gates) {
+      S* const to = columns.gates.at(row, Cell::saved * columns.H);
 #pragma unroll
-      for (int k = 0; k < Cell::saved; ++k) store<width>(to + k * p.H, made.saved[k]);
+      for (int k = 0; k < Cell::saved; ++k) store<width>(to + k * columns.H, made.saved[k]);
     }
   }
 }
 
 // The output of a row that is absent from a step.
-template <class S, int width>
-FUSEDRNN_DEVICE void forward_nothing(const ForwardStep<S>& p, const Place& here, const Position& at) {
-  store<width>(element_of(p.y, here.start + at.b, p.directions * p.H, at.d * p.H + at.j),
-               Values<Accumulator<S>, width>{});
+template <int width, class Cell, class S>
+FUSEDRNN_DEVICE void forward_nothing(const ForwardColumns<Cell, S>& columns, int row) {
+  store<width>(columns.y.at(row, columns.outputs), Values<Accumulator<S>, width>{});
 }
 
 template <class Cell, class S, int width>
@@ -178,17 +226,19 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once)
   const Position at = position<width>();
   const Place& here = p.here[at.d];
   if (at.b >= here.rows || at.j >= p.H) return;
-  if (!p.rows.has(here, at.b)) return forward_nothing<S, width>(p, here, at);
+  const ForwardColumns<Cell, S> columns(p, at.j, at.d);
+  const int row = here.start + at.b;
+  if (!p.rows.has(here, at.b)) return forward_nothing<width>(columns, row);
   V biases[Cell::sums], input[Cell::gates], hidden[Cell::gates];
   load_biases<Cell, S, width>(p, at, biases);
-  load_input<Cell, S, width>(p, here, at, input);
+  load_input(columns, row, input);
   const auto* const from = element_of(p.hidden, at.d * p.B + at.b, Cell::gates * p.H, at.j);
 #pragma unroll
   for (int k = 0; k < Cell::gates; ++k) hidden[k] = load<width>(from + k * p.H);
   const auto before = load_state<Cell, S, width>(p, at);
   const auto made = forward_units<Cell>(biases, input, hidden, before.h, before.c, p.rows.reset(here, at.b));
   store_state<Cell, S, width>(p, at, {made.h, made.c});
-  store_forward<Cell, S, width>(p, here, at, made);
+  store_forward(columns, row, made);
 }
 
 // As for forward.
@@ -231,57 +281,83 @@ FUSEDRNN_DEVICE State<Accumulator<S>, width> load_gradients(const BackwardStep<S
   return state;
 }
 
+// Some units, of all rows of the sequence, in what backward reads and writes at every step but the gradients of the state;
+// and, of all rows of the batch, in the state before the first step.
+template <class Cell, class S>
+struct BackwardColumns {
+  int H, outputs;
+  Column<const S> hx, cx, y, dy, cells, dcells, gates;  // hx where the state before a step is asked for
+  Column<S> da, h_previous;
+
+  BackwardColumns() = default;
+  FUSEDRNN_DEVICE BackwardColumns(const BackwardStep<S>& p, int j, int d)
+      : H(p.H),
+        outputs(p.directions * H),
+        y(p.y, outputs, d * H + j),
+        dy(p.dy, outputs, d * H + j),
+        da(p.da[d], Cell::sums * H, j, p.first[d]),
+        h_previous(p.h_previous[d], H, j, p.first[d]) {
+    if (Cell::needs_previous || h_previous) hx = {p.hx, H, j, -d * p.B};
+    if constexpr (Cell::has_cell) cx = {p.cx, H, j, -d * p.B}, cells = {p.cells[d], H, j}, dcells = {p.dcells[d], H, j};
+    if constexpr (Cell::saved > 0) gates = {p.gates[d], Cell::saved * H, j};
+  }
+  FUSEDRNN_DEVICE void keep() {
+    H = kept(H), outputs = kept(outputs), hx.keep(), y.keep(), dy.keep(), da.keep(), h_previous.keep();
+    if constexpr (Cell::has_cell) cx.keep(), cells.keep(), dcells.keep();
+    if constexpr (Cell::saved > 0) gates.keep();
+  }
+};
+
 // What forward left for some units of one step, and what comes from above, as memory has it: whoever loads it ahead of its use
 // does not wait for it. What is not there is zero.
 template <class Cell, class S, int width>
 struct ForBackward {
   Pack<S, width> dy, dc, h, c, c_next, output, gates[Cell::saved + 1];
-  bool reset;
+  uint8_t reset;  // whether h and c are zero, whatever they are here
 };
 
-template <class Cell, class S, int width>
-FUSEDRNN_DEVICE ForBackward<Cell, S, width> load_for_backward(const BackwardStep<S>& p, const Place& previous,
-                                                              const Place& here, const Position& at) {
-  const auto [b, j, d] = at;
-  const int H = p.H, row = here.start + b, row_before = previous.start + b;
+// Of row b of the batch, which takes part in the step; the state before it is that after the previous step, if it is in that, or
+// the first.
+template <int width, class Cell, class S>
+FUSEDRNN_DEVICE ForBackward<Cell, S, width> load_for_backward(const BackwardColumns<Cell, S>& columns, const Rows& rows,
+                                                              const Place& previous, bool in_previous,
+                                                              const Place& here, int b) {
+  const int row = here.start + b, row_before = previous.start + b;
   ForBackward<Cell, S, width> v{};
-  v.reset = p.rows.reset(here, b);
-  const bool given = !p.rows.has(previous, b);
-  const auto state = [&](const S* of) { return element_of(of, d * p.B + b, H, j); };
-  const auto output = [&](const S* of, int row) { return element_of(of, row, p.directions * H, d * H + j); };
-  if (p.dy) v.dy = load_pack<width>(output(p.dy, row));
-  if (!v.reset && (Cell::needs_previous || p.h_previous[d]))
-    v.h = load_pack<width>(given ? state(p.hx) : output(p.y, row_before));
+  v.reset = rows.reset_byte(here, b);
+  if (columns.dy) v.dy = load_pack<width>(columns.dy.at(row, columns.outputs));
+  if (columns.hx)
+    v.h = load_pack<width>(in_previous ? columns.y.at(row_before, columns.outputs) : columns.hx.at(b, columns.H));
   if constexpr (Cell::has_cell) {
-    if (!v.reset) v.c = load_pack<width>(given ? state(p.cx) : element_of(p.cells[d], row_before, H, j));
-    v.c_next = load_pack<width>(element_of(p.cells[d], row, H, j));
-    if (p.dcells[d]) v.dc = load_pack<width>(element_of(p.dcells[d], row, H, j));
+    v.c = load_pack<width>(in_previous ? columns.cells.at(row_before, columns.H) : columns.cx.at(b, columns.H));
+    v.c_next = load_pack<width>(columns.cells.at(row, columns.H));
+    if (columns.dcells) v.dc = load_pack<width>(columns.dcells.at(row, columns.H));
   }
-  if constexpr (Cell::needs_output) v.output = load_pack<width>(output(p.y, row));
+  if constexpr (Cell::needs_output) v.output = load_pack<width>(columns.y.at(row, columns.outputs));
   if constexpr (Cell::saved > 0) {
-    const S* const gates = element_of(p.gates[d], row, Cell::saved * H, j);
+    const S* const gates = columns.gates.at(row, Cell::saved * columns.H);
 #pragma unroll
-    for (int k = 0; k < Cell::saved; ++k) v.gates[k] = load_pack<width>(gates + k * H);
+    for (int k = 0; k < Cell::saved; ++k) v.gates[k] = load_pack<width>(gates + k * columns.H);
   }
   return v;
 }
 
-template <class S, int width, int sums>
-FUSEDRNN_DEVICE void store_gradients(const BackwardStep<S>& p, const Place& here, const Position& at,
-                                     const Values<Accumulator<S>, width> (&da)[sums],
+template <class Cell, class S, int width>
+FUSEDRNN_DEVICE void store_gradients(const BackwardColumns<Cell, S>& columns, int row,
+                                     const Values<Accumulator<S>, width> (&da)[Cell::sums],
                                      const Pack<S, width>& h_previous) {
-  const int row = here.start - p.first[at.d] + at.b;
-  S* const to = element_of(p.da[at.d], row, sums * p.H, at.j);
+  S* const to = columns.da.at(row, Cell::sums * columns.H);
 #pragma unroll
-  for (int k = 0; k < sums; ++k) store<width>(to + k * p.H, da[k]);
-  if (p.h_previous[at.d]) store_pack(element_of(p.h_previous[at.d], row, p.H, at.j), h_previous);
+  for (int k = 0; k < Cell::sums; ++k) store<width>(to + k * columns.H, da[k]);
+  if (columns.h_previous) store_pack(columns.h_previous.at(row, columns.H), h_previous);
 }
 
 // One step of some units of a row that takes part in it: from dh and dc of the state after it, all told but dy and dcells, to da and
 // to those of the state before it, but for what goes through W_hh. No gradient crosses a reset.
 template <class Cell, class S, class A, int width>
-FUSEDRNN_DEVICE void backward_units(const ForBackward<Cell, S, width>& v, Values<A, width>& dh, Values<A, width>& dc,
+FUSEDRNN_DEVICE void backward_units(ForBackward<Cell, S, width>& v, Values<A, width>& dh, Values<A, width>& dc,
                                     Values<A, width> (&da)[Cell::sums]) {
+  if (v.reset) v.h = v.c = {};
   dh += widen(v.dy);
   if constexpr (Cell::has_cell) dc += widen(v.dc);
 #pragma unroll
@@ -298,10 +374,10 @@ FUSEDRNN_DEVICE void backward_units(const ForBackward<Cell, S, width>& v, Values
 }
 
 // The gradients of a row that is absent from a step.
-template <class Cell, class S, int width>
-FUSEDRNN_DEVICE void backward_nothing(const BackwardStep<S>& p, const Place& here, const Position& at) {
+template <int width, class Cell, class S>
+FUSEDRNN_DEVICE void backward_nothing(const BackwardColumns<Cell, S>& columns, int row) {
   const Values<Accumulator<S>, width> da[Cell::sums] = {};
-  store_gradients<S, width>(p, here, at, da, {});
+  store_gradients(columns, row, da, Pack<S, width>{});
 }
 
 // A row that has left the sequence (or has not entered it yet) only takes up what the later step sent back to it; `here`
@@ -315,16 +391,18 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once)
   if ((at.b >= here.rows && at.b >= later.rows) || at.j >= p.H) return;
   const int64_t state = static_cast<int64_t>(at.d * p.B + at.b) * p.H + at.j;
 
+  const BackwardColumns<Cell, S> columns(p, at.j, at.d);
   auto [dh, dc] = load_gradients<Cell, S, width>(p, at);
   if (p.rows.has(later, at.b) && !p.rows.reset(later, at.b)) dh += load<width>(p.product + state);
   if (p.rows.has(here, at.b)) {
-    const auto v = load_for_backward<Cell, S, width>(p, p.previous[at.d], here, at);
+    const Place& previous = p.previous[at.d];
+    auto v = load_for_backward<width>(columns, p.rows, previous, p.rows.has(previous, at.b), here, at.b);
     V da[Cell::sums];
     backward_units<Cell>(v, dh, dc, da);
-    store_gradients<S, width>(p, here, at, da, v.h);
+    store_gradients(columns, here.start + at.b, da, v.h);
     if constexpr (Cell::has_cell) store<width>(p.dc + state, dc);
   } else if (at.b < here.rows) {
-    backward_nothing<Cell, S, width>(p, here, at);
+    backward_nothing<width>(columns, here.start + at.b);
   }
   store<width>(p.dh + state, dh);
 }

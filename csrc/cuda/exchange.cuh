@@ -109,19 +109,30 @@ FUSEDRNN_DEVICE int place_in_operand(const ResidentPlan& plan, const ResidentLay
 
 // Rounds of a tile are counted from 1; what comes in by round r must be used before this block sends round r + 1, and then
 // round r + 2 may arrive in its place.
+// Of a unit of a block, which has these words in a share: what the block is sent with; or of no unit.
+constexpr int nowhere = -1;
+FUSEDRNN_DEVICE int destination_of(int block, int unit, const ResidentLayout& layout) {
+  return unit * layout.share_ld << 8 | block;
+}
+
 #if FUSEDRNN_HAS_CLUSTERS
 // Two barriers of a tile, each of which counts the bytes of every other round.
 struct ClusterBarriers {
   const ResidentPlan& plan;
   const ResidentLayout& layout;
   unsigned char* const memory;
-  const int bytes;  // of a round
+  const int bytes;     // of a round
+  const bool expects;  // them, for its block
+
+  FUSEDRNN_DEVICE ClusterBarriers(const ResidentPlan& plan, const ResidentLayout& layout, unsigned char* memory,
+                                  int bytes)
+      : plan(plan), layout(layout), memory(memory), bytes(kept(bytes)), expects(threadIdx.x == 0) {}
 
   FUSEDRNN_DEVICE uint64_t* barrier(int tile, int round) const {
-    return reinterpret_cast<uint64_t*>(memory + layout.barriers) + tile * 2 + round % 2;
+    return reinterpret_cast<uint64_t*>(memory + layout.barriers) + tile * 2 + (round & 1);
   }
   FUSEDRNN_DEVICE void begin() const {
-    if (threadIdx.x == 0)
+    if (expects)
       for (int i = 0; i < 2 * plan.tiles; ++i) {
         init_barrier(barrier(i / 2, i % 2));
         expect_bytes(barrier(i / 2, i % 2), bytes);
@@ -129,9 +140,9 @@ struct ClusterBarriers {
     wait_for_cluster();
   }
   FUSEDRNN_DEVICE void wait(int tile, int round) const {
-    while (!phase_is_over(barrier(tile, round), (round - 1) / 2 % 2)) {
+    while (!phase_is_over(barrier(tile, round), (round - 1) >> 1 & 1)) {
     }
-    if (threadIdx.x == 0) expect_bytes(barrier(tile, round), bytes);  // of round + 2
+    if (expects) expect_bytes(barrier(tile, round), bytes);  // of round + 2
   }
 };
 
@@ -152,7 +163,7 @@ struct ClusterExchange {
         barriers{plan, layout, memory, gates * plan.rows * layout.gate_words * 4} {}
 
   FUSEDRNN_DEVICE uint32_t* operand(int tile, int round) const {
-    const int buffer = tile * 2 + round % 2;
+    const int buffer = tile * 2 + (round & 1);
     return reinterpret_cast<uint32_t*>(memory + layout.operand) + buffer * layout.operand_words;
   }
   FUSEDRNN_DEVICE void begin() const { barriers.begin(); }
@@ -188,38 +199,45 @@ struct ClusterSums {
         barriers{plan, layout, memory, plan.blocks * plan.units * ((plan.rows + 1) / 2) * 8} {}
 
   FUSEDRNN_DEVICE uint32_t* operand(int tile, int round) const {
-    return reinterpret_cast<uint32_t*>(memory + layout.operand) + (tile * 2 + round % 2) * layout.operand_words;
+    return reinterpret_cast<uint32_t*>(memory + layout.operand) + (tile * 2 + (round & 1)) * layout.operand_words;
   }
   // [block][unit][row], of a round.
   FUSEDRNN_DEVICE float* shares(int tile, int round) const {
-    return reinterpret_cast<float*>(memory + layout.shares) + (tile * 2 + round % 2) * plan.blocks * share_of_block();
+    return reinterpret_cast<float*>(memory + layout.shares) + (tile * 2 + (round & 1)) * plan.blocks * share_of_block();
   }
   FUSEDRNN_DEVICE int share_of_block() const { return plan.units * layout.share_ld; }
 
   FUSEDRNN_DEVICE void begin() const { barriers.begin(); }
   FUSEDRNN_DEVICE void receive(int tile, int round) const { barriers.wait(tile, round); }
-  // Of a unit of the team, of which a block has what multiples of 8 begin.
-  FUSEDRNN_DEVICE void send(int tile, int round, int of_team, int row, float x, float y) const {
-    const int to = of_team * layout.reciprocal_units >> 20;
-    if (to >= plan.blocks || row >= plan.rows) return;
-    float* const at =
-        shares(tile, round) + rank * share_of_block() + (of_team - to * plan.units) * layout.share_ld + row;
-    send_pair(address_in(at, to), x, y, address_in(barriers.barrier(tile, round), to));
+  // Where shares of a round go: from a word on of every block's place for this block's, and its barrier.
+  struct Outbox {
+    float* share;
+    uint64_t* barrier;
+
+    FUSEDRNN_DEVICE void send(int destination, int word, float x, float y) const {
+      const int to = destination & 0xff;
+      send_pair(address_in(share + (destination >> 8) + word, to), x, y, address_in(barrier, to));
+    }
+  };
+  FUSEDRNN_DEVICE Outbox outbox(int tile, int round, int word) const {
+    return {kept_shared(shares(tile, round) + rank * share_of_block() + word),
+            kept_shared(barriers.barrier(tile, round))};
   }
 };
+
 #endif
 
 struct GridExchange {
   const ResidentPlan& plan;
   const ResidentLayout& layout;
   unsigned char* const memory;
-  const int rank, gates, team;
-  uint32_t* const data;      // [teams][tiles][2] operands of all groups, without zeros
-  uint32_t* const counters;  // [teams][tiles], zero before the launch
+  const int rank, gates, team, first_group;  // of what this block multiplies
+  uint32_t* const data;                      // [teams][tiles][2] operands of all groups, without zeros
+  uint32_t* const counters;                  // [teams][tiles], zero before the launch
 
   FUSEDRNN_DEVICE uint32_t* operand(int, int) const { return reinterpret_cast<uint32_t*>(memory + layout.operand); }
   FUSEDRNN_DEVICE uint32_t* buffer(int tile, int round) const {
-    const int64_t number = (team * plan.tiles + tile) * 2 + round % 2;
+    const int64_t number = (team * plan.tiles + tile) * 2 + (round & 1);
     return data + number * (layout.all_groups * plan.rows * group_words);
   }
   FUSEDRNN_DEVICE uint32_t* counter(int tile) const { return counters + team * plan.tiles + tile; }
@@ -227,9 +245,11 @@ struct GridExchange {
   FUSEDRNN_DEVICE void begin() const { __syncthreads(); }
 
   // By the warps that have no unit of the tile before, or by all, after its product, while the others make of it what it is to
-  // be: this tile's counter was raised long ago, but asking for it and copying take as long as what they do.
+  // be: this tile's counter was raised long ago, but asking for it and copying take as long as what they do. A lone tile is
+  // asked for by all.
   FUSEDRNN_DEVICE void request(int tile, int round) const {
-    const int busy = (plan.rows * plan.units + 31) / 32 * 32 % resident_threads, thread = threadIdx.x - busy;
+    const int of_units = (plan.rows * plan.units + 31) / 32 * 32 % resident_threads;
+    const int busy = plan.tiles == 1 ? 0 : of_units, thread = threadIdx.x - busy;
     if (thread < 0) return;
     const uint32_t all = static_cast<uint32_t>(round) * plan.blocks;
     // The difference, for a counter that has gone around.
@@ -237,16 +257,31 @@ struct GridExchange {
     }
     // The groups of this block, without those pieces of the last that nobody makes.
     constexpr int group_pieces = group_words / piece_words;
-    const int row_pieces = gates * layout.gate_words / piece_words, first = rank % plan.split * layout.groups;
-    const int whole = (row_pieces / group_pieces - first) * plan.rows * group_pieces;
-    const int count = layout.groups * plan.rows * group_pieces, partly = row_pieces % group_pieces;
-    const auto exists = [&](int i) {
-      return i < count && (i < whole || (i < whole + plan.rows * group_pieces && i % group_pieces < partly));
+    const int row_pieces = gates * layout.gate_words / piece_words;
+    const int a_group = plan.rows * group_pieces, partly = row_pieces % group_pieces;
+    int whole = row_pieces / group_pieces - first_group;
+    const bool ends_partly = partly && whole >= 0 && whole < layout.groups;
+    if (whole < 0) whole = 0;
+    if (whole > layout.groups) whole = layout.groups;
+    const int threads = resident_threads - busy;
+    uint32_t* const to = operand(tile, round);
+    const uint32_t* const from = buffer(tile, round) + first_group * plan.rows * group_words;
+    const auto copy = [&](int i) {
+      const uint32_t word = static_cast<uint32_t>(i) * piece_words;
+      begin_copy(to + word, from + word);
     };
-    const uint32_t* const from = buffer(tile, round) + first * plan.rows * group_words;
-#pragma unroll 4
-    for (int i = thread; i < count; i += resident_threads - busy)
-      if (exists(i)) begin_copy(operand(tile, round) + i * piece_words, from + i * piece_words);
+    int i = thread;
+#pragma unroll 1
+    for (; i + 3 * threads < whole * a_group; i += 4 * threads) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) copy(i + k * threads);
+    }
+#pragma unroll 1
+    for (; i < whole * a_group; i += threads) copy(i);
+    if (!ends_partly) return;
+#pragma unroll 1
+    for (; i < (whole + 1) * a_group; i += threads)
+      if (i % group_pieces < partly) copy(i);
   }
   FUSEDRNN_DEVICE void receive(int tile, int round) const {
     if (plan.tiles == 1) request(tile, round);

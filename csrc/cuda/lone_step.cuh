@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(block_threads, lone_blocks_at_once) lone_step(
     const auto before = load_state<Cell, S, 1>(step, at);
     const auto made = forward_units<Cell>(biases, input[r], hidden[r], before.h, before.c, step.rows.reset(here, at.b));
     store_state<Cell, S, 1>(step, at, {made.h, made.c});
-    store_forward<Cell, S, 1>(step, here, at, made);
+    store_forward(ForwardColumns<Cell, S>(step, at.j, at.d), here.start + at.b, made);
   }
 }
 

@@ -100,11 +100,11 @@ struct TensorCores {
       return x.bits;
   }
 
-  // Where a thread's part of the first group is, which lies [column][word]; beyond the last column the last is taken, for a
-  // product that nobody looks at.
-  static FUSEDRNN_DEVICE const uint32_t* begin(const uint32_t* group, int column, int count, int lane) {
-    const int own = column + lane / 4;
-    return group + (own < count ? own : count - 1) * group_words + lane % 4 * 4;
+  // Where a thread's part of a group is, which lies [column][word]; beyond the last column the last is taken, for a product that
+  // nobody looks at.
+  static FUSEDRNN_DEVICE int place(int count, int lane) {
+    const int own = lane / 4;
+    return (own < count ? own : count - 1) * group_words + lane % 4 * 4;
   }
   static FUSEDRNN_DEVICE Operand load(const uint32_t* at, int) { return load_words(at); }
 
@@ -117,14 +117,18 @@ struct TensorCores {
       multiply_tile<S>(sum.value[i], registers, b[2 * i], b[2 * i + 1]);
     }
   }
-  // Calls f(row, column, value, value of the next column) for the pairs of the 16 x 8 that are this thread's.
+  // Calls f(pair, value, value of the next column) for the pairs of the 16 x 8 that are this thread's: of which half of 8 rows each
+  // is, and of which row of that and which column they are.
   template <class F>
   static FUSEDRNN_DEVICE void for_pairs(const Sum& sum, int lane, const F& f) {
     const auto& [first, second] = sum.value;
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      f(half, lane / 4, lane % 4 * 2, first[2 * half] + second[2 * half], first[2 * half + 1] + second[2 * half + 1]);
+    for (int i = 0; i < pairs; ++i) f(i, first[2 * i] + second[2 * i], first[2 * i + 1] + second[2 * i + 1]);
   }
+  static constexpr int pairs = 2;
+  static FUSEDRNN_DEVICE int half(int pair, int) { return pair; }
+  static FUSEDRNN_DEVICE int row(int lane) { return lane / 4; }
+  static FUSEDRNN_DEVICE int column(int lane) { return lane % 4 * 2; }
 };
 
 // A thread adds up its own words of all columns; the four threads of a row of weights are added at the end.
@@ -142,9 +146,7 @@ struct Fma {
   static FUSEDRNN_DEVICE uint32_t bits(float x) { return bits_of(x); }
   static FUSEDRNN_DEVICE uint32_t bits_of_weight(float x) { return bits_of(x); }
 
-  static FUSEDRNN_DEVICE const uint32_t* begin(const uint32_t* group, int column, int, int lane) {
-    return group + column * group_words + lane % 4 * 4;
-  }
+  static FUSEDRNN_DEVICE int place(int, int lane) { return lane % 4 * 4; }
   static FUSEDRNN_DEVICE Operand load(const uint32_t* at, int count) {
     Operand b;
 #pragma unroll
@@ -165,7 +167,7 @@ struct Fma {
   // of the row 8 below. A thread gives away half of what it has, twice.
   template <class F>
   static FUSEDRNN_DEVICE void for_pairs(const Sum& sum, int lane, const F& f) {
-    const bool lower = lane & 2, second = lane & 1;
+    const bool lower = half(0, lane), second = lane & 1;
     const auto exchange = [&](float mine, float other, int mask) {
       return mine + float_of(from_lane(bits_of(other), lane ^ mask));
     };
@@ -177,8 +179,12 @@ struct Fma {
     }
     const float x = exchange(second ? own[2] : own[0], second ? own[0] : own[2], 1);
     const float y = exchange(second ? own[3] : own[1], second ? own[1] : own[3], 1);
-    f(lower, lane / 4, second * 2, x, y);
+    f(0, x, y);
   }
+  static constexpr int pairs = 1;
+  static FUSEDRNN_DEVICE int half(int, int lane) { return lane / 2 % 2; }
+  static FUSEDRNN_DEVICE int row(int lane) { return lane / 4; }
+  static FUSEDRNN_DEVICE int column(int lane) { return lane % 2 * 2; }
 };
 
 }  // namespace fusedrnn::cuda

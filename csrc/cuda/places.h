@@ -12,17 +12,43 @@ struct Place {
   int t, start, rows;
 };
 
-// One of two, value by value: a choice of which to read would put both into memory.
-FUSEDRNN_INLINE Place either(bool first, const Place& a, const Place& b) {
-  return {first ? a.t : b.t, first ? a.start : b.start, first ? a.rows : b.rows};
-}
-
 // Step `number` of direction d, which runs from the last step to the first where d is 1.
 FUSEDRNN_INLINE Place place(const Sequence& s, int d, int64_t number) {
   if (number < 0 || number >= s.T) return {-1, 0, 0};
   const int64_t t = d ? s.T - 1 - number : number;
   return {static_cast<int>(t), static_cast<int>(s.start(t)), static_cast<int>(s.rows_at(t))};
 }
+
+// Steps of direction d one after the other, from `number` on and by 1 or -1, as far as [begin, end). What comes from memory,
+// where the rows of a packed batch are, is on its way from look_ahead to next.
+class Walk {
+ public:
+  FUSEDRNN_INLINE Walk(const Sequence& s, int d, int64_t begin, int64_t end, int64_t number, int by)
+      : offsets_(s.offsets),
+        B_(static_cast<int>(s.B)),
+        by_(d ? -by : by),
+        first_(static_cast<int>(d ? s.T - end : begin)),
+        steps_(static_cast<int>(end - begin)),
+        t_(static_cast<int>(d ? s.T - 1 - number : number)) {}
+
+  FUSEDRNN_INLINE void look_ahead() {
+    exists_ = static_cast<unsigned>(t_ - first_) < static_cast<unsigned>(steps_);
+    start_ = t_ * B_, stop_ = start_ + B_;
+    if (offsets_ && exists_) start_ = static_cast<int>(offsets_[t_]), stop_ = static_cast<int>(offsets_[t_ + 1]);
+  }
+  FUSEDRNN_INLINE Place next() {
+    const Place next = exists_ ? Place{t_, start_, stop_ - start_} : Place{-1, 0, 0};
+    t_ += by_;
+    return next;
+  }
+
+ private:
+  const int64_t* const offsets_;
+  const int B_, by_, first_, steps_;
+  int t_;
+  int start_, stop_;  // of the next step's rows
+  bool exists_;
+};
 
 // Steps [begin, end) in the order of each direction, and which rows of the sequence they are.
 struct Chunk {

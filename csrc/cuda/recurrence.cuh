@@ -50,7 +50,7 @@ class Recurrence : Layer<Cell, S> {
       }
     }
     step.B = static_cast<int>(B_), step.H = static_cast<int>(H_), step.directions = D_;
-    step.rows = {p.sequence.lengths, p.sequence.resets};
+    step.rows = {p.sequence.lengths, reinterpret_cast<const uint8_t*>(p.sequence.resets)};
     for (int d = 0; d < D_; ++d) step.input[d] = room.input[d];
     step.hidden = room.hidden;
     step.y = static_cast<S*>(p.y);
@@ -93,7 +93,7 @@ class Recurrence : Layer<Cell, S> {
       if constexpr (Cell::has_cell) start_gradient(room.dc, p.dc_n);
     }
     step.B = static_cast<int>(B_), step.H = static_cast<int>(H_), step.directions = D_;
-    step.rows = {p.sequence.lengths, p.sequence.resets};
+    step.rows = {p.sequence.lengths, reinterpret_cast<const uint8_t*>(p.sequence.resets)};
     step.y = as<S>(p.y);
     step.hx = as<S>(p.hx);
     step.cx = as<S>(p.cx);

@@ -15,84 +15,92 @@ FUSEDRNN_DEVICE void run_resident_forward(const ResidentForward<S>& p, unsigned 
   using V = Values<float, 1>;
   const ForwardStep<S>& step = p.step;
   Resident<Cell, Multiplier, Exchange, ResidentForward<S>, false> block(p, memory);
-  using Item = typename decltype(block)::Item;
+  using Team = decltype(block);
+  using Item = typename Team::Item;
   const ResidentPlan& plan = p.plan;
   Fragment weights[2][register_groups];
   block.load_weights(weights);
   block.begin();
 
-  V biases[Cell::sums] = {}, input[Cell::gates];
-  bool reset = false;
-  const auto load_ahead = [&](const Item& item, const Place& place) {
-    if (!item.exists || !step.rows.has(place, item.at.b)) return;
-    load_input<Cell, S, 1>(step, place, item.at, input);
-    reset = step.rows.reset(place, item.at.b);
-  };
-  Place here = place(p.sequence, block.d, p.begin);
+  ForwardColumns<Cell, S> columns(step, block.unit, block.d);
+  if constexpr (Team::has_registers) columns.keep();
+  V biases[Cell::sums] = {};
+  Walk walk(p.sequence, block.d, p.begin, p.end, p.begin, 1);
   for (int tile = 0; tile < plan.tiles; ++tile) {
     const Item item = block.item(tile);
     State<float, 1> state;
-    if (item.exists) state = load_state<Cell, S, 1>(step, item.at);
-    if (item.in_tile) {
-      store<1>(block.states(0, tile) + item.in_states, state.h);
-      if constexpr (Cell::has_cell) store<1>(block.states(1, tile) + item.in_states, state.c);
+    if (item.exists) state = load_state<Cell, S, 1>(step, block.position(item));
+    if (block.in_tile) {
+      store<1>(block.own_state(0, tile), state.h);
+      if constexpr (Cell::has_cell) store<1>(block.own_state(1, tile), state.c);
     }
     const V h[1] = {state.h};
-    block.hand_on(tile, 1, item, h);
+    block.hand_on(tile, 1, h);
     block.exchange.sent(tile);
   }
   if (plan.tiles > 1) block.exchange.request(0, 1);
-  if (block.item(0).exists) load_biases<Cell, S, 1>(step, block.item(0).at, biases);
-  load_ahead(block.item(0), here);
+  if (block.has_unit) load_biases<Cell, S, 1>(step, {0, block.unit, block.d}, biases);
 
+  walk.look_ahead();
+  Place here = walk.next();
   const int rounds = static_cast<int>(p.end - p.begin);
   int number = 0;  // of the product
 #pragma unroll 1
   for (int round = 1; round <= rounds; ++round) {
-    const Place next = place(p.sequence, block.d, round < rounds ? p.begin + round : -1);
+    if constexpr (Team::has_registers) walk.look_ahead();
 #pragma unroll 1
     for (int tile = 0; tile < plan.tiles; ++tile, ++number) {
+      const bool last = tile + 1 == plan.tiles;
       const Item item = block.item(tile);
-      const bool takes_part = item.exists && step.rows.has(here, item.at.b);
+      const bool in_place = item.exists && item.b < here.rows;
+      const int row = here.start + item.b;
+      // What comes from memory is on its way during the exchange and the product. Not from one turn of the loop to the
+      // next: where a loop begins the compiler waits for all that is on its way.
+      V input[Cell::gates], product[Cell::gates], h[1] = {}, c{};
+      int length = 0;
+      uint8_t reset = 0;
+      if (in_place) {
+        load_input(columns, row, input);
+        length = step.rows.length(item.b);
+        reset = step.rows.reset_byte(here, item.b);
+      }
+      float* const h_state = block.own_state(0, tile);
+      float* const c_state = block.own_state(Cell::has_cell, tile);
+      if (block.in_tile) {
+        h[0] = load<1>(h_state);
+        if constexpr (Cell::has_cell) c = load<1>(c_state);
+      }
       block.exchange.receive(tile, round);
       block.multiply(weights, block.exchange.operand(tile, round), number);
       __syncthreads();
-      V product[Cell::gates], h[1] = {}, c{};
+      block.products(tile, round, number, product);
+      const bool takes_part = in_place && here.t < length;
       Forwarded<Cell, float, 1> made;
-      block.products(tile, round, number, item, product);
-      if (item.in_tile) {
-        float* const h_state = block.states(0, tile) + item.in_states;
-        float* const c_state = block.states(Cell::has_cell, tile) + item.in_states;
-        h[0] = load<1>(h_state);
-        if constexpr (Cell::has_cell) c = load<1>(c_state);
-        if (takes_part) {
-          made = forward_units<Cell>(biases, input, product, h[0], c, reset);
-          h[0] = made.h;
-          store<1>(h_state, h[0]);
-          if constexpr (Cell::has_cell) store<1>(c_state, made.c);
-        }
+      if (takes_part) {
+        made = forward_units<Cell>(biases, input, product, h[0], c, reset);
+        h[0] = made.h;
+        store<1>(h_state, h[0]);
+        if constexpr (Cell::has_cell) store<1>(c_state, made.c);
       }
-      const bool last = tile + 1 == plan.tiles;
-      if (round < rounds) block.hand_on(tile, round + 1, item, h);
+      if (round < rounds) block.hand_on(tile, round + 1, h);
       if (plan.tiles > 1 && !(last && round == rounds)) block.exchange.request(last ? 0 : tile + 1, round + last);
       if (round < rounds) block.exchange.sent(tile);
-      // What comes from memory is on its way during the next product. Nobody waits for what is stored.
-      load_ahead(block.item(last ? 0 : tile + 1), either(last, next, here));
-      if (takes_part)
-        store_forward<Cell, S, 1>(step, here, item.at, made);
-      else if (item.exists && item.at.b < here.rows)
-        forward_nothing<S, 1>(step, here, item.at);
+      if (takes_part)  // nobody waits for what is stored
+        store_forward(columns, row, made);
+      else if (in_place)
+        forward_nothing<1>(columns, row);
     }
-    here = next;
+    if constexpr (!Team::has_registers) walk.look_ahead();
+    here = walk.next();
   }
 
   for (int tile = 0; tile < plan.tiles; ++tile) {
     const Item item = block.item(tile);
     if (!item.exists) continue;
     State<float, 1> state;
-    state.h = load<1>(block.states(0, tile) + item.in_states);
-    if constexpr (Cell::has_cell) state.c = load<1>(block.states(1, tile) + item.in_states);
-    store_state<Cell, S, 1>(step, item.at, state);
+    state.h = load<1>(block.own_state(0, tile));
+    if constexpr (Cell::has_cell) state.c = load<1>(block.own_state(1, tile));
+    store_state<Cell, S, 1>(step, block.position(item), state);
   }
 }
 
@@ -107,26 +115,26 @@ FUSEDRNN_DEVICE void run_resident_backward(const ResidentBackward<S>& p, unsigne
   Fragment weights[2][register_groups];
   block.load_weights(weights);
   block.begin();
+  BackwardColumns<Cell, S> columns(step, block.unit, block.d);
+  if constexpr (Team::has_registers) columns.keep();
   const auto state_of = [&](const Item& item) {
-    return static_cast<int64_t>(block.d * step.B + item.at.b) * step.H + item.at.j;
+    return static_cast<int64_t>(block.d * step.B + item.b) * step.H + block.unit;
   };
   for (int tile = 0; tile < plan.tiles; ++tile) {
+    if (!block.in_tile) continue;
     const Item item = block.item(tile);
-    if (!item.in_tile) continue;
     State<float, 1> state;
-    if (item.exists) state = load_gradients<Cell, S, 1>(step, item.at);
-    store<1>(block.states(0, tile) + item.in_states, state.h);
-    if constexpr (Cell::has_cell) store<1>(block.states(1, tile) + item.in_states, state.c);
+    if (item.exists) state = load_gradients<Cell, S, 1>(step, block.position(item));
+    store<1>(block.own_state(0, tile), state.h);
+    if constexpr (Cell::has_cell) store<1>(block.own_state(1, tile), state.c);
   }
 
-  ForBackward<Cell, S, 1> values{};
-  const auto load_ahead = [&](const Item& item, const Place& previous, const Place& place) {
-    if (item.exists && step.rows.has(place, item.at.b))
-      values = load_for_backward<Cell, S, 1>(step, previous, place, item.at);
+  Walk walk(p.sequence, block.d, 0, p.sequence.T, p.end - 1, -1);
+  const auto next_place = [&] {
+    walk.look_ahead();
+    return walk.next();
   };
-  Place later = place(p.sequence, block.d, p.end), here = place(p.sequence, block.d, p.end - 1),
-        previous = place(p.sequence, block.d, p.end - 2);
-  load_ahead(block.item(0), previous, here);
+  Place later = place(p.sequence, block.d, p.end), here = next_place(), previous = next_place();
 
   // After the last step one more round, whose product is for the chunk before.
   const int rounds = static_cast<int>(p.end - p.begin);
@@ -134,22 +142,33 @@ FUSEDRNN_DEVICE void run_resident_backward(const ResidentBackward<S>& p, unsigne
 #pragma unroll 1
   for (int round = 0; round <= rounds; ++round) {
     const bool is_step = round < rounds;
-    const Place before = place(p.sequence, block.d, p.end - 3 - round);
+    if constexpr (Team::has_registers) walk.look_ahead();
 #pragma unroll 1
     for (int tile = 0; tile < plan.tiles; ++tile, ++number) {
-      const Item item = block.item(tile);
-      const bool takes_part = item.exists && step.rows.has(here, item.at.b);
-      const bool returns = item.exists && step.rows.has(later, item.at.b) && !step.rows.reset(later, item.at.b);
       const bool last = tile + 1 == plan.tiles;
+      const Item item = block.item(tile);
+      const int length = item.exists ? step.rows.length(item.b) : 0;
+      const auto in = [&](const Place& place) { return item.b < place.rows && place.t < length; };
+      const bool takes_part = is_step && in(here), in_later = in(later);
+      // What comes from memory is on its way during the exchange and the product, as forward; or, where the product
+      // leaves no registers, during the exchange of sums.
+      ForBackward<Cell, S, 1> values{};
+      bool reset_later = false;
+      const auto load_values = [&] {
+        if (takes_part) values = load_for_backward<1>(columns, step.rows, previous, in(previous), here, item.b);
+        if (in_later) reset_later = step.rows.reset_byte(later, item.b);
+      };
+      if constexpr (Team::has_registers) load_values();
       V returned[1] = {}, gradients[Cell::sums] = {}, to_gates[Cell::gates];
       if (round) {
         block.exchange.receive(tile, round);
-        if constexpr (!Team::shares_sums) {
-          block.multiply(weights, block.exchange.operand(tile, round), number);
-          if constexpr (Team::in_split_grid) block.exchange_sums(tile, round, number);
-          __syncthreads();
-        }
-        block.products(tile, round, number, item, returned);
+        if constexpr (!Team::shares_sums) block.multiply(weights, block.exchange.operand(tile, round), number);
+      }
+      if constexpr (!Team::has_registers) load_values();
+      if (round) {
+        if constexpr (Team::in_split_grid) block.exchange_sums(tile, round, number);
+        if constexpr (!Team::shares_sums) __syncthreads();
+        block.products(tile, round, number, returned);
       } else if (item.exists && p.end < p.sequence.T) {
         returned[0] = load<1>(step.product + state_of(item));
       }
@@ -160,11 +179,11 @@ FUSEDRNN_DEVICE void run_resident_backward(const ResidentBackward<S>& p, unsigne
         continue;
       }
       if (item.exists) {
-        float* const own = block.states(0, tile) + item.in_states;
+        float* const own = block.own_state(0, tile);
         V carried = load<1>(own);
-        if (returns) carried += returned[0];
+        if (in_later && !reset_later) carried += returned[0];
         if (takes_part) {
-          float* const cell = block.states(Cell::has_cell, tile) + item.in_states;
+          float* const cell = block.own_state(Cell::has_cell, tile);
           V dc{};
           if constexpr (Cell::has_cell) dc = load<1>(cell);
           backward_units<Cell>(values, carried, dc, gradients);
@@ -174,7 +193,7 @@ FUSEDRNN_DEVICE void run_resident_backward(const ResidentBackward<S>& p, unsigne
       }
 #pragma unroll
       for (int k = 0; k < Cell::gates; ++k) to_gates[Cell::hidden_gate(k)] = gradients[k];
-      block.hand_on(tile, round + 1, item, to_gates);
+      block.hand_on(tile, round + 1, to_gates);
 #if FUSEDRNN_HAS_CLUSTERS
       if constexpr (Team::shares_sums) {
         __syncthreads();
@@ -186,21 +205,18 @@ FUSEDRNN_DEVICE void run_resident_backward(const ResidentBackward<S>& p, unsigne
         if (plan.tiles > 1 && round + last) block.exchange.request(last ? 0 : tile + 1, round + last);
         block.exchange.sent(tile);
       }
-      // What comes from memory is on its way during the next product. Nobody waits for what is stored.
-      const Pack<S, 1> h = values.h;
-      if (!last || round + 1 < rounds)
-        load_ahead(block.item(last ? 0 : tile + 1), either(last, before, previous), either(last, previous, here));
-      if (item.exists && item.at.b < here.rows)
-        store_gradients<S, 1>(step, here, item.at, gradients, takes_part ? h : Pack<S, 1>{});
+      // Nobody waits for what is stored. The gradients of a row that is absent from the step are zero.
+      if (item.exists && item.b < here.rows) store_gradients(columns, here.start + item.b, gradients, values.h);
     }
-    later = here, here = previous, previous = before;
+    if constexpr (!Team::has_registers) walk.look_ahead();
+    later = here, here = previous, previous = walk.next();
   }
 
   for (int tile = 0; tile < plan.tiles; ++tile) {
     const Item item = block.item(tile);
     if (!item.exists) continue;
-    store<1>(step.dh + state_of(item), load<1>(block.states(0, tile) + item.in_states));
-    if constexpr (Cell::has_cell) store<1>(step.dc + state_of(item), load<1>(block.states(1, tile) + item.in_states));
+    store<1>(step.dh + state_of(item), load<1>(block.own_state(0, tile)));
+    if constexpr (Cell::has_cell) store<1>(step.dc + state_of(item), load<1>(block.own_state(1, tile)));
   }
 }
 

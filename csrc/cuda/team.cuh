@@ -35,6 +35,7 @@ struct Resident {
   static constexpr int warp_pieces = 32 / piece_units;  // of a gate of a warp's items
   static constexpr bool in_grid = std::is_same_v<Exchange, GridExchange>;
   static constexpr bool in_split_grid = is_backward && in_grid && FUSEDRNN_HAS_CLUSTERS;  // where the plan says so
+  static constexpr bool has_registers = !in_grid;  // left, to keep what could be read again
   static constexpr bool shares_sums = !in_grid && cluster_shares_sums(Cell::gates, is_backward);
   using V = Values<float, 1>;
 
@@ -52,8 +53,19 @@ struct Resident {
     int overflow;  // the place of its first group, as if all were beyond the registers
   };
   const Slot slots[2];
-  const int item_row, item_unit;    // of a tile that are this thread's
-  const int piece_row, first_unit;  // of the piece that this thread sends, of its warp's
+  const int item_row, item_unit;  // of a tile that are this thread's
+  const int unit;                 // of the layer, likewise
+  const bool in_tile, has_unit;   // not beyond the tile; nor beyond the layer
+  const bool sends;               // a piece of what its warp makes, or all of its own
+  int places[in];                 // in an operand, of what it sends of each gate
+  const int operand_at;           // of what it multiplies, in a group
+  float* const own_states;        // of the first tile
+  struct Parts {
+    const float* first;
+    int count, next, buffer;  // words from one to the next, and from one buffer to the next
+  };
+  const Parts kept_parts;  // of the sums that are this thread's, where there are registers for them
+  const int destination;   // of 8 rows of the weights of this warp, as find_destination says
 
   FUSEDRNN_DEVICE Resident(const P& p, unsigned char* memory)
       : p(p),
@@ -71,15 +83,59 @@ struct Resident {
         slots{make_slot(0), make_slot(1)},
         item_row(thread / plan.units),
         item_unit(thread % plan.units),
-        piece_row(begin_of_piece() / plan.units),
-        first_unit(begin_of_piece() % plan.units) {}
+        unit(rank * plan.units + item_unit),
+        in_tile(item_row < plan.rows),
+        has_unit(in_tile && unit < H),
+        sends(first_sent() / plan.units < plan.rows),
+        operand_at(keep(Multiplier::place(plan.rows, lane))),
+        own_states(keep_shared(reinterpret_cast<float*>(memory + layout.states) + thread)),
+        kept_parts(keep_parts()),
+        destination(find_destination()) {
+    if constexpr (has_registers)
+#pragma unroll
+      for (int gate = 0; gate < in; ++gate) places[gate] = find_place(gate);
+  }
 
-  FUSEDRNN_DEVICE int begin_of_piece() const { return thread - lane + lane % warp_pieces * piece_units; }
+  FUSEDRNN_DEVICE int find_place(int gate) const {
+    const int row = first_sent() / plan.units, of_block = first_sent() % plan.units;
+    const int word = ((shares_sums ? 0 : rank * plan.units) + of_block) / word_scalars;
+    return place_in_operand(plan, layout, gate, row, word);
+  }
+  FUSEDRNN_DEVICE int place(int gate) const { return has_registers ? places[gate] : find_place(gate); }
+
+  FUSEDRNN_DEVICE Parts find_parts() const {
+#if FUSEDRNN_HAS_CLUSTERS
+    if constexpr (shares_sums) {
+      const int of_block = exchange.share_of_block();
+      return {exchange.shares(0, 0) + item_unit * layout.share_ld + item_row, plan.blocks, of_block,
+              plan.blocks * of_block};
+    }
+    if (is_split()) {
+      const int items = plan.rows * plan.units;
+      return {shared_sums().share(0, 0) + thread, plan.split, items, plan.split * items};
+    }
+#endif
+    return {sums(0) + item_row * layout.sums_ld + item_unit * out, layout.halved_tiles ? 2 : layout.parts,
+            tile_columns * layout.sums_ld, layout.sums_words};
+  }
+  FUSEDRNN_DEVICE Parts keep_parts() const {
+    if constexpr (!has_registers) return {};
+    const Parts p = find_parts();
+    return {kept_shared(p.first), kept(p.count), kept(p.next), kept(p.buffer)};
+  }
+  static FUSEDRNN_DEVICE int keep(int x) { return has_registers ? kept(x) : x; }
+  static FUSEDRNN_DEVICE float* keep_shared(float* x) { return has_registers ? kept_shared(x) : x; }
+  FUSEDRNN_DEVICE bool is_split() const { return in_split_grid && plan.split > 1; }
+
+  // Of a tile's items, the first of those that this thread sends.
+  FUSEDRNN_DEVICE int first_sent() const {
+    return shares_sums ? thread : thread - lane + lane % warp_pieces * piece_units;
+  }
 
   FUSEDRNN_DEVICE Exchange make_exchange() const {
     if constexpr (in_grid) {
       const int team = d * plan.teams + blockIdx.y;
-      return {plan, layout, memory, rank, in, team, p.data, p.counters};
+      return {plan, layout, memory, rank, in, team, rank % split() * layout.groups, p.data, p.counters};
     } else if constexpr (shares_sums) {
       return {plan, layout, memory, rank};
     } else {
@@ -110,6 +166,15 @@ struct Resident {
             : rest < groups ? rest
                             : groups,
             overflow_before(layout, part, row_tile) - register_groups};
+  }
+
+  // Where the sums of 8 rows of the weights go in a cluster. A warp's lanes know it of all of the warp's rows, 4 lanes of the
+  // halves of a row tile of both slots: an address is then asked of a lane, not the result of a division and what follows.
+  FUSEDRNN_DEVICE int find_destination() const {
+    if constexpr (!shares_sums) return 0;
+    const Slot slot = make_slot(lane / 2 % 2);
+    const int tile = lane / 4, unit = (slot.row_tile + tile) * 16 + lane % 2 * 8, to = unit / plan.units;
+    return tile < slot.tiles && to < plan.blocks ? destination_of(to, unit - to * plan.units, layout) : nowhere;
   }
   static constexpr int half_fragment = fragment_bytes / 8;  // words from `upper` of all threads to their `lower`
 
@@ -152,6 +217,7 @@ struct Resident {
   }
 
   using Weights = Fragment[2][register_groups];
+  using Sums = typename Multiplier::Sum[2];  // of both slots
 
   FUSEDRNN_DEVICE void load_weights(Weights& weights) const {
 #pragma unroll
@@ -174,7 +240,8 @@ struct Resident {
   FUSEDRNN_DEVICE void begin() const {
     // Zeros where no block ever writes.
     uint32_t* const words = exchange.operand(0, 0);
-    for (int i = thread; i < (layout.sums - layout.operand) / 16; i += resident_threads) store_words(words + i * 4, {});
+    for (int i = thread; i < (layout.states - layout.operand) / 16; i += resident_threads)
+      store_words(words + i * 4, {});
 #if FUSEDRNN_HAS_CLUSTERS
     if constexpr (in_split_grid)
       if (plan.split > 1) shared_sums().begin();
@@ -182,7 +249,7 @@ struct Resident {
     exchange.begin();
   }
 
-  // The weights times what came in. Calls put(slot, row tile of the slot, sums, first column) with each tile's sums.
+  // The weights times what came in. Calls put(row tile of the slots, both slots' sums, first column) with each tile's sums.
   template <class Put>
   FUSEDRNN_DEVICE void multiply_by(const Weights& weights, const uint32_t* operand, const Put& put) const {
     if (!slots[0].groups) return;  // and then its second has none
@@ -203,18 +270,17 @@ struct Resident {
     const int a_group = plan.rows * group_words, all = layout.slot_groups;
     const bool same =
         shares_sums || (slots[0].first_group == slots[1].first_group && slots[0].groups == slots[1].groups);
-    const uint32_t* const own = Multiplier::begin(operand, column, plan.rows, lane);
+    const uint32_t* const own = operand + operand_at + column * group_words;
     const auto load = [&](int group) { return Multiplier::load(own + group * a_group, plan.rows - column); };
     // Where a slot has no such group, the zeros behind all: its weights there are zero too.
     const auto load_of = [&](const Slot& s, int group) {
       return load(group < s.groups ? s.first_group + group : layout.groups);
     };
-    typename Multiplier::Sum sums[2] = {};
+    Sums sums = {};
     int group = 0, tile = 0;  // of the slot's next
     const auto next_group = [&] {
       if (++group < layout.part_groups) return;
-      put(slots[0], tile, sums[0], column);
-      put(slots[1], tile, sums[1], column);
+      put(tile, sums, column);
       sums[0] = sums[1] = {};
       group = 0;
       ++tile;
@@ -262,42 +328,52 @@ struct Resident {
         if (shares_sums) next_group();
       }
     }
-    if constexpr (!shares_sums) {
-      put(slots[0], 0, sums[0], column);
-      put(slots[1], 0, sums[1], column);
-    }
+    if constexpr (!shares_sums) put(0, sums, column);
   }
 
   // Sums of every other product in another place, so that none waits for those that still read the last.
   FUSEDRNN_DEVICE float* sums(int number) const {
-    return reinterpret_cast<float*>(memory + layout.sums) + number % 2 * layout.sums_words;
+    return reinterpret_cast<float*>(memory + layout.sums) + (number & 1) * layout.sums_words;
   }
 
   // Leaves product `number` in shared memory.
   FUSEDRNN_DEVICE void multiply(const Weights& weights, const uint32_t* operand, int number) const {
     float* const to = sums(number);
-    multiply_by(weights, operand, [&](Slot slot, int, const typename Multiplier::Sum& sum, int first_column) {
-      float* const tile = to + (slot.part * tile_columns + first_column) * layout.sums_ld + slot.row_tile * 16;
-      Multiplier::for_pairs(sum, lane, [&](int half, int row, int column, float x, float y) {
-        if (!slot.groups) return;
-        float* const at = tile + column * layout.sums_ld + half * 8 + row;
-        at[0] = x;
-        at[layout.sums_ld] = y;
-      });
+    multiply_by(weights, operand, [&](int, const Sums& both, int first_column) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (!slots[i].groups) continue;
+        float* const tile =
+            to + (slots[i].part * tile_columns + first_column) * layout.sums_ld + slots[i].row_tile * 16;
+        Multiplier::for_pairs(both[i], lane, [&](int pair, float x, float y) {
+          float* const at = tile + Multiplier::column(lane) * layout.sums_ld + Multiplier::half(pair, lane) * 8 +
+                            Multiplier::row(lane);
+          at[0] = x;
+          at[layout.sums_ld] = y;
+        });
+      }
     });
   }
 
 #if FUSEDRNN_HAS_CLUSTERS
   // Sends each block of the cluster its share.
   FUSEDRNN_DEVICE void multiply_and_send(const Weights& weights, int tile, int round) const {
-    multiply_by(weights, exchange.operand(tile, round),
-                [&](Slot slot, int of_slot, const typename Multiplier::Sum& sum, int first_column) {
-                  Multiplier::for_pairs(sum, lane, [&](int half, int row, int column, float x, float y) {
-                    if (of_slot < slot.tiles)
-                      exchange.send(tile, round, (slot.row_tile + of_slot) * 16 + half * 8 + row, first_column + column,
-                                    x, y);
-                  });
-                });
+    const auto outbox =
+        exchange.outbox(tile, round, Multiplier::row(lane) * layout.share_ld + Multiplier::column(lane));
+    multiply_by(weights, exchange.operand(tile, round), [&](int of_slots, const Sums& both, int first_column) {
+      int to[2][Multiplier::pairs];  // all first: they come from other lanes
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int pair = 0; pair < Multiplier::pairs; ++pair)
+          to[i][pair] = from_lane(destination, of_slots * 4 + i * 2 + Multiplier::half(pair, lane));
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        Multiplier::for_pairs(both[i], lane, [&](int pair, float x, float y) {
+          if (to[i][pair] != nowhere && first_column + Multiplier::column(lane) < plan.rows)
+            outbox.send(to[i][pair], first_column, x, y);
+        });
+    });
   }
 
   FUSEDRNN_DEVICE SharedSums shared_sums() const { return {plan, layout, memory, rank}; }
@@ -326,73 +402,67 @@ struct Resident {
 #endif
   }
 
-  // The two arrays of states, of a tile.
-  FUSEDRNN_DEVICE float* states(int which, int tile) const {
-    return reinterpret_cast<float*>(memory + layout.states) + (which * plan.tiles + tile) * plan.rows * plan.units;
+  // Of the two arrays of states, a tile's item.
+  FUSEDRNN_DEVICE float* own_state(int which, int tile) const {
+    return own_states + (which * plan.tiles + tile) * plan.rows * plan.units;
   }
 
-  // The unit and the row of a tile that are a thread's, and where they are in the block and in the batch.
+  // What a tile has for a thread.
   struct Item {
-    int row, unit, in_states;
-    Position at;
-    bool in_tile, exists;  // not beyond the tile; nor beyond the layer and the batch
+    int b;        // row of the batch
+    bool exists;  // not beyond the tile, the layer and the batch
   };
   FUSEDRNN_DEVICE Item item(int tile) const {
-    const int b = first + tile * plan.rows + item_row, j = rank * plan.units + item_unit;
-    const bool in_tile = item_row < plan.rows;
-    return {item_row, item_unit, thread, {b, j, d}, in_tile, in_tile && b < p.step.B && j < H};
+    const int b = first + tile * plan.rows + item_row;
+    return {b, has_unit && b < p.step.B};
   }
+  FUSEDRNN_DEVICE Position position(const Item& item) const { return {item.b, unit, d}; }
 
   // What the product of a tile and its exchange left for an item, of each gate.
-  FUSEDRNN_DEVICE void products(int tile, int round, int number, const Item& item, V (&product)[out]) const {
+  FUSEDRNN_DEVICE void products(int tile, int round, int number, V (&product)[out]) const {
 #pragma unroll
     for (int gate = 0; gate < out; ++gate) product[gate] = V{};
-    if (!item.in_tile) return;
-#if FUSEDRNN_HAS_CLUSTERS
-    if constexpr (shares_sums) {
-      const float* from = exchange.shares(tile, round) + item.unit * layout.share_ld + item.row;
-#pragma unroll 4
-      for (int block = 0; block < plan.blocks; ++block, from += exchange.share_of_block()) product[0] += load<1>(from);
-      return;
-    }
-    if (in_split_grid && plan.split > 1) {
+    if (!in_tile) return;
+    const int buffer = shares_sums ? tile * 2 + (round & 1) : is_split() ? tile : number & 1;
+    const Parts parts = has_registers ? kept_parts : find_parts();
+    const float* from = parts.first + buffer * parts.buffer;
+    const auto add_some = [&](auto some) {
+      constexpr int count = decltype(some)::value;
+      Values<float, out> part[count];
 #pragma unroll
-      for (int member = 0; member < split_blocks; ++member)
-        product[0] += load<1>(shared_sums().share(tile, member) + item.in_states);
-      return;
-    }
-#endif
-    const int first_row = item.unit * out, a_part = tile_columns * layout.sums_ld;
-    const int most = layout.halved_tiles ? 2 : layout.parts, halved = layout.halved_tiles * 16;
-    const float* from = sums(number) + item.row * layout.sums_ld + first_row;
-#pragma unroll 1
-    for (int part = 0; part < most; ++part, from += a_part) {
-      if constexpr (out == 4) {  // of one row tile, and in one access
-        if (part >= layout.parts && first_row >= halved) break;
-        const auto all = cuda::load<out>(from);
+      for (int i = 0; i < count; ++i, from += parts.next) {
+        if constexpr (out == 4) {  // in one access
+          part[i] = cuda::load<out>(from);
+        } else {
 #pragma unroll
-        for (int gate = 0; gate < out; ++gate) product[gate] += V{all[gate]};
-      } else {
-#pragma unroll
-        for (int gate = 0; gate < out; ++gate)
-          if (part < layout.parts || first_row + gate < halved) product[gate] += load<1>(from + gate);
+          for (int gate = 0; gate < out; ++gate) part[i][gate] = load<1>(from + gate)[0];
+        }
       }
-    }
+#pragma unroll
+      for (int i = 0; i < count; ++i)
+#pragma unroll
+        for (int gate = 0; gate < out; ++gate) product[gate] += V{part[i][gate]};
+    };
+    constexpr int at_once = out == 1 ? 4 : 2;
+    int left = parts.count;
+#pragma unroll 1
+    for (; left >= at_once; left -= at_once) add_some(std::integral_constant<int, at_once>());
+#pragma unroll 1
+    for (; left > 0; --left) add_some(std::integral_constant<int, 1>());
   }
 
-  // Hands on what a warp's threads have made for an item, by gate.
-  FUSEDRNN_DEVICE void hand_on(int tile, int round, const Item& item, const V (&made)[in]) const {
+  // Hands on what a warp's threads have made for their items, by gate.
+  FUSEDRNN_DEVICE void hand_on(int tile, int round, const V (&made)[in]) const {
     if constexpr (shares_sums) {
       // To the block itself, for its own product.
-      if (!item.in_tile) return;
+      if (!sends) return;
 #pragma unroll
       for (int gate = 0; gate < in; ++gate) {
-        uint32_t* const word =
-            exchange.operand(tile, round) + place_in_operand(plan, layout, gate, item.row, item.unit / word_scalars);
+        uint32_t* const word = exchange.operand(tile, round) + place(gate);
         if constexpr (word_scalars == 1)
           *word = Multiplier::bits(made[gate][0]);
         else
-          store<1>(reinterpret_cast<S*>(word) + item.unit % word_scalars, made[gate]);
+          store<1>(reinterpret_cast<S*>(word) + item_unit % word_scalars, made[gate]);
       }
     } else {
 #pragma unroll
@@ -408,10 +478,7 @@ struct Resident {
 #pragma unroll
           for (int i = 0; i < piece_words; ++i) words[i] = from_lane(pair, begin + 2 * i);
         }
-        const int word = (rank * plan.units + first_unit) / word_scalars;
-        if (piece_row < plan.rows)
-          exchange.send(tile, round, place_in_operand(plan, layout, gate, piece_row, word), words, lane / warp_pieces,
-                        piece_units);
+        if (sends) exchange.send(tile, round, place(gate), words, lane / warp_pieces, piece_units);
       }
     }
   }

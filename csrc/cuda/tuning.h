@@ -146,6 +146,7 @@ constexpr int resident_register_budget = 255;  // one block to a multiprocessor
 constexpr int slots = 2 * resident_warps;
 constexpr int register_groups = 8;
 constexpr int group_words = 16;
+constexpr int most_slot_tiles = 8;          // row tiles of a slot: 4 lanes of a warp know where the sums of each go
 constexpr int fragment_bytes = 8 * 32 * 4;  // of a slot's group: 8 registers of 32 threads
 
 // Rows of the batch that an instruction takes. A tile has fewer where a thread would have more than one of its units: what a
@@ -208,7 +209,6 @@ struct ResidentLayout {
   int sums_ld;         // a step of 8 banks from every second row to the next, for the stores of two columns each
   int sums_words;      // of one of two buffers
   int share_ld;        // rows, a multiple of 2 that is none of 4: neighbouring units are then at most two to a bank
-  int reciprocal_units;  // of 2^20, rounded up: divides exactly up to 16 blocks of 256 units
   // Offsets in bytes of shared memory:
   int operand;  // [tiles][2] in a cluster, one in a grid
   int sums;     // [2][parts of a row tile][8][sums_ld]
@@ -257,7 +257,6 @@ constexpr FUSEDRNN_INLINE ResidentLayout resident_layout(const ResidentPlan& pla
   const int parts_of_a_tile = l.halved_tiles ? 2 : l.parts;
   l.sums_words = all_share ? 0 : parts_of_a_tile * tile_columns * l.sums_ld;
   l.share_ld = all_share ? round_up(plan.rows + 2, 4) - 2 : plan.rows;
-  l.reciprocal_units = ((1 << 20) + plan.units - 1) / plan.units;
   const int buffers = plan.cluster ? 2 * plan.tiles : 1, barriers = plan.cluster ? 2 : plan.split > 1 ? 1 : 0;
   l.sums = l.operand + buffers * l.operand_words * 4;
   l.states = l.sums + 2 * l.sums_words * 4;
@@ -302,7 +301,7 @@ constexpr ResidentPlan resident_plan(const Limits& limits, Team team, int64_t T,
     const auto layout = [&] { return resident_layout(plan, gates, backward, has_cell, scalar_bytes); };
     const ResidentLayout of_one = layout();
     plan.cycles = all_tiles * tile_cycles(plan, of_one);
-    if (of_one.slots_per_part > slots || plan.cycles > most_step_cycles) return;
+    if (of_one.slots_per_part > slots || of_one.slot_tiles > most_slot_tiles || plan.cycles > most_step_cycles) return;
     if (best.blocks && plan.cycles >= best.cycles) return;
     const auto fits = [&](int64_t tiles) {
       plan.tiles = static_cast<int>(tiles);

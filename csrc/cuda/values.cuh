@@ -41,6 +41,39 @@ FUSEDRNN_DEVICE double widen(double x) { return x; }
 FUSEDRNN_DEVICE void narrow(float x, float& to) { to = x; }
 FUSEDRNN_DEVICE void narrow(double x, double& to) { to = x; }
 
+// x, which the compiler shall keep in a register: what it can read or work out again, it does at every step of a loop, and
+// the step waits for that. To be called by all threads of a warp.
+#if defined(FUSEDRNN_HOSTCUDA)
+template <class T>
+FUSEDRNN_DEVICE T kept(T x) {
+  return x;
+}
+template <class T>
+FUSEDRNN_DEVICE T* kept_shared(T* x) {
+  return x;
+}
+#else
+// Handed to itself by every thread, which the compiler does not see; of what is the same for all it does, but for the lane.
+template <class T>
+FUSEDRNN_DEVICE T kept_bits(T x) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  return __shfl_sync(0xffffffff, x + lane, lane) - lane;
+}
+FUSEDRNN_DEVICE int kept(int x) { return kept_bits(x); }
+FUSEDRNN_DEVICE bool kept(bool x) { return kept_bits<int>(x); }
+template <class T>
+FUSEDRNN_DEVICE T* kept(T* x) {
+  T* const same = reinterpret_cast<T*>(kept_bits(reinterpret_cast<uint64_t>(x)));
+  __builtin_assume(__isGlobal(same));
+  return same;
+}
+// Likewise, of shared memory.
+template <class T>
+FUSEDRNN_DEVICE T* kept_shared(T* x) {
+  return static_cast<T*>(__cvta_shared_to_generic(kept_bits(static_cast<uint32_t>(__cvta_generic_to_shared(x)))));
+}
+#endif
+
 // width neighbours in memory, loaded and stored in one access; the address is a multiple of their size.
 template <class S, int width>
 struct alignas(sizeof(S) * width) Pack {

@@ -102,7 +102,8 @@ def changed(folder: Path, file: str, line: int, new: str, kernels: tuple[Path, .
     lines = path.read_text().splitlines()
     lines[line] = new
     path.write_text("\n".join(lines) + "\n")
-    shutil.copytree(build(kernels=kernels).parents[1], made)  # the objects that the change leaves as they are
+    # The objects that the change leaves as they are; others lie there too, of every change before.
+    shutil.copytree(build(kernels=kernels).parents[1], made, copy_function=os.symlink)
     return build(csrc, made, kernels)
 
 
