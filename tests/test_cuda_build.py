@@ -176,8 +176,9 @@ def test_nothing_is_spilled_and_accesses_are_wide(folder, name, architecture):
         assert bool(sent) == (not in_grid or ("backward<" in kernel and has_clusters)), kernel
         assert all(re.search(rf"\b{width}\b", opcode) for opcode in sent), (kernel, sent)
     for kernel in blocks(name):
+        assert [opcode for opcode in find(kernel, code) if re.match(r"LDS.*\b128\b", opcode)], kernel
+    for kernel in [*blocks(name), *(kernel for kernel, _ in residents(name, architecture))]:
         opcodes = find(kernel, code)
-        assert [opcode for opcode in opcodes if re.match(r"LDS.*\b128\b", opcode)], kernel
         assert not [opcode for opcode in opcodes if re.match(r"LD\.|ST\.", opcode)], f"{kernel}: of no known memory"
 
 

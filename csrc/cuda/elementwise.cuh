@@ -327,9 +327,11 @@ FUSEDRNN_DEVICE ForBackward<Cell, S, width> load_for_backward(const BackwardColu
   v.reset = rows.reset_byte(here, b);
   if (columns.dy) v.dy = load_pack<width>(columns.dy.at(row, columns.outputs));
   if (columns.hx)
-    v.h = load_pack<width>(in_previous ? columns.y.at(row_before, columns.outputs) : columns.hx.at(b, columns.H));
+    v.h = load_pack<width>(
+        in_global(in_previous ? columns.y.at(row_before, columns.outputs) : columns.hx.at(b, columns.H)));
   if constexpr (Cell::has_cell) {
-    v.c = load_pack<width>(in_previous ? columns.cells.at(row_before, columns.H) : columns.cx.at(b, columns.H));
+    v.c = load_pack<width>(
+        in_global(in_previous ? columns.cells.at(row_before, columns.H) : columns.cx.at(b, columns.H)));
     v.c_next = load_pack<width>(columns.cells.at(row, columns.H));
     if (columns.dcells) v.dc = load_pack<width>(columns.dcells.at(row, columns.H));
   }

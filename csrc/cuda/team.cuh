@@ -425,7 +425,7 @@ struct Resident {
     if (!in_tile) return;
     const int buffer = shares_sums ? tile * 2 + (round & 1) : is_split() ? tile : number & 1;
     const Parts parts = has_registers ? kept_parts : find_parts();
-    const float* from = parts.first + buffer * parts.buffer;
+    const float* from = in_shared(parts.first + buffer * parts.buffer);
     const auto add_some = [&](auto some) {
       constexpr int count = decltype(some)::value;
       Values<float, out> part[count];

@@ -52,7 +52,26 @@ template <class T>
 FUSEDRNN_DEVICE T* kept_shared(T* x) {
   return x;
 }
+template <class T>
+FUSEDRNN_DEVICE T* in_global(T* x) {
+  return x;
+}
+template <class T>
+FUSEDRNN_DEVICE T* in_shared(T* x) {
+  return x;
+}
 #else
+// Tell the compiler in which memory x lies, where it does not see it.
+template <class T>
+FUSEDRNN_DEVICE T* in_global(T* x) {
+  __builtin_assume(__isGlobal(x));
+  return x;
+}
+template <class T>
+FUSEDRNN_DEVICE T* in_shared(T* x) {
+  __builtin_assume(__isShared(x));
+  return x;
+}
 // Handed to itself by every thread, which the compiler does not see; of what is the same for all it does, but for the lane.
 template <class T>
 FUSEDRNN_DEVICE T kept_bits(T x) {
@@ -63,9 +82,7 @@ FUSEDRNN_DEVICE int kept(int x) { return kept_bits(x); }
 FUSEDRNN_DEVICE bool kept(bool x) { return kept_bits<int>(x); }
 template <class T>
 FUSEDRNN_DEVICE T* kept(T* x) {
-  T* const same = reinterpret_cast<T*>(kept_bits(reinterpret_cast<uint64_t>(x)));
-  __builtin_assume(__isGlobal(same));
-  return same;
+  return in_global(reinterpret_cast<T*>(kept_bits(reinterpret_cast<uint64_t>(x))));
 }
 // Likewise, of shared memory.
 template <class T>
