@@ -174,8 +174,7 @@ __global__ void __launch_bounds__(most_block_threads, 1) block_forward(const __g
   for_items([&](int i, int, const Position& at) { load_biases<Cell, S, 1>(step, at, biases[i]); });
   const typename Own::template ColumnsOf<ForwardColumns<Cell, S>, ForwardStep<S>> columns(block, step, d);
   Walk walk(p.sequence, d, p.begin, p.end, p.begin, 1);
-  walk.look_ahead();
-  Place here = walk.next();
+  Place here = walk.next_at_once();
   for (int64_t number = p.begin; number < p.end; ++number) {
     walk.look_ahead();
     // What comes from memory is on its way during the product. Not from one turn of the loop to the next: where a loop begins
@@ -253,11 +252,7 @@ __global__ void __launch_bounds__(most_block_threads, 1) block_backward(const __
   constexpr int items = Own::items;
   const typename Own::template ColumnsOf<BackwardColumns<Cell, S>, BackwardStep<S>> columns(block, step, d);
   Walk walk(p.sequence, d, 0, p.sequence.T, p.end - 1, -1);
-  const auto next_place = [&] {
-    walk.look_ahead();
-    return walk.next();
-  };
-  Place here = next_place(), previous = next_place();
+  Place here = walk.next_at_once(), previous = walk.next_at_once();
   bool returns[items];  // whether the product is of this row
   for_items([&](int i, int, const Position& at) {
     const Place later = place(p.sequence, d, p.end);

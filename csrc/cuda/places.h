@@ -41,6 +41,10 @@ class Walk {
     t_ += by_;
     return next;
   }
+  FUSEDRNN_INLINE Place next_at_once() {
+    look_ahead();
+    return next();
+  }
 
  private:
   const int64_t* const offsets_;

@@ -41,8 +41,7 @@ FUSEDRNN_DEVICE void run_resident_forward(const ResidentForward<S>& p, unsigned 
   if (plan.tiles > 1) block.exchange.request(0, 1);
   if (block.has_unit) load_biases<Cell, S, 1>(step, {0, block.unit, block.d}, biases);
 
-  walk.look_ahead();
-  Place here = walk.next();
+  Place here = walk.next_at_once();
   const int rounds = static_cast<int>(p.end - p.begin);
   int number = 0;  // of the product
 #pragma unroll 1
@@ -130,11 +129,7 @@ FUSEDRNN_DEVICE void run_resident_backward(const ResidentBackward<S>& p, unsigne
   }
 
   Walk walk(p.sequence, block.d, 0, p.sequence.T, p.end - 1, -1);
-  const auto next_place = [&] {
-    walk.look_ahead();
-    return walk.next();
-  };
-  Place later = place(p.sequence, block.d, p.end), here = next_place(), previous = next_place();
+  Place later = place(p.sequence, block.d, p.end), here = walk.next_at_once(), previous = walk.next_at_once();
 
   // After the last step one more round, whose product is for the chunk before.
   const int rounds = static_cast<int>(p.end - p.begin);
