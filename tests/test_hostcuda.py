@@ -305,13 +305,13 @@ PLANTED = {
     "array too small": ("recurrence.cuh", HIDDEN, HIDDEN.replace("s.D_ * ", ""), "write out of bounds: workspace"),
     "result not written": ("elementwise.cuh", "if (p.b_ih && k >= Cell::input_sum)", "if (false)", "db_ih0"),
     "gates confused": (
-        "elementwise.cuh",
+        "units.cuh",
         "hidden[Cell::hidden_gate(k)]",
         "hidden[k]",
         "^y .* above the bound",
     ),
-    "state crosses a reset": ("elementwise.cuh", "if (v.reset) v.h = v.c = {};", "", "^dx .* above the bound"),
-    "gradient crosses a reset": ("elementwise.cuh", "if (v.reset) dh = dc = {};", "", "^dx .* above the bound"),
+    "state crosses a reset": ("units.cuh", "if (v.reset) v.h = v.c = {};", "", "^dx .* above the bound"),
+    "gradient crosses a reset": ("units.cuh", "if (v.reset) dh = dc = {};", "", "^dx .* above the bound"),
 }
 
 

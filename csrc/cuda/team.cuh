@@ -5,8 +5,8 @@
 // once, and code that could stand twice is a loop instead: a step of thousands of instructions waits for the instruction cache.
 #pragma once
 
-#include "elementwise.cuh"
 #include "exchange.cuh"
+#include "units.cuh"
 
 namespace fusedrnn::cuda {
 

@@ -34,7 +34,16 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 import hostcuda  # noqa: E402
 
 FILES = (
-    *("elementwise.cuh", "block.cuh", "resident.cuh", "team.cuh", "exchange.cuh", "mma.cuh", "chunk_kernel.cuh"),
+    *(
+        "units.cuh",
+        "elementwise.cuh",
+        "block.cuh",
+        "resident.cuh",
+        "team.cuh",
+        "exchange.cuh",
+        "mma.cuh",
+        "chunk_kernel.cuh",
+    ),
     *("recurrence.cuh", "layer.cuh", "places.h", "values.cuh", "tuning.h"),
 )
 # What is replaced by what. A whole token is matched, with the spaces around an operator.
