@@ -10,6 +10,11 @@
 
 namespace fusedrnn::cuda {
 
+// Whether forward is one kernel (lone_step.cuh), which has all rows of the batch. A part of a packed sequence may have fewer.
+inline bool is_lone(const Sequence& s, int accumulator_bytes) {
+  return is_lone_step(s.T, s.B, s.lengths, accumulator_bytes) && s.rows_at(0) == s.B;
+}
+
 template <class Cell, class S>
 class Recurrence : Layer<Cell, S> {
   using Base = Layer<Cell, S>;
@@ -23,7 +28,7 @@ class Recurrence : Layer<Cell, S> {
         room_(context.workspace),
         kernel_(p, context.limits, context.tf32, backward),
         exact_(std::is_same_v<S, float> && !context.tf32),
-        lone_(is_lone_step(p.sequence.T, B_, p.sequence.lengths, sizeof(A))) {
+        lone_(is_lone(p.sequence, sizeof(A))) {
     this->chunk_bytes_ = kernel_.chunk_bytes(context.chunk_bytes);
     if (std::max(N_, D_ * B_) >= int64_t{1} << 31)  // kernels count rows with 32 bits
       throw std::runtime_error("fusedrnn: expected fewer than 2^31 rows in a sequence, got " + std::to_string(N_));
@@ -296,7 +301,7 @@ class Recurrence : Layer<Cell, S> {
   Room room_;
   ChunkKernel<Cell, S> kernel_;
   const bool exact_;  // float32 that may not be rounded to TF32
-  const bool lone_;   // forward is one kernel (lone_step.cuh)
+  const bool lone_;   // is_lone
 };
 
 // f(a scalar) with the type that the params name.
@@ -321,7 +326,7 @@ const char* RecurrenceOf<Cell>::schedule(const Problem& p, const Limits& limits,
   const char* name = nullptr;
   with_scalar(p.scalar, [&](auto s) {
     using S = decltype(s);
-    const bool lone = is_lone_step(p.sequence.T, p.sequence.B, p.sequence.lengths, sizeof(Accumulator<S>));
+    const bool lone = is_lone(p.sequence, sizeof(Accumulator<S>));
     name = lone && !backward ? "lone" : ChunkKernel<Cell, S>(p, limits, tf32, backward).name();
   });
   return name;
