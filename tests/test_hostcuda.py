@@ -247,45 +247,6 @@ def test_order_of_threads_makes_no_difference(monkeypatch, schedules):
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "both"])
-@pytest.mark.parametrize("kind", CELLS, ids=lambda kind: Case(**kind).equations)
-def test_lone_step(kind, bidirectional, dtype):
-    for B, I, H in (1, 40, 36), (3, 5, 9), (6, 132, 4), (16, 4, 12), (17, 4, 12):  # noqa: E741
-        case = Case(**kind, T=1, B=B, I=I, H=H, bidirectional=bidirectional, dtype=dtype)
-        assert hostcuda.schedule_of(case) == ("step" if B > 16 or dtype == "float64" else "lone")
-        for call in Call(case), Call(replace(case, lengths=(1,) * B), resets=True):
-            check(call)
-
-
-def test_how_much_is_enqueued(monkeypatch):
-    """A launch takes some µs, which is what a small layer's call consists of."""
-    test_operators = pytest.importorskip("test_operators")
-
-    def counted(kind, schedules, T, **more):
-        monkeypatch.setattr(hostcuda, "schedules", schedules)
-        call = Call(Case(**kind, T=T, B=2, H=32, dtype="bfloat16", **more))
-        given = test_operators.backward_arguments(call) | {"tf32": False}
-        states = 2 if given["cx"] is not None else 1
-        given["wanted"] = [True, *[False] * states, *[True] * len(given["weights"])]
-        names = ("cell", "x", "hx", "cx", "weights", "batch_sizes", "lengths", "resets", "tf32")
-        before = hostcuda.library().enqueued()
-        hostcuda.forward(**{name: given[name] for name in names}, save=True)
-        between = hostcuda.library().enqueued()
-        hostcuda.backward(**given)
-        return between - before, hostcuda.library().enqueued() - between
-
-    for kind in CELLS:
-        # x·W_ih and the steps; the steps, ones for the biases' sum, dx, dW_ih, dW_hh, that sum, and the biases.
-        hidden = 2 if kind["cell"] == "gru" else 1
-        for schedules in (Schedules.BLOCK, Schedules.CLUSTER):
-            assert counted(kind, schedules, T=8) == (2, 6 + hidden), (kind, schedules)
-        # Two a step; backward none to go back to a state that is not asked for, but a GRU's W_hh in another order.
-        for bidirectional in False, True:
-            assert counted(kind, Schedules.STEP, T=1, bidirectional=bidirectional)[0] == 1, kind
-        assert counted(kind, Schedules.STEP, T=3) == (7, 5 + 5 + hidden + 2 * (hidden - 1)), kind
-
-
 # What is broken, where and how, and the words in which that shows. A test that cannot fail is none.
 MASK = "if (at.b >= here.rows || at.j >= p.H) return;"
 HIDDEN = "if (!s.kernel_) hidden = s.room_.template take<A>(s.D_ * s.B_ * gates);"
@@ -303,7 +264,7 @@ PLANTED = {
     "wide at any address": ("layer.cuh", "if (H_ % widest) return false;", "", "misaligned|read out of bounds"),
     "host in device memory": ("recurrence.cuh", BEGIN, f"{BEGIN} room.dh[0] = 0;", "host code"),
     "array too small": ("recurrence.cuh", HIDDEN, HIDDEN.replace("s.D_ * ", ""), "write out of bounds: workspace"),
-    "result not written": ("elementwise.cuh", "if (p.b_ih && k >= Cell::input_sum)", "if (false)", "db_ih0"),
+    "result not written": ("biases.cuh", "if (to.b_ih && k >= Cell::input_sum)", "if (false)", "db_ih0"),
     "gates confused": (
         "units.cuh",
         "hidden[Cell::hidden_gate(k)]",
@@ -324,13 +285,3 @@ def test_planted_defect_is_found(tmp_path, monkeypatch, name):
     monkeypatch.setattr(hostcuda, "library", lambda: broken)
     with pytest.raises(AssertionError, match=words):
         check(Call(Case("gru", T=3, B=3, H=6, bidirectional=True, dtype="bfloat16"), resets=True))
-
-
-@pytest.mark.parametrize("kind", CELLS, ids=lambda kind: Case(**kind).equations)
-def test_each_gradient_alone(kind):
-    test_operators = pytest.importorskip("test_operators")
-    given = test_operators.backward_arguments(Call(Case(**kind, T=3, H=6, bidirectional=True))) | {"tf32": False}
-    together = hostcuda.backward(**given)
-    for i, gradient in enumerate(together):
-        (alone,) = hostcuda.backward(**given | {"wanted": [k == i for k in range(len(together))]})
-        assert torch.equal(alone, gradient)

@@ -76,36 +76,4 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once)
   store<width>(p.to + row * p.columns + j, load<width>(p.from + row * p.columns + j));
 }
 
-// The gradients of both biases, where they are wanted, from those of the pre-activations that they are part of.
-template <class S>
-struct Biases {
-  const Accumulator<S>* sums;  // [sums*H]
-  S *b_ih, *b_hh;              // [gates*H], or nullptr
-  int H;
-};
-
-template <class Cell, class S>
-__global__ void __launch_bounds__(block_threads, blocks_at_once) write_biases(const __grid_constant__ Biases<S> p) {
-  const Position at = position<1>();
-  if (at.b > 0 || at.j >= p.H) return;
-#pragma unroll
-  for (int k = 0; k < Cell::sums; ++k) {
-    const auto sum = load<1>(p.sums + k * p.H + at.j);
-    if (p.b_ih && k >= Cell::input_sum) store<1>(p.b_ih + (k - Cell::input_sum) * p.H + at.j, sum);
-    if (p.b_hh && k < Cell::gates) store<1>(p.b_hh + Cell::hidden_gate(k) * p.H + at.j, sum);
-  }
-}
-
-template <class S>
-struct Ones {
-  S* to;
-  int64_t count;
-};
-
-template <class S>
-__global__ void __launch_bounds__(block_threads, blocks_at_once) fill_with_one(const __grid_constant__ Ones<S> p) {
-  const Position at = position<1>();
-  if (at.b < p.count && at.j == 0) store<1>(p.to + at.b, Values<Accumulator<S>, 1>{1});
-}
-
 }  // namespace fusedrnn::cuda

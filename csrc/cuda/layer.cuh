@@ -5,8 +5,8 @@
 #include <initializer_list>
 #include <type_traits>
 
+#include "biases.cuh"
 #include "cuda.h"
-#include "elementwise.cuh"
 
 namespace fusedrnn::cuda {
 
@@ -61,26 +61,28 @@ class Layer {
         chunk_bytes_(context.chunk_bytes) {}
 
   // A chunk's gradients of pre-activations, and what they become: sums over all chunks, in the accumulators' type. Those of a
-  // lone chunk go to the weights' gradients themselves.
+  // lone chunk go to the gradients themselves.
   struct Gradients {
     int64_t rows;      // of the sequence in a chunk
-    S* da[2];          // [rows, sums*H]
+    bool lone;         // whether that is all
+    int slices;        // of them, for the biases
+    S* da[2] = {};     // [rows, sums*H]
     S* h_previous[2];  // [rows, H] the state before each step
-    S* ones;           // [rows]
-    A* biases[2];      // [sums*H]
+    A* biases;         // [D, slices, sums*H], nullptr where the sums are the result, too
     A* w_ih[2];        // [gates*H, I], nullptr where the product is the result
     A* w_hh[2];        // [gates*H, H], likewise
 
     Gradients(const Layer& layer, Room& room) {
       const int64_t sums = Cell::sums * layer.H_, gates = Cell::gates * layer.H_;
       rows = chunk_rows(layer.N_, layer.B_, layer.D_ * sums * sizeof(S), layer.chunk_bytes_);
-      const bool in_place = same || rows >= layer.N_;
+      lone = rows >= layer.N_;
+      const bool in_place = same || lone;
+      slices = row_slices(rows);
       // The directions' arrays lie one behind the other: their distance is a batched product's stride.
       for (int d = 0; d < layer.D_; ++d) da[d] = room.take<S>(rows * sums);
       for (int d = 0; d < layer.D_; ++d) h_previous[d] = room.take<S>(rows * layer.H_);
-      ones = room.take<S>(rows);
+      biases = lone && slices == 1 ? nullptr : room.take<A>(layer.D_ * slices * sums);
       for (int d = 0; d < layer.D_; ++d) {
-        biases[d] = room.take<A>(sums);
         w_ih[d] = in_place ? nullptr : room.take<A>(gates * layer.p_.I);
         w_hh[d] = in_place ? nullptr : room.take<A>(gates * layer.H_);
       }
@@ -88,8 +90,7 @@ class Layer {
   };
 
   void begin_gradients(const BackwardParams& p, const Gradients& g) {
-    elementwise(fill_with_one<S>, fill_with_one<S>, false, g.rows, 1, Ones<S>{g.ones, g.rows});
-    if (p.dx && D_ == 2) zero(p.dx, N_ * p.I * sizeof(S), stream_);
+    if (p.dx && D_ == 2 && !g.lone) zero(p.dx, N_ * p.I * sizeof(S), stream_);
   }
 
   // Adds a chunk's share to every gradient of input and weights that is asked for; the last chunk comes first.
@@ -103,7 +104,8 @@ class Layer {
       const Factor x{as<S>(p.x) + first * p.I, p.I}, w_ih{p.weights[d].w_ih, p.I}, h{g.h_previous[d], H_};
       if (p.dx) {
         S* const dx = static_cast<S*>(p.dx) + first * p.I;
-        multiply({rows, p.I, gates, 1, {da_x, sums}, w_ih, dx, p.I, 0, element<S>(), element<S>(), D_ == 2});
+        const bool adds = D_ == 2 && !(g.lone && d == 0);
+        multiply({rows, p.I, gates, 1, {da_x, sums}, w_ih, dx, p.I, 0, element<S>(), element<S>(), adds});
       }
       // Rows of a gradient from `at` on, and where they are.
       const auto weight = [&](A* own, void* result, int64_t at, int64_t count, const S* from, const Factor& with) {
@@ -118,10 +120,12 @@ class Layer {
         for_gate_blocks([&](int sum, int gate, int count) {
           weight(g.w_hh[d], wanted.w_hh, gate * H_, count * H_, g.da[d] + sum * H_, h);
         });
-      if (wanted.b_ih || wanted.b_hh) {
-        const Factor ones{g.ones, rows}, da{g.da[d], sums};
-        multiply({1, sums, rows, 1, ones, da, g.biases[d], sums, 0, element<S>(), element<A>(), accumulate});
-      }
+    }
+    if (wants_biases(p)) {
+      ColumnSums<S> of{{g.da[0], g.da[1]}, {}, static_cast<int>(H_), g.slices, g.biases, accumulate, {}};
+      for (int d = 0; d < D_; ++d) of.rows[d] = static_cast<int>(chunk.rows[d]), of.to[d] = biases_of(p, d);
+      launch(sum_columns<Cell, S>, column_sums_geometry(sums, g.slices, D_), stream_, of,
+             32 * column_warps * sizeof(A));
     }
   }
 
@@ -131,11 +135,21 @@ class Layer {
       const WeightGradients& wanted = p.gradients[d];
       if (wanted.w_ih && g.w_ih[d]) convert(static_cast<S*>(wanted.w_ih), g.w_ih[d], Cell::gates * H_, p.I);
       if (wanted.w_hh && g.w_hh[d]) convert(static_cast<S*>(wanted.w_hh), g.w_hh[d], Cell::gates * H_, H_);
-      if (wanted.b_ih || wanted.b_hh)
-        elementwise(
-            write_biases<Cell, S>, write_biases<Cell, S>, false, 1, H_,
-            Biases<S>{g.biases[d], static_cast<S*>(wanted.b_ih), static_cast<S*>(wanted.b_hh), static_cast<int>(H_)});
     }
+    if (wants_biases(p) && g.biases) {
+      SliceSums<S> of{g.biases, g.slices, static_cast<int>(H_), {}};
+      for (int d = 0; d < D_; ++d) of.to[d] = biases_of(p, d);
+      launch(add_slices<Cell, S>, elementwise_geometry(1, Cell::sums * H_, 1, D_), stream_, of);
+    }
+  }
+
+  bool wants_biases(const BackwardParams& p) const {
+    for (int d = 0; d < D_; ++d)
+      if (p.gradients[d].b_ih || p.gradients[d].b_hh) return true;
+    return false;
+  }
+  static BiasGradients<S> biases_of(const BackwardParams& p, int d) {
+    return {static_cast<S*>(p.gradients[d].b_ih), static_cast<S*>(p.gradients[d].b_hh)};
   }
 
   // Calls f(first sum, its gate in w_hh, how many follow it there too) for the sums that h takes part in.

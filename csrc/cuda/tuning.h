@@ -49,6 +49,19 @@ constexpr Geometry elementwise_geometry(int64_t rows, int64_t units, int width, 
           static_cast<unsigned>(x), static_cast<unsigned>(y)};
 }
 
+// The biases' gradients (biases.cuh): warps of a block, which share the rows of 32 columns, and rows that are worth a second block,
+// whose sums then take a second kernel. 2048 rows are 128 loads of a thread, some 5 µs by their latency.
+constexpr int column_warps = 16;
+constexpr int64_t rows_of_slice = 2048;
+
+constexpr int row_slices(int64_t rows) {
+  constexpr int64_t most = 65535;  // blocks along y
+  return static_cast<int>(std::clamp<int64_t>((rows + rows_of_slice - 1) / rows_of_slice, 1, most));
+}
+constexpr Geometry column_sums_geometry(int64_t columns, int slices, int directions) {
+  return {(columns + 31) / 32, static_cast<unsigned>(slices), static_cast<unsigned>(directions), 32, column_warps};
+}
+
 // A lone step (lone_step.cuh) reads the weights once for so many rows of the batch, whose sums of all gates a thread's registers
 // hold; from the L2 again for the next. Up to how many rows that takes less time than the launches that it saves, no GPU
 // has said: 16 read an LSTM's 2 MB at 512 units four times, some 2 µs.

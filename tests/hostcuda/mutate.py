@@ -2,8 +2,9 @@
 
     python tests/hostcuda/mutate.py [--files elementwise.cuh …] [--sample N] [--seed S] [--out FILE]
 
-The tests are those of test_hostcuda.py and test_resident.py that the two instantiations of few.cu can pass. Prints each
-mutant that none of them notices, and how many were killed. Changes that do not compile are not counted.
+The tests are those of test_hostcuda.py, test_hostcalls.py and test_resident.py that the two instantiations of few.cu
+can pass. Prints each mutant that none of them notices, and how many were killed. Changes that do not compile are not
+counted.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ import hostcuda  # noqa: E402
 FILES = (
     *(
         "units.cuh",
+        "biases.cuh",
         "elementwise.cuh",
         "block.cuh",
         "resident.cuh",
@@ -206,7 +208,7 @@ def main() -> None:
     shutil.rmtree(hostcuda.ROOT / "build" / "hostcuda", ignore_errors=True)
     os.environ["FUSEDRNN_HOSTCUDA"] = str(hostcuda.build(kernels=hostcuda.FEW_KERNELS))
     torch.set_num_threads(1)
-    files = [str(TESTS / f"test_{name}.py") for name in ("hostcuda", "resident")]
+    files = [str(TESTS / f"test_{name}.py") for name in ("hostcuda", "hostcalls", "resident")]
     options = ["-q", "-s", "--tb=line", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-k", "not planted"]
     pytest.main([*files, *options], plugins=[Mutation(mutated[: arguments.sample], arguments.out)])
 
