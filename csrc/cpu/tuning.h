@@ -52,14 +52,18 @@ enum class Pass { forward, backward };
 
 // Fewest rows for a team, where teams share out the batch of a layer of at most 256 units, whose weights stay in a core's own
 // cache. Gained over sharing units, 128 steps, 2 threads (rows a thread; AVX-512, and much the same with AVX2). Forward: RNN of 64
-// (2): 2.2, of 100 (2): 1.3, of 128 (4): 1.7, (2): 1.04, of 256 (4): 1.2, (2): 0.82; LSTM of 24 (2): 1.4, of 40 (2): 1.3, of 48
-// (3): 0.82, of 128 (8): 0.98, of 256 (4): 0.87; with AVX2 units are 6 to 17 % faster with 8 rows a thread, and tie with 16.
-// Such a team reads W_ih at every step: LSTM of 40 (2), I = 80: 1.2, 160: 1.04, 256: 0.93, (4), I = 512: 1.25.
+// (2): 2.2, of 100 (2): 1.3, of 128 (4): 1.7, (2): 1.04, of 256 (4): 1.2, (2): 0.82; LSTM of 24 (2): 1.4, of 40 (2): 1.3, of 256
+// (4): 0.87; with AVX2 units are 6 to 17 % faster with 8 rows a thread, and tie with 16.
+// With AVX-512, 50 steps: LSTM of 48 (4): 1.5, of 64 (4): 1.07 to 1.19, (3): 0.78, GRU of 64 (4): 1.2; with others' work on the
+// machine either way from 96 units on: LSTM of 96 (6): 1.04 to 1.09, of 128 (8): 0.89 to 1.3, of 160 (8): 1.07, GRU of 128 (8): 0.86
+// to 1.1, of 160 (8): 0.91 to 1.05.
+// Such a team reads W_ih at every step: LSTM of 40 (2), I = 80: 1.2, 160: 1.04, 256: 0.93, (4), I = 512: 1.25; of 64 (4), I = 128:
+// 0.94, 512: 0.88 to 0.96.
 // Backward: LSTM of 64 (2): 1.1, (4): 1.2; of 128 (4): 1.2, (3): 0.95; of 256 (4): 1.2, RNN of 256 (4): 1.1, (3): 0.91.
 constexpr int64_t team_rows(Pass pass, int64_t B, int64_t I, int64_t H, int64_t gates, int64_t vector) {
   if (pass == Pass::forward) {
     if (gates * H * H * B < 50'000 && gates * H * I < 20'000) return 2;
-    return H < 48 || gates == 1 ? 4 : 16;
+    return H < 48 || gates == 1 || (vector >= 16 && H <= 64 && I <= 96) ? 4 : 16;
   }
   return H <= 64 ? 2 : H <= 128 || vector >= 16 ? 4 : 16;
 }
