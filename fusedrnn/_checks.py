@@ -54,6 +54,10 @@ def row_lengths(name: str, lengths: Any, input: Tensor, steps: int, batch: int) 
         least, most = (int(value) for value in lengths.aminmax())
         if least < 0 or most > steps:
             raise RuntimeError(f"{name}: expected lengths between 0 and {steps}, got {least if least < 0 else most}")
+    if (
+        input.is_cuda and can_be_read(lengths) and lengths.is_pinned()
+    ):  # copied now, or the caller could change them before the GPU has read them
+        lengths = lengths.clone()
     moved: Tensor = lengths.to(input.device, torch.int64, non_blocking=input.is_cuda)
     return moved
 

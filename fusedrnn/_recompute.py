@@ -144,10 +144,9 @@ class Recomputed(torch.autograd.Function):
             dx, *found = gradients(0)
             return (None, dx, *found) if ctx.states == 2 else (None, dx, found[0], None, *found[1:])
         dx = torch.empty_like(x, memory_format=torch.contiguous_format) if wanted[0] else None
-        # Of bfloat16 weights the sum is float32, as it is without chunks.
-        sums = [
-            torch.zeros_like(w, dtype=x.dtype) if want else None for w, want in zip(weights, wanted[3:], strict=True)
-        ]
+        # The sum of halves is float32, as it is without chunks.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        sums = [torch.zeros_like(w, dtype=wide) if want else None for w, want in zip(weights, wanted[3:], strict=True)]
         for i in reversed(range(len(places))):
             of_x, *found = gradients(i)
             if dx is not None:

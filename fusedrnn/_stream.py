@@ -167,7 +167,7 @@ class Stream:
         return tuple(copies) if len(copies) == 2 else copies[0]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """A copy of the state: ``h [L, B, R]`` and an LSTM's ``c [L, B, H]``, float32 where weights are halves."""
+        """A copy of the state: ``h [L, B, R]``, an LSTM's ``c [L, B, H]``; on a CPU float32 for weights of 16 bits."""
         return {name: s.clone() for name, s in zip("hc", self._states, strict=False)}
 
     @torch.no_grad()

@@ -34,7 +34,7 @@ from test_reference import Call, run_recurrence
 from test_reference import run_oracle as run_oracle_of_call
 
 import fusedrnn
-from fusedrnn import _autograd, _dispatch, _reference
+from fusedrnn import _autograd, _dispatch, _recompute, _reference
 
 pytestmark = [
     pytest.mark.skipif(_dispatch.cuda_extension is None, reason=_dispatch.why_no_cuda),
@@ -54,11 +54,13 @@ def no_tf32():
     rnn.fp32_precision = before
 
 
-def on_gpu(case: Case, library=fusedrnn) -> dict[str, torch.Tensor]:
+def on_gpu(case: Case, library=fusedrnn, recompute: bool = False) -> dict[str, torch.Tensor]:
     """`run_module` there; the results are brought back."""
     data = make_data(case)
     there = Data(**{field.name: getattr(data, field.name).cuda() for field in fields(Data)})
-    results = run_module(case.module(library).cuda(), case, there)
+    module = case.module(library).cuda()
+    module.recompute = recompute
+    results = run_module(module, case, there)
     return {name: value.cpu() for name, value in results.items()}
 
 
@@ -260,6 +262,15 @@ def test_double_backward(kind):
     (gradient,) = torch.autograd.grad(layer(x.requires_grad_())[0].sum(), x, create_graph=True)
     gradient.square().sum().backward()
     assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "both"])
+@for_each_cell
+def test_recompute(kind, bidirectional, monkeypatch):
+    """Of a packed batch the last chunk is one step, of fewer rows than the batch has."""
+    monkeypatch.setattr(_recompute, "CHUNK", 4)
+    case = Case(**kind, T=9, B=5, H=20, lengths=(2, 9, 4, 5, 1), bidirectional=bidirectional)
+    assert_all_as_good(on_gpu(case, recompute=True), *expected(case), case.torch_dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

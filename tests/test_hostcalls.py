@@ -10,7 +10,9 @@ import torch
 from cases import CELLS, Case
 from hostcuda import Schedules
 from test_hostcuda import DTYPES, check, on_the_host  # noqa: F401
-from test_reference import Call
+from test_reference import Call, arguments
+
+from fusedrnn import _autograd, _recompute
 
 pytest.importorskip("pybind11")
 pytestmark = pytest.mark.skipif(not (hostcuda.ROOT / "csrc").is_dir(), reason="needs the sources")
@@ -29,12 +31,22 @@ def test_lone_step(kind, bidirectional, dtype):
             check(call)
 
 
-@pytest.mark.parametrize("batch_sizes", [[1], [2, 1, 1], [3]])
+@pytest.mark.parametrize(
+    ("batch_sizes", "schedules"),
+    [
+        ([1], Schedules.ALL),
+        ([2, 1, 1], Schedules.ALL),
+        ([3], Schedules.ALL),
+        *(([2] * 5 + [1] * 4, s) for s in Schedules),
+    ],
+    ids=str,
+)
 @KINDS
-def test_rows_without_a_step(kind, batch_sizes):
+def test_rows_without_a_step(kind, batch_sizes, schedules, monkeypatch):
     """As the last part of a packed sequence has them: their state is kept, and so is its gradient."""
+    monkeypatch.setattr(hostcuda, "schedules", schedules)
     test_operators = pytest.importorskip("test_operators")
-    call = Call(Case(**kind, T=len(batch_sizes), B=3, H=6))
+    call = Call(Case(**kind, T=len(batch_sizes), B=3, H=8))
     given = test_operators.backward_arguments(call)
     names = ("cell", "x", "hx", "cx", "weights", "batch_sizes", "lengths", "resets")
     given |= {"x": given["x"].flatten(0, 1)[: sum(batch_sizes)], "batch_sizes": torch.tensor(batch_sizes)}
@@ -93,3 +105,32 @@ def test_each_gradient_alone(kind):
     for i, gradient in enumerate(together):
         (alone,) = hostcuda.backward(**given | {"wanted": [k == i for k in range(len(together))]})
         assert torch.equal(alone, gradient)
+
+
+@pytest.mark.parametrize("schedules", Schedules, ids=lambda schedules: schedules.name.lower())
+@DIRECTIONS
+@KINDS
+def test_padding_may_be_nan(kind, bidirectional, schedules, monkeypatch):
+    monkeypatch.setattr(hostcuda, "schedules", schedules)
+    for dtype, I, chunk_bytes in ("bfloat16", 8, 32 << 20), ("float32", 5, 500):  # noqa: E741
+        monkeypatch.setattr(hostcuda, "chunk_bytes", chunk_bytes)
+        case = Case(**kind, T=9, B=3, I=I, H=8, bidirectional=bidirectional, dtype=dtype)
+        given = arguments(Call(case, lengths=(9, 2, 0)))
+        past = torch.arange(9).unsqueeze(1) >= given["lengths"]
+        weights = given["weights"] = [w.requires_grad_() for w in given["weights"]]
+        gradients = []
+        for padding in 0.0, float("nan"):
+            x = given["x"].masked_fill(past.unsqueeze(-1), padding).requires_grad_()
+            y, _, _ = _autograd.recurrence(case.equations, **given | {"x": x})
+            gradients.append(torch.autograd.grad(y.sum(), [x, *weights]))
+        assert all(torch.equal(clean, dirty) for clean, dirty in zip(*gradients, strict=True))
+
+
+def test_recomputed_gradients_are_summed_in_float32(monkeypatch):
+    """Of ones: in bfloat16, whose neighbours are 2 apart at 256, a sum of ones ends there."""
+    monkeypatch.setattr(_recompute, "CHUNK", 1)
+    x, hx = torch.ones(400, 1, 1, dtype=torch.bfloat16), torch.zeros(1, 1, 1, dtype=torch.bfloat16)
+    weights = [w.requires_grad_() for w in (torch.ones_like(x[0]), torch.zeros_like(x[0]))]
+    y, *_ = _recompute.recurrence(_autograd.recurrence, "rnn_relu", x, hx, None, weights)
+    y.sum().backward()
+    assert weights[0].grad == 400

@@ -61,6 +61,27 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once)
   store<width>(p.dh + state, dh);
 }
 
+// Rows [first, first + count) of a padded sequence, those that are not there as zeros: a product with them has their gradients, which
+// are zero, for factors, and zero times what is not a number would be none either.
+template <class S>
+struct PresentRows {
+  S* to;
+  const S* from;  // of row `first`
+  Rows rows;
+  int first, count, B, columns;
+};
+
+template <class S, int width>
+__global__ void __launch_bounds__(block_threads, blocks_at_once)
+    copy_present_rows(const __grid_constant__ PresentRows<S> p) {
+  const auto [row, j, d] = position<width>();
+  if (row >= p.count || j >= p.columns) return;
+  const int step = (p.first + row) / p.B, b = (p.first + row) % p.B;
+  Values<Accumulator<S>, width> x{};
+  if (step < p.rows.length(b)) x = load<width>(element_of(p.from, row, p.columns, j));
+  store<width>(element_of(p.to, row, p.columns, j), x);
+}
+
 template <class To, class From>
 struct Conversion {
   To* to;

@@ -68,6 +68,7 @@ class Layer {
     int slices;        // of them, for the biases
     S* da[2] = {};     // [rows, sums*H]
     S* h_previous[2];  // [rows, H] the state before each step
+    S* x = nullptr;    // [rows, I] where rows of a padded batch may be absent
     A* biases;         // [D, slices, sums*H], nullptr where the sums are the result, too
     A* w_ih[2];        // [gates*H, I], nullptr where the product is the result
     A* w_hh[2];        // [gates*H, H], likewise
@@ -81,6 +82,7 @@ class Layer {
       // The directions' arrays lie one behind the other: their distance is a batched product's stride.
       for (int d = 0; d < layer.D_; ++d) da[d] = room.take<S>(rows * sums);
       for (int d = 0; d < layer.D_; ++d) h_previous[d] = room.take<S>(rows * layer.H_);
+      if (layer.p_.sequence.lengths) x = room.take<S>(rows * layer.p_.I);
       biases = lone && slices == 1 ? nullptr : room.take<A>(layer.D_ * slices * sums);
       for (int d = 0; d < layer.D_; ++d) {
         w_ih[d] = in_place ? nullptr : room.take<A>(gates * layer.p_.I);
@@ -101,7 +103,8 @@ class Layer {
       const int64_t rows = chunk.rows[d], first = chunk.first[d];
       const WeightGradients& wanted = p.gradients[d];
       const S* const da_x = g.da[d] + Cell::input_sum * H_;
-      const Factor x{as<S>(p.x) + first * p.I, p.I}, w_ih{p.weights[d].w_ih, p.I}, h{g.h_previous[d], H_};
+      const S* const x = as<S>(p.x) + first * p.I;
+      const Factor w_ih{p.weights[d].w_ih, p.I}, h{g.h_previous[d], H_};
       if (p.dx) {
         S* const dx = static_cast<S*>(p.dx) + first * p.I;
         const bool adds = D_ == 2 && !(g.lone && d == 0);
@@ -115,7 +118,8 @@ class Layer {
         const Element out = own ? element<A>() : element<S>();
         multiply({count, columns, rows, 1, da, with, to, columns, 0, element<S>(), out, accumulate});
       };
-      if (wanted.w_ih) weight(g.w_ih[d], wanted.w_ih, 0, gates, da_x, x);
+      if (wanted.w_ih && g.x) copy_present(g.x, x, first, rows);
+      if (wanted.w_ih) weight(g.w_ih[d], wanted.w_ih, 0, gates, da_x, {g.x ? g.x : x, p.I});
       if (wanted.w_hh)
         for_gate_blocks([&](int sum, int gate, int count) {
           weight(g.w_hh[d], wanted.w_hh, gate * H_, count * H_, g.da[d] + sum * H_, h);
@@ -176,6 +180,15 @@ class Layer {
                    int directions = 1) {
     if (rows == 0) return;
     launch(vectors ? wide : narrow, elementwise_geometry(rows, columns, vectors ? widest : 1, directions), stream_, p);
+  }
+
+  void copy_present(S* to, const S* from, int64_t first, int64_t rows) {
+    const int64_t I = p_.I;
+    const bool vectors = I % widest == 0 && reinterpret_cast<uintptr_t>(from) % (widest * sizeof(S)) == 0;
+    const Rows present{p_.sequence.lengths, nullptr};
+    elementwise(copy_present_rows<S, widest>, copy_present_rows<S, 1>, vectors, rows, I,
+                PresentRows<S>{to, from, present, static_cast<int>(first), static_cast<int>(rows),
+                               static_cast<int>(B_), static_cast<int>(I)});
   }
 
   template <class To, class From>

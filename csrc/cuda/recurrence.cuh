@@ -11,8 +11,11 @@
 namespace fusedrnn::cuda {
 
 // Whether forward is one kernel (lone_step.cuh), which has all rows of the batch. A part of a packed sequence may have fewer.
-inline bool is_lone(const Sequence& s, int accumulator_bytes) {
-  return is_lone_step(s.T, s.B, s.lengths, accumulator_bytes) && s.rows_at(0) == s.B;
+template <class Cell, class S>
+bool is_lone(const Problem& p) {
+  const Sequence& s = p.sequence;
+  const int64_t hidden_bytes = p.directions * Cell::gates * p.H * p.H * sizeof(S);
+  return is_lone_step(s.T, s.B, hidden_bytes, s.lengths, sizeof(Accumulator<S>)) && s.rows_at(0) == s.B;
 }
 
 template <class Cell, class S>
@@ -28,7 +31,7 @@ class Recurrence : Layer<Cell, S> {
         room_(context.workspace),
         kernel_(p, context.limits, context.tf32, backward),
         exact_(std::is_same_v<S, float> && !context.tf32),
-        lone_(is_lone(p.sequence, sizeof(A))) {
+        lone_(is_lone<Cell, S>(p)) {
     this->chunk_bytes_ = kernel_.chunk_bytes(context.chunk_bytes);
     if (std::max(N_, D_ * B_) >= int64_t{1} << 31)  // kernels count rows with 32 bits
       throw std::runtime_error("fusedrnn: expected fewer than 2^31 rows in a sequence, got " + std::to_string(N_));
@@ -326,8 +329,7 @@ const char* RecurrenceOf<Cell>::schedule(const Problem& p, const Limits& limits,
   const char* name = nullptr;
   with_scalar(p.scalar, [&](auto s) {
     using S = decltype(s);
-    const bool lone = is_lone(p.sequence, sizeof(Accumulator<S>));
-    name = lone && !backward ? "lone" : ChunkKernel<Cell, S>(p, limits, tf32, backward).name();
+    name = is_lone<Cell, S>(p) && !backward ? "lone" : ChunkKernel<Cell, S>(p, limits, tf32, backward).name();
   });
   return name;
 }

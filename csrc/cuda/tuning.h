@@ -63,16 +63,17 @@ constexpr Geometry column_sums_geometry(int64_t columns, int slices, int directi
 }
 
 // A lone step (lone_step.cuh) reads the weights once for so many rows of the batch, whose sums of all gates a thread's registers
-// hold; from the L2 again for the next. Up to how many rows that takes less time than the launches that it saves, no GPU
-// has said: 16 read an LSTM's 2 MB at 512 units four times, some 2 µs.
+// hold; from the L2 again for the next, where it has to have room for them. Up to how many rows that takes less time than the launches
+// that it saves, no GPU has said: 16 read an LSTM's 2 MB at 512 units four times, some 2 µs.
 constexpr int lone_rows = 4;
-constexpr int64_t most_lone_rows = 16;
+constexpr int64_t most_lone_rows = 16, most_lone_bytes = 16 << 20;
 constexpr int lone_blocks_at_once = 4;
 constexpr int lone_register_budget = 128;  // 65536 for a multiprocessor's threads
 
 // Whether a call of forward is one, for everything but float64, which is for checks of gradients.
-constexpr bool is_lone_step(int64_t T, int64_t B, bool has_lengths, int accumulator_bytes) {
-  return T == 1 && B > 0 && B <= most_lone_rows && !has_lengths && accumulator_bytes == 4;
+constexpr bool is_lone_step(int64_t T, int64_t B, int64_t hidden_bytes, bool has_lengths, int accumulator_bytes) {
+  const bool few = B <= lone_rows || (B <= most_lone_rows && hidden_bytes <= most_lone_bytes);
+  return T == 1 && B > 0 && few && !has_lengths && accumulator_bytes == 4;
 }
 
 // A warp for a unit, of some rows of a direction.
