@@ -116,13 +116,15 @@ class Recomputed(torch.autograd.Function):
                 kept[i + 1].copy_(state)
             del part, states, state
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *weights, *(s for kept in starts for s in kept[:-1]))
+        # What says where rows begin and end, too: so a change in place before backward is seen.
+        sequence = (chunks.batch_sizes, chunks.lengths, chunks.resets)
+        ctx.save_for_backward(*sequence, x, *weights, *(s for kept in starts for s in kept[:-1]))
         return y, *(kept[-1] for kept in starts)
 
     @staticmethod
     def backward(ctx: Any, dy: Any, *cotangents: Any) -> Any:
         chunks, wanted = ctx.chunks, ctx.needs_input_grad[1:]
-        x, *rest = ctx.saved_tensors
+        _, _, _, x, *rest = ctx.saved_tensors
         count = len(wanted) - 3
         weights, starts = rest[:count], rest[count:]
         places = chunks.places(x)

@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from fusedrnn import _dispatch, functional
 from fusedrnn._checks import as_pair, check_like_input, reset_mask
@@ -13,6 +16,8 @@ from fusedrnn._checks import as_pair, check_like_input, reset_mask
 if TYPE_CHECKING:
     from fusedrnn.modules import GRU, LSTM, RNN
 
+# Reparametrizations that make a weight anew before every forward of the module, which a stream does not call.
+_HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)
 _STORED = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float32"}
 
 
@@ -49,10 +54,11 @@ class Stream:
         with torch.inference_mode(False):  # a tensor of inference mode could not be written to outside it
             self._states = [torch.zeros(shape, dtype=state_dtype, device=weight.device) for shape in shapes]
         self._step, self._step_out = (batch_size, module.input_size), (batch_size, sizes[0])
+        self._kept = weight.dtype if weight.dtype == state_dtype else None  # what the kernels take as it is
         self._stack: Any = None
         if kernels:
             assert _dispatch.extension is not None
-            places = [s.data_ptr() for s in self._states]
+            places = [_address(s) for s in self._states]
             self._stack = _dispatch.extension.Stack(
                 module.mode.lower(), _STORED[weight.dtype], batch_size, module.input_size, module.hidden_size,
                 module.num_layers, places[0], places[-1],
@@ -68,6 +74,9 @@ class Stream:
     def refresh(self) -> None:
         """Takes over the layer's weights as they are now; the state stays."""
         module, groups = self._module, []
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, _HOOKS):
+                hook(module, ())
         weights = [w.detach() for w in module._weights()]
         each = len(weights) // module.num_layers
         for layer in range(module.num_layers):
@@ -85,7 +94,7 @@ class Stream:
                     )
             groups.append([w.float().contiguous() if w.dtype == torch.float16 else w.contiguous() for w in group])
         if self._stack is not None:
-            self._stack.prepare([[w.data_ptr() for w in group] for group in groups])
+            self._stack.prepare([[_address(w) for w in group] for group in groups])
 
     def __call__(self, x: Tensor, resets: Tensor | None = None) -> Tensor:
         """The outputs of a step or a chunk.
@@ -96,12 +105,12 @@ class Stream:
         Raises:
             RuntimeError: ``x`` or ``resets`` of another shape, dtype or device than the stream's.
         """
-        if x.shape != self._step or resets is not None or self._stack is None or x.dtype is not self._states[0].dtype:
+        if x.shape != self._step or resets is not None or self._stack is None or x.dtype is not self._kept:
             return self._general(x, resets)
-        if not x.is_cpu or not x.is_contiguous():
+        if not x.is_cpu or not x.is_contiguous() or x.is_neg() or torch._C._get_tracing_state() is not None:
             return self._general(x, resets)
         y = torch.empty(self._step_out, dtype=x.dtype, device="cpu")
-        self._stack.forward(1, x.data_ptr(), y.data_ptr(), 0)
+        self._stack.forward(1, _address(x), _address(y), 0)
         return y
 
     def _general(self, x: Tensor, resets: Tensor | None) -> Tensor:
@@ -127,11 +136,15 @@ class Stream:
         """``[T, B, I]`` to ``[T, B, R]``."""
         steps, module = x.size(0), self._module
         if self._stack is not None or steps == 0:
-            x = x.to(self._states[0].dtype).contiguous()
+            if torch._C._get_tracing_state() is not None:
+                raise RuntimeError(
+                    f"{self._name}: expected no torch.jit.trace of a stream, whose call it would not see"
+                )
+            x = x.to(self._states[0].dtype).contiguous().resolve_neg()
             y = x.new_empty(steps, *self._step_out)
             if steps:
                 resets = None if resets is None else resets.contiguous()
-                self._stack.forward(steps, x.data_ptr(), y.data_ptr(), 0 if resets is None else resets.data_ptr())
+                self._stack.forward(steps, _address(x), _address(y), 0 if resets is None else _address(resets))
             return y.to(self._dtype)
         h, c = self._states if len(self._states) == 2 else (self._states[0], None)
         y, *states = functional.stack(
@@ -191,3 +204,11 @@ def _resumed(module: RNN | LSTM | GRU, batch_size: int, state: dict[str, Tensor]
     stream = Stream(module, batch_size)
     stream.load_state_dict(state)
     return stream
+
+
+def _address(tensor: Tensor) -> int:
+    """Where the kernels find the numbers; a tensor may have them elsewhere, as a DTensor, or nowhere, as a fake one."""
+    place = tensor.data_ptr()
+    if not place and tensor.numel():
+        raise RuntimeError(f"expected a stream's tensors to have memory of their own, got a {type(tensor).__name__}")
+    return place

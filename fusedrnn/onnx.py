@@ -46,6 +46,7 @@ def _node(
 ) -> list[Value]:
     """y ``[T, D, B, H]``, h_n and, for an LSTM, c_n ``[D, B, H]``."""
     each = len(weights) // directions
+    weights = [w if w.dtype == x.dtype else op.CastLike(w, x) for w in weights]  # a node has one type
     of_direction = [[_in_order(cell, hidden, w) for w in weights[d * each : (d + 1) * each]] for d in range(directions)]
     w_ih, w_hh = (_joined([w[i] for w in of_direction]) for i in range(2))
     bias = _joined([op.Concat(w[2], w[3], axis=0) for w in of_direction]) if each == 4 else None
@@ -82,6 +83,9 @@ def _recurrence(
         raise NotImplementedError("ONNX's recurrent nodes give no cell states but the last: return_all_states=True")
     directions, hidden = hx.shape[0], hx.shape[2]
     y, *states = _node(cell, x, hx, cx, weights, lengths, directions, hidden)
+    if lengths is not None:  # onnxruntime gives zero for rows without a step
+        without = op.Unsqueeze(op.Equal(lengths, op.Constant(value_ints=[0])), [0, 2])
+        states = [op.Where(without, before, state) for before, state in zip((hx, cx), states, strict=False)]
     return [op.Reshape(op.Transpose(y, perm=[0, 2, 1, 3]), [0, 0, directions * hidden]), *states]
 
 

@@ -92,12 +92,14 @@ def test_some_cotangents_only(which):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("what", ["weight", "lengths", "resets"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_changes_in_place_before_backward_are_refused(name):
+def test_changes_in_place_before_backward_are_refused(name, what):
     layer, x = getattr(fusedrnn, name)(4, 7, recompute=True), torch.randn(9, 3, 4)
-    y, _ = layer(x)
+    lengths, resets = torch.tensor([9, 9, 8]), torch.zeros(9, 3, dtype=torch.bool)
+    y, _ = layer(x, **{"weight": {}, "lengths": {"lengths": lengths}, "resets": {"resets": resets}}[what])
     with torch.no_grad():
-        layer.weight_hh_l0.mul_(2.0)
+        {"weight": layer.weight_hh_l0, "lengths": lengths, "resets": resets}[what].zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 

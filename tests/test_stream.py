@@ -260,3 +260,64 @@ def test_made_in_inference_mode_and_used_outside():
 def test_masks_of_other_shapes_are_refused(mask):
     with pytest.raises(RuntimeError, match=r"GRU: expected a mask of shape \[3\], got"):
         fusedrnn.GRU(4, 7).stream(3).reset(mask > 0)
+
+
+@needs_kernels
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_what_has_no_memory_is_refused():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), pytest.raises((RuntimeError, TypeError)):
+        fusedrnn.GRU(4, 7).stream(2)
+    stream = fusedrnn.GRU(4, 7).stream(2)
+    empty = torch.Tensor._make_wrapper_subclass(WithoutMemory, (2, 4))
+    for x in empty, empty.unsqueeze(0):
+        with pytest.raises(RuntimeError, match="expected a stream's tensors to have memory of their own, got a"):
+            stream(x)
+
+
+class WithoutMemory(torch.Tensor):
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return torch.Tensor._make_wrapper_subclass(cls, (1, 2, 4))
+
+
+@needs_kernels
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_is_refused():
+    stream = fusedrnn.GRU(4, 7).stream(2)
+    for x in torch.randn(2, 4), torch.randn(3, 2, 4):
+        with pytest.raises(RuntimeError, match=r"expected no torch\.jit\.trace of a stream"):
+            torch.jit.trace(stream.__call__, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_steps_are_of_the_weights_dtype(dtype):
+    stream = fusedrnn.GRU(4, 7).to(dtype).stream(2)
+    for x in torch.randn(2, 4), torch.randn(3, 2, 4):
+        with pytest.raises(RuntimeError, match="expected input of the weights' dtype"):
+            stream(x)
+
+
+def test_a_negative_view():
+    stream, other = (fusedrnn.GRU(1, 7).stream(1) for _ in range(2))
+    other._module.load_state_dict(stream._module.state_dict())
+    other.refresh()
+    x = torch.randn(1, 1, dtype=torch.complex64).conj().imag
+    assert x.is_neg()
+    assert torch.equal(stream(x), other(x.clone().resolve_neg()))
+
+
+@pytest.mark.parametrize("how", ["prune", "weight_norm", "spectral_norm"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+def test_weights_that_a_hook_makes(how):
+    layer, x = make("GRU", 4, 9, steps=3)
+    if how == "prune":
+        torch.nn.utils.prune.l1_unstructured(layer, "weight_hh_l0", 0.3)
+    else:
+        getattr(torch.nn.utils, how)(layer.eval(), "weight_hh_l0")
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(1.5)
+        y = layer.stream(2)(x)
+        torch.testing.assert_close(y, layer(x)[0])

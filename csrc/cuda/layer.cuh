@@ -187,8 +187,8 @@ class Layer {
     const bool vectors = I % widest == 0 && reinterpret_cast<uintptr_t>(from) % (widest * sizeof(S)) == 0;
     const Rows present{p_.sequence.lengths, nullptr};
     elementwise(copy_present_rows<S, widest>, copy_present_rows<S, 1>, vectors, rows, I,
-                PresentRows<S>{to, from, present, static_cast<int>(first), static_cast<int>(rows),
-                               static_cast<int>(B_), static_cast<int>(I)});
+                PresentRows<S>{to, from, present, static_cast<int>(first), static_cast<int>(rows), static_cast<int>(B_),
+                               static_cast<int>(I)});
   }
 
   template <class To, class From>
