@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedrnn import _autograd, _dispatch, _modes, _ops, _reference
+from fusedrnn import _autograd, _dispatch, _modes, _ops, _reference, _transforms
 
 
 def recurrence(
@@ -68,8 +68,11 @@ class AllCells(torch.autograd.Function):
         lengths, resets, x, hx, cx, y, gates, cells, *weights = ctx.saved_tensors
         wanted = ctx.needs_input_grad[3:]
         inputs = (x, hx, cx, *weights)
-        if torch.is_grad_enabled():  # create_graph=True: the gradients will be differentiated themselves
-            found = _differentiable(inputs, wanted, lengths, resets, (dy, dh_n, dc_n, dcells))
+        cotangents = (dy, dh_n, dc_n, dcells)
+        # With create_graph=True the gradients will be differentiated themselves.
+        if torch.is_grad_enabled() or _transforms.batched(cotangents):
+            with torch.enable_grad():
+                found = _differentiable(inputs, wanted, lengths, resets, cotangents)
         else:
             with _ops.below_autograd():
                 found = iter(

@@ -14,6 +14,11 @@ Maybe = Tensor | None
 _is_old_batch = torch._C._functorch.is_legacy_batchedtensor  # of is_grads_batched=True
 
 
+def batched(cotangents: Sequence[Maybe]) -> bool:
+    """Whether some are many at once, by is_grads_batched, which sees through plain PyTorch only."""
+    return any(c is not None and _is_old_batch(c) for c in cotangents)
+
+
 def _followed(tensors: Sequence[Maybe]) -> tuple[bool, ...] | None:
     """Which of them torch.func.grad differentiates by, where it is at work: there a Function is asked for all."""
     if not _modes.transformed():
@@ -44,7 +49,7 @@ def gradients(ctx: Any, dy: Maybe, dh_n: Maybe = None, dc_n: Maybe = None, *_: M
     if all(c is None for c in cotangents):
         return (None,) * (8 + len(weights))
     wanted = ctx.needs_input_grad[5:] if ctx.followed is None else ctx.followed
-    seen = any(c is not None and _is_old_batch(c) for c in cotangents) or (_modes.active() and _modes.needs_reference())
+    seen = batched(cotangents) or (_modes.active() and _modes.needs_reference())
     differentiable = torch.is_grad_enabled() or _modes.active()  # the gradients will be so themselves, or are batched
     sequence = (batch_sizes, lengths, resets)
     if not (seen or differentiable) and batch_sizes is None and lengths is None and resets is None:

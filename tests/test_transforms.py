@@ -125,6 +125,14 @@ def test_batched_cotangents(name):
     torch.testing.assert_close(*jacobians)
 
 
+@NAMES
+def test_batched_cotangents_of_all_states(name):
+    ours, theirs = pair(name)
+    x = randn(5, 1, 4)
+    mine = torch.autograd.functional.jacobian(lambda x: ours(x, return_all_states=True)[0], x, vectorize=True)
+    torch.testing.assert_close(mine, torch.autograd.functional.jacobian(lambda x: theirs(x)[0], x))
+
+
 # --- torch.func -------------------------------------------------------------------------------------
 
 
