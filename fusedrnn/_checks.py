@@ -54,9 +54,8 @@ def row_lengths(name: str, lengths: Any, input: Tensor, steps: int, batch: int) 
         least, most = (int(value) for value in lengths.aminmax())
         if least < 0 or most > steps:
             raise RuntimeError(f"{name}: expected lengths between 0 and {steps}, got {least if least < 0 else most}")
-    if (
-        input.is_cuda and can_be_read(lengths) and lengths.is_pinned()
-    ):  # copied now, or the caller could change them before the GPU has read them
+    # Pinned memory is copied now: the caller may change it before the GPU has read it.
+    if input.is_cuda and can_be_read(lengths) and lengths.is_pinned():
         lengths = lengths.clone()
     moved: Tensor = lengths.to(input.device, torch.int64, non_blocking=input.is_cuda)
     return moved

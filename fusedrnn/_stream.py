@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # Reparametrizations that make a weight anew before every forward of the module, which a stream does not call.
 _HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)
+_tracing = torch._C._get_tracing_state
 _STORED = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float32"}
 
 
@@ -107,10 +108,13 @@ class Stream:
         """
         if x.shape != self._step or resets is not None or self._stack is None or x.dtype is not self._kept:
             return self._general(x, resets)
-        if not x.is_cpu or not x.is_contiguous() or x.is_neg() or torch._C._get_tracing_state() is not None:
+        if not x.is_cpu or not x.is_contiguous() or x.is_neg() or _tracing() is not None:
             return self._general(x, resets)
         y = torch.empty(self._step_out, dtype=x.dtype, device="cpu")
-        self._stack.forward(1, _address(x), _address(y), 0)
+        place, to = x.data_ptr(), y.data_ptr()
+        if not place or not to:
+            return self._general(x, resets)
+        self._stack.forward(1, place, to, 0)
         return y
 
     def _general(self, x: Tensor, resets: Tensor | None) -> Tensor:
@@ -136,7 +140,7 @@ class Stream:
         """``[T, B, I]`` to ``[T, B, R]``."""
         steps, module = x.size(0), self._module
         if self._stack is not None or steps == 0:
-            if torch._C._get_tracing_state() is not None:
+            if _tracing() is not None:
                 raise RuntimeError(
                     f"{self._name}: expected no torch.jit.trace of a stream, whose call it would not see"
                 )
