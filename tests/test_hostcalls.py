@@ -31,6 +31,12 @@ def test_lone_step(kind, bidirectional, dtype):
             check(call)
 
 
+@pytest.mark.parametrize(("B", "H", "expected"), [(4, 4096, "lone"), (5, 1448, "lone"), (5, 1449, "step")])
+def test_a_lone_step_reads_large_weights_once(B, H, expected):
+    """LSTM, bfloat16: 16 MB of W_hh."""
+    assert hostcuda.schedule_of(Case("lstm", T=1, B=B, H=H, dtype="bfloat16")) == expected
+
+
 @pytest.mark.parametrize(
     ("batch_sizes", "schedules"),
     [

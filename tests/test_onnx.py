@@ -108,7 +108,7 @@ def test_bfloat16(name):
     layer = getattr(fusedrnn, name)(4, 7).bfloat16()
     x = torch.randn(5, 3, 4)
     _, session = export(InBfloat16(layer), x, dynamic=None)
-    assert_runs_alike(session, InBfloat16(layer), x, atol=0.02)
+    assert_runs_alike(session, InBfloat16(layer), x, atol=torch.finfo(torch.bfloat16).eps)
 
 
 class InBfloat16(torch.nn.Module):

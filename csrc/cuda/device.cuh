@@ -121,8 +121,8 @@ class Launch {
   cudaLaunchConfig_t config_{};
 };
 
-// How many of these blocks the current device can run at the same time, asked until it has said; where it refuses to, as it may of
-// a cluster larger than it has, none.
+// How many of these blocks the current device can run at the same time, asked once; where it refuses to say, as it may of a
+// cluster larger than it has, none.
 template <class P>
 int active_blocks(void (*kernel)(P), const Geometry& g, int shared_bytes, Together together) {
   static std::mutex one_at_a_time;
@@ -130,14 +130,12 @@ int active_blocks(void (*kernel)(P), const Geometry& g, int shared_bytes, Togeth
   int device = 0;
   expect_success(cudaGetDevice(&device));
   const std::lock_guard lock(one_at_a_time);
-  const std::tuple key(device, kernel, shared_bytes, together.cluster);
-  const auto found = known.find(key);
-  if (found != known.end()) return found->second;
-  try {
-    return known[key] = Launch<P>(kernel, g, nullptr, shared_bytes, together).active_blocks();
-  } catch (const std::runtime_error&) {
-    return 0;
-  }
+  const auto [at, is_new] = known.try_emplace({device, kernel, shared_bytes, together.cluster}, 0);
+  if (is_new) try {
+      at->second = Launch<P>(kernel, g, nullptr, shared_bytes, together).active_blocks();
+    } catch (const std::runtime_error&) {  // 0: asked again, it would refuse again, at every call
+    }
+  return at->second;
 }
 
 template <class P>

@@ -118,8 +118,10 @@ class Layer {
         const Element out = own ? element<A>() : element<S>();
         multiply({count, columns, rows, 1, da, with, to, columns, 0, element<S>(), out, accumulate});
       };
-      if (wanted.w_ih && g.x) copy_present(g.x, x, first, rows);
-      if (wanted.w_ih) weight(g.w_ih[d], wanted.w_ih, 0, gates, da_x, {g.x ? g.x : x, p.I});
+      if (wanted.w_ih) {
+        if (g.x) copy_present(g.x, x, first, rows);
+        weight(g.w_ih[d], wanted.w_ih, 0, gates, da_x, {g.x ? g.x : x, p.I});
+      }
       if (wanted.w_hh)
         for_gate_blocks([&](int sum, int gate, int count) {
           weight(g.w_hh[d], wanted.w_hh, gate * H_, count * H_, g.da[d] + sum * H_, h);
