@@ -42,6 +42,7 @@ FILES = (
         "block.cuh",
         "resident.cuh",
         "team.cuh",
+        "product.cuh",
         "exchange.cuh",
         "mma.cuh",
         "chunk_kernel.cuh",
