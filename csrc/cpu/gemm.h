@@ -203,12 +203,12 @@ template <class V, class S, class Stored = S, int group = 1>
 void multiply(const Product<S, Stored>& p) {
   if (p.rows == 1) return multiply_few<V, S, Stored, 1, group>(p, std::make_integer_sequence<int, 8>());
   if (p.rows == 2) return multiply_few<V, S, Stored, 2, group>(p, std::make_integer_sequence<int, 6>());
-  const int64_t most = tile_vectors(p.rows, group == 1 ? p.vectors : group, sizeof(V));
+  const int64_t most = tile_vectors(p.rows, sizeof(V));
   const int64_t count = (p.vectors + most - 1) / most;
   for (int64_t j = 0; j < count; ++j) {
-    const int64_t i = p.backwards ? count - 1 - j : j, vector = i * most,
-                  following = (p.backwards ? std::max<int64_t>(i - 1, 0) : i + 1) * most;
-    switch (std::min(most, p.vectors - vector)) {
+    const int64_t i = p.backwards ? count - 1 - j : j, vector = p.vectors * i / count,
+                  following = p.vectors * (p.backwards ? std::max<int64_t>(i - 1, 0) : i + 1) / count;
+    switch (p.vectors * (i + 1) / count - vector) {
       case 1:
         multiply_vectors<V, S, Stored, group, 1>(p, vector, following);
         break;
