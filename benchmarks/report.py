@@ -160,28 +160,40 @@ SUMMARY = [
 ]
 
 
-def _summary_lines(
-    rows: Sequence[Row], sets: Mapping[str, Iterable[Case]], rivals: Sequence[str] | None = None
-) -> list[str]:
+def _summary_lines(rows: Sequence[Row], sets: Mapping[str, Iterable[Case]]) -> list[str]:
     return SUMMARY + [
         f"| {s.set_name} | {s.cell} | {s.mode} | {s.rival} | {s.rows} | {s.losses} "
         f"| {_times(s.geometric_mean)} | {_times(s.worst)} {s.worst_id} |"
         for s in summarise(rows, sets)
-        if rivals is None or s.rival in rivals
     ]
+
+
+def _overview_lines(rows: Sequence[Row], sets: Mapping[str, Iterable[Case]], rivals: Sequence[str]) -> list[str]:
+    """A line per set and cell, with a column per mode and rival."""
+    summaries = summarise(rows, sets)
+    columns = list(dict.fromkeys((s.mode, s.rival) for s in summaries if s.rival in rivals))
+    columns.sort(key=lambda column: MODES.index(column[0]))
+    lines = [
+        "| Sizes | Cell |" + "".join(f" {mode} over {rival} |" for mode, rival in columns),
+        "|---|---|" + "--:|" * len(columns),
+    ]
+    cells: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
+    for s in summaries:
+        text = f"**{_times(s.geometric_mean)}** (from {_times(s.worst)}; {s.losses} of {s.rows} slower)"
+        cells.setdefault((s.set_name, s.cell), {})[s.mode, s.rival] = text
+    for (set_name, cell), found in cells.items():
+        lines.append(f"| {set_name} | {cell} |" + "".join(f" {found.get(column, '')} |" for column in columns))
+    return lines
 
 
 def overview(rows: Iterable[Row]) -> str:
     """README's results: for each machine the whole grid in a few lines; of a GPU torch.nn only, and not every model."""
     lines: list[str] = []
-    sets = {"grid": GRID, "one step": SETS["streaming"], "bfloat16": SETS["bfloat16"]}
     for machine, group in by_machine(rows).items():
+        sets: dict[str, tuple[Case, ...]] = {"grid": GRID, "one step": SETS["streaming"], "bfloat16": SETS["bfloat16"]}
         if group[0].machine.get("gpu"):
-            few = {name: cases for name, cases in GPU_DTYPE_SETS.items() if "models" not in name}
-            summary = _summary_lines(group, few, [TORCH])
-        else:
-            summary = _summary_lines(group, sets)
-        lines += [f"**{machine}** ({_versions(group)})", "", *summary, ""]
+            sets = {name: cases for name, cases in GPU_DTYPE_SETS.items() if "models" not in name}
+        lines += [f"**{machine}** ({_versions(group)})", "", *_overview_lines(group, sets, [TORCH, ONNXRUNTIME]), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 

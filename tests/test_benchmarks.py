@@ -224,9 +224,21 @@ def test_markdown_shows_losing_rows() -> None:
     text = report.markdown([row(case, "inference", **{TORCH: 0.25})])
     assert f"| models | {case.cell} | inference | torch.nn | 1 | 1 | 0.25× | 0.25× {case.id} |" in text
     assert f"| {case.id} | 1000 | 250 | 0.25× |" in text
-    assert f"| grid | {case.cell} | inference | torch.nn | 1 | 1 | 0.25× |" in report.overview(
-        [row(case, "inference", **{TORCH: 0.25})]
+
+
+def test_overview_has_a_column_for_each_rival() -> None:
+    case = shapes.MODELS[0]
+    rows = [
+        row(case, "training", **{TORCH: 0.25}),
+        row(case, "inference", **{TORCH: 4.0, ONNXRUNTIME: 2.0, OURS_DENSE: 3.0}),
+    ]
+    lines = report.overview(rows).splitlines()
+    columns = ("inference over torch.nn", "inference over onnxruntime", "training over torch.nn")
+    assert lines[2] == f"| Sizes | Cell | {' | '.join(columns)} |"
+    faster, level, slower = (
+        f"**{n}×** (from {n}×; {losses} of 1 slower)" for n, losses in (("4.00", 0), ("2.00", 0), ("0.25", 1))
     )
+    assert lines[4] == f"| grid | {case.cell} | {faster} | {level} | {slower} |"
 
 
 def test_draw_writes_a_picture(tmp_path: Path) -> None:
