@@ -61,7 +61,7 @@ bench: $(VENV)/.built $(VENV)/.extra-bench
 	$(PY) -m benchmarks
 
 # Each stage within 8 minutes on one H100 or H200, the most telling first; results go to OUT. Fewer architectures build faster:
-# TORCH_CUDA_ARCH_LIST=9.0a make gpu.
+# TORCH_CUDA_ARCH_LIST=9.0 make gpu.
 OUT ?= .
 STAGE ?= micro test sanitize bench
 NVCC ?= $(if $(CUDA_HOME),$(CUDA_HOME)/bin/nvcc,nvcc)

@@ -2,7 +2,7 @@
 
 FUSEDRNN_BUILD=0     pure Python package, no compiler needed: the layers run on their PyTorch fallback
 FUSEDRNN_CUDA=0|1    without CUDA kernels; with them, or fail (default: with them where everything needed is there)
-TORCH_CUDA_ARCH_LIST the GPUs to compile for (default: 8.0;9.0a;10.0a;12.0+PTX)
+TORCH_CUDA_ARCH_LIST the GPUs to compile for (default: 8.0;9.0;10.0;12.0+PTX)
 CUDA_HOME, MAX_JOBS  as torch.utils.cpp_extension reads them
 """
 
@@ -21,8 +21,9 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 # The oldest torch whose stable ABI has all that the binding uses; one build serves every later torch.
 OLDEST_TORCH = (2, 10)
-# A100, H100 and H200, B200, and the consumer cards of Blackwell; what comes later compiles the last one's PTX.
-ARCHITECTURES = "8.0;9.0a;10.0a;12.0+PTX"
+# A100, H100 and H200, B200 and B300, and the consumer cards of Blackwell; what comes later compiles the last one's PTX.
+# Nothing here needs the instructions of one architecture alone (9.0a), with which code would run on no other.
+ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
 
 
 def say(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,13 +20,21 @@ def as_pair(hx: Any, name: str) -> list[Tensor]:
     """An LSTM's (h_0, c_0) from what was given for it; fails with the type of error that torch.nn gives."""
     if not isinstance(hx, Tensor) and len(hx) == 2:
         return list(hx)
-    given = f"a tensor of shape {list(hx.shape)}" if isinstance(hx, Tensor) else f"a tuple of {len(hx)}"
+    given = f"a tensor of shape {list(hx.shape)}" if isinstance(hx, Tensor) else f"a {type(hx).__name__} of {len(hx)}"
     error: type[Exception]
     if name == "LSTM":  # torch.nn.LSTM takes the first two rows or elements, whatever they are
         error = IndexError if len(hx) < 2 else RuntimeError
     else:
         error = TypeError if isinstance(hx, Tensor) else RuntimeError
     raise error(f"{name}: expected hx to be a pair of two tensors (h_0, c_0), got {given}")
+
+
+def parameters(module: torch.nn.Module, names: Sequence[str]) -> list[Any]:
+    """Tensors of a module, whatever hooks, functional_call or a parametrization have put in their place; or None."""
+    try:  # the attribute lookup of a Module takes half a µs a name
+        return [module._parameters[name] for name in names]
+    except KeyError:
+        return [getattr(module, name) for name in names]
 
 
 def can_be_read(tensor: Tensor) -> bool:
@@ -54,9 +63,11 @@ def row_lengths(name: str, lengths: Any, input: Tensor, steps: int, batch: int) 
         least, most = (int(value) for value in lengths.aminmax())
         if least < 0 or most > steps:
             raise RuntimeError(f"{name}: expected lengths between 0 and {steps}, got {least if least < 0 else most}")
-    # Pinned memory is copied now: the caller may change it before the GPU has read it.
-    if input.is_cuda and can_be_read(lengths) and lengths.is_pinned():
-        lengths = lengths.clone()
+    if input.is_cuda and can_be_read(lengths):
+        if torch.cuda.is_current_stream_capturing():  # a replay would read memory that is somebody else's by then
+            raise RuntimeError(f"{name}: expected lengths on {input.device} in a CUDA graph, got them on the CPU")
+        if lengths.is_pinned():  # copied now: the caller may change it before the GPU has read it
+            lengths = lengths.clone()
     moved: Tensor = lengths.to(input.device, torch.int64, non_blocking=input.is_cuda)
     return moved
 

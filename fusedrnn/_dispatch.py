@@ -114,8 +114,6 @@ def _find_why_no_kernels(device: int) -> str:
 
 def implementation_for(device: torch.device, dtype: torch.dtype, projected: bool) -> Explanation:
     name = str(dtype).removeprefix("torch.")
-    if extension is None:
-        return Explanation("reference", why_no_extension)
     if device.type not in ("cpu", "cuda"):
         return Explanation("torch", f"there are no kernels for {device.type} devices")
     if device.type == "cuda":
@@ -124,6 +122,8 @@ def implementation_for(device: torch.device, dtype: torch.dtype, projected: bool
             return Explanation("torch", missing)
     if projected:
         return Explanation("torch", f"the {device.type.upper()} kernels do not cover proj_size yet")
+    if extension is None:
+        return Explanation("reference", why_no_extension)
     if device.type == "cuda":
         if dtype in CUDA_DTYPES:
             return Explanation("cuda", f"fused {name} kernels")
@@ -146,20 +146,23 @@ def instead_of_torch(found: Explanation) -> Explanation:
     return Explanation("reference", f"{found.reason}, and torch.nn has no lengths, resets, all states or streams")
 
 
-def choose(x: Tensor, projected: bool = False, more: bool = False) -> str:
+def on_gpu_kernels(x: Tensor) -> bool:
+    """Whether the GPU's kernels take x."""
+    return x.is_cuda and cuda_extension is not None and x.dtype in CUDA_DTYPES and not _why_no_kernels(x.get_device())
+
+
+def choose(x: Tensor, projected: bool = False, more: bool = False, stacklevel: int = 6) -> str:
     """The implementation for input ``x``, with ``more`` than torch.nn has; warns, once per reason, of a fallback."""
     if not projected:
         if x.is_cpu:
             if extension is not None and x.dtype in KERNEL_DTYPES:
                 return "cpu"
-        elif (
-            x.is_cuda and cuda_extension is not None and x.dtype in CUDA_DTYPES and not _why_no_kernels(x.get_device())
-        ):
+        elif on_gpu_kernels(x):
             return "cuda"
     found = implementation_for(x.device, x.dtype, projected)
     implementation, reason = instead_of_torch(found) if more else found
     if implementation not in ("cpu", "cuda") and not x.is_meta:  # of a meta tensor nothing is computed
-        warn_once(reason, stacklevel=6)  # choose, forward, Module.__call__ (two of its own), the user's line
+        warn_once(reason, stacklevel)  # 6: choose, forward, Module.__call__ (two of its own), the user's line
     return implementation
 
 

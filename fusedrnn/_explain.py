@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import _dispatch, modules
+from fusedrnn import _autocast, _dispatch, modules
 from fusedrnn._dispatch import Explanation
 
 
@@ -28,11 +28,16 @@ def explain(
     """
     if isinstance(module, modules.FUSED):
         data = input.data if isinstance(input, PackedSequence) else input
-        found = _dispatch.implementation_for(data.device, data.dtype, bool(getattr(module, "proj_size", 0)))
+        dtype = _autocast.dtype(data) or data.dtype
+        found = _dispatch.implementation_for(data.device, dtype, bool(getattr(module, "proj_size", 0)))
         if lengths is not None or resets is not None:
             found = _dispatch.instead_of_torch(found)
-        path = {"cpu": _path, "cuda": _cuda_path}.get(found.implementation)
-        return found if path is None else found._replace(reason=f"{found.reason}; {path(module, input)}")
+        if found.implementation not in ("cpu", "cuda"):
+            return found
+        path = (
+            _path(module, input, dtype) if found.implementation == "cpu" else _cuda_path(module, input, dtype, lengths)
+        )
+        return found._replace(reason=f"{found.reason}; {path}")
     if isinstance(module, torch.nn.RNNBase | torch.nn.RNNCellBase):
         return Explanation(
             "torch",
@@ -53,26 +58,31 @@ def _call(module: torch.nn.Module, input: Tensor | PackedSequence) -> tuple[str,
             steps, batch = len(input.batch_sizes), int(input.batch_sizes[0])
         elif data.dim() == 2:
             steps, batch = data.shape[0], 1
+        elif data.dim() != 3:
+            raise ValueError(f"{module.mode}: expected input of 2 or 3 dimensions, got {data.dim()}")
         else:
             steps, batch = data.shape[:2] if not module.batch_first else data.shape[1::-1]
     mode = getattr(module, "mode", type(module).__name__.removesuffix("Cell")).lower()
     return "rnn_tanh" if mode.startswith("rnn") else mode, steps, batch, directions  # relu's plan is the same
 
 
-def _cuda_path(module: torch.nn.Module, input: Tensor | PackedSequence) -> str:
+def _cuda_path(
+    module: torch.nn.Module, input: Tensor | PackedSequence, dtype: torch.dtype, lengths: Tensor | None
+) -> str:
     """How the GPU's kernels would run the first layer, in words."""
     cuda_extension = _dispatch.cuda_extension
     assert cuda_extension is not None
     data = input.data if isinstance(input, PackedSequence) else input
     cell, steps, batch, directions = _call(module, input)
-    dtype = str(data.dtype).removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.")
     hidden: int = module.hidden_size  # type: ignore[assignment]
-    tf32 = _dispatch.use_tf32(data)
-    call = (cell, dtype, steps, batch, hidden, directions, _dispatch.index_of(data.device), tf32)
+    tf32 = name == "float32" and _dispatch.use_tf32(data)
+    device = _dispatch.index_of(data.device)
+    call = (cell, name, steps, batch, hidden, directions, lengths is not None, device, tf32)
     schedule, backward = (cuda_extension.schedule(*call, backward) for backward in (False, True))
     other = f"; backward by the {backward} schedule" if backward != schedule else ""
     if schedule == "step":
-        reason = "float64" if dtype == "float64" else "few steps, a large batch or a large layer"
+        reason = "float64" if name == "float64" else "few steps, a large batch or a large layer"
         return f"step schedule: a product and a kernel per time step ({reason}){other}"
     if schedule == "lone":
         return f"one kernel for the lone step, products included{other}"
@@ -84,14 +94,13 @@ def _cuda_path(module: torch.nn.Module, input: Tensor | PackedSequence) -> str:
     return f"{schedule} schedule: all steps in one kernel, the recurrent weights in {where}{other}"
 
 
-def _path(module: torch.nn.Module, input: Tensor | PackedSequence) -> str:
+def _path(module: torch.nn.Module, input: Tensor | PackedSequence, dtype: torch.dtype) -> str:
     """How the CPU's kernels would run the first layer forward, in words."""
     extension = _dispatch.extension
     assert extension is not None
-    data = input.data if isinstance(input, PackedSequence) else input
     cell, steps, batch, directions = _call(module, input)
-    dtype = str(data.dtype).removeprefix("torch.")
-    plan = extension.plan(cell, dtype, False, steps, batch, module.input_size, module.hidden_size, directions)
+    name = str(dtype).removeprefix("torch.")
+    plan = extension.plan(cell, name, False, steps, batch, module.input_size, module.hidden_size, directions)
     packed = "weights packed into tiles" if plan["tiled"] else "packed weights"
     weights = packed if plan["packed"] else "weights read in place"
     threads = plan["teams"] * plan["members"]

@@ -10,19 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedrnn import _autograd, _direct, _ragged
+from fusedrnn import _autograd, _direct, _dispatch, _ops, _ragged, _transforms
 
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 def cell(module: torch.nn.RNNCellBase, name: str, x: Tensor, hx: Any) -> Any:
     """A cell's step of x ``[B, I]`` from its state ``[B, H]``, a pair for an LSTM; what forward returns, or None."""
-    if not _possible(x, 2, module.input_size):
+    device = _device(x, 2, module.input_size)
+    if device is None:
         return None
-    h, c = _states(name, x, hx, (len(x), module.hidden_size))
+    shape = len(x), module.hidden_size
+    h, c = _states(name, x, hx, shape)
     parameters = module._parameters  # a name is absent where a parametrization has taken its place
     weights = [parameters.get(key) for key in (_NAMES if module.bias else _NAMES[:2])]
-    found = _run(name, x, h, c, weights)
+    found = _run(name, x, h, c, weights) if device == "cpu" else _run_on_gpu(name, x, h, c, weights, shape)
     if found is None:
         return None
     return tuple(found[-2:]) if name == "lstm" else found[-1]
@@ -30,7 +32,8 @@ def cell(module: torch.nn.RNNCellBase, name: str, x: Tensor, hx: Any) -> Any:
 
 def layer(module: torch.nn.RNNBase, name: str, x: Tensor, hx: Any, lengths: Any = None, resets: Any = None) -> Any:
     """A stack of layers over a padded batch from its states ``[L*D, B, H]``; what forward returns, or None."""
-    if not _possible(x, 3, module.input_size):
+    device = _device(x, 3, module.input_size)
+    if device is None:
         return None
     layers = module.num_layers
     if torch.is_grad_enabled() and (layers > 1 or module.recompute):
@@ -38,17 +41,22 @@ def layer(module: torch.nn.RNNBase, name: str, x: Tensor, hx: Any, lengths: Any 
     if module.proj_size or (layers > 1 and module.training and module.dropout):
         return None
     ragged = lengths is not None or resets is not None
-    if ragged and torch.is_grad_enabled():
+    if ragged and (torch.is_grad_enabled() or device == "cuda"):
         return None
+    if layers > 1 and device == "cuda":
+        return None  # its operator takes a layer
     if module.batch_first:
         x = x.transpose(0, 1)
         resets = resets.transpose(0, 1) if type(resets) is Tensor and resets.dim() == 2 else resets
     if not x.is_contiguous():
         x = x.contiguous()
     rows = layers * (2 if module.bidirectional else 1)
-    h, c = _states(name, x, hx, (rows, x.shape[1], module.hidden_size))
+    shape = rows, x.shape[1], module.hidden_size
+    h, c = _states(name, x, hx, shape)
     weights = [module._parameters.get(key) for key in module._flat_weights_names]
-    if not ragged:
+    if device == "cuda":
+        found = _run_on_gpu(name, x, h, c, weights, shape)
+    elif not ragged:
         found = _run(name, x, h, c, weights, layers)
     else:
         if lengths is not None:
@@ -69,8 +77,13 @@ def layer(module: torch.nn.RNNBase, name: str, x: Tensor, hx: Any, lengths: Any 
     return y.transpose(0, 1) if module.batch_first else y, tuple(states) if name == "lstm" else states[0]
 
 
-def _possible(x: Any, rank: int, inputs: int) -> bool:
-    return _direct.possible() and isinstance(x, Tensor) and x.is_cpu and x.dim() == rank and x.shape[-1] == inputs
+def _device(x: Any, rank: int, inputs: int) -> str | None:
+    """Where the kernels are that take an input, ``cpu`` or ``cuda``."""
+    if not (_direct.possible() and isinstance(x, Tensor) and x.dim() == rank and x.shape[-1] == inputs):
+        return None
+    if x.is_cpu:
+        return "cpu"
+    return "cuda" if type(x) is Tensor and _dispatch.on_gpu_kernels(x) else None
 
 
 def _states(name: str, x: Tensor, hx: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:
@@ -106,3 +119,22 @@ def _run(name: str, x: Tensor, h: Any, c: Any, weights: list[Any], layers: int =
     if not _autograd.needs_gradient(x, h, c, weights):
         return kernels.forward(name, x, h, c, weights, 1, False)
     return _autograd.apply(name, False, None, None, None, x, h, c, *weights)
+
+
+def _run_on_gpu(name: str, x: Tensor, h: Any, c: Any, weights: list[Any], shape: tuple[int, ...]) -> Any:
+    """The same by the operator, which checks the weights' shapes."""
+    states = [h] if name != "lstm" else [h, c]
+    if x.shape[0] == 0 or not all(type(s) is Tensor and s.shape == shape for s in states):
+        return None
+    dtype, device = x.dtype, x.device
+    if not all(isinstance(t, Tensor) and t.dtype is dtype and t.device == device for t in (*states, *weights)):
+        return None
+    tf32 = _dispatch.use_tf32(x)
+    if _autograd.needs_gradient(x, h, c, weights):
+        return _autograd.apply(name, tf32, None, None, None, x, h, c, *weights)
+    step = x.dim() == 2
+    if step:
+        x, h, c = _transforms.with_step(x, h, c)
+    with _ops.below_autograd():
+        found = _ops.recurrence_forward(name, x, h, c, weights, None, None, None, False, tf32)
+    return [t.squeeze(0) for t in found] if step else found

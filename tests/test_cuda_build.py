@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(
     reason="needs the sources, nvcc and cuobjdump",
 )
 
-ARCHITECTURES = ("sm_80", "sm_90a")
+ARCHITECTURES = ("sm_80", "sm_90")
 CELLS = {"rnn": ("RNN<false>", "RNN<true>"), "lstm": ("LSTM",), "gru": ("GRU",)}
 SCALARS = {"float": 4, "double": 2, "fusedrnn::cuda::float16": 4, "fusedrnn::cuda::bfloat16": 4}  # units at once
 each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -69,6 +69,19 @@ def instructions(cubin: Path) -> dict[str, list[str]]:
     parts = re.split(r"Function : (?:void )?(.+)\n", dump(cubin, "--dump-sass"))[1:]
     pairs = zip(parts[::2], parts[1::2], strict=True)
     return {name: re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z][\w.]+)", text) for name, text in pairs}
+
+
+@cache
+def scheduled(cubin: Path) -> dict[str, list[tuple[str, int, int]]]:
+    """By kernel every opcode, the barrier that its result raises (7: none), and a bit for each that it waits for."""
+    found = {}
+    for name, text in re.findall(
+        r"Function : (?:void )?(.+)\n((?:.|\n)*?)(?=\tFunction|\Z)", dump(cubin, "--dump-sass")
+    ):
+        encoded = r"(?:@!?\w+ )?([A-Z][\w.]+).*/\* 0x[0-9a-f]{16} \*/\n\s+/\* 0x([0-9a-f]{16}) \*/"
+        control = [(opcode, int(high, 16) >> 41) for opcode, high in re.findall(encoded, text)]
+        found[name] = [(opcode, bits >> 5 & 7, bits >> 11 & 63) for opcode, bits in control]
+    return found
 
 
 def kernels(name: str) -> list[tuple[str, int]]:
@@ -180,6 +193,24 @@ def test_nothing_is_spilled_and_accesses_are_wide(folder, name, architecture):
     for kernel in [*blocks(name), *(kernel for kernel, _ in residents(name, architecture))]:
         opcodes = find(kernel, code)
         assert not [opcode for opcode in opcodes if re.match(r"LD\.|ST\.", opcode)], f"{kernel}: of no known memory"
+
+
+@each_file
+def test_loads_are_under_way_during_the_exchange(folder, name):
+    """Of what a cluster's step loads, nothing is waited for before the wait for the other blocks."""
+    code = scheduled(cubin(folder, name, "sm_90"))
+    for kernel, _ in residents(name, "sm_90"):
+        if "cuda::cluster_" not in kernel:
+            continue
+        steps = find(kernel, code)
+        waits = [i for i, (opcode, _, _) in enumerate(steps) if opcode.endswith("TRYWAIT")]
+        # A row's length, of 64 bits, is needed to know what to load, as are, before it, the rows of a packed batch.
+        near = range(waits[0] - 60, waits[0])
+        loads = [i for i in near if steps[i][0].startswith("LDG") and not steps[i][0].endswith(".64")]
+        assert loads, kernel
+        for i in loads[-2:]:
+            waiting = [steps[k][0] for k in range(i + 1, waits[0]) if steps[k][2] >> steps[i][1] & 1]
+            assert not waiting, (kernel, steps[i], waiting)
 
 
 @each_architecture

@@ -220,6 +220,15 @@ def test_cuda_graph(kind):
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(captured, step(), strict=True))
 
 
+def test_lengths_on_the_host_are_refused_in_a_graph():
+    layer, x = layer_and_input({"cell": "gru"})
+    lengths = torch.full((x.size(1),), x.size(0)).pin_memory()
+    with torch.no_grad(), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        with pytest.raises(RuntimeError, match="expected lengths on cuda:0 in a CUDA graph, got them on the CPU"):
+            layer(x, lengths=lengths)
+        layer(x, lengths=x.new_full((x.size(1),), 2, dtype=torch.int64))
+
+
 @for_each_cell
 def test_side_stream(kind):
     layer, x = layer_and_input(kind)
@@ -303,6 +312,9 @@ def test_explain(schedule):
     assert "step schedule" in fusedrnn.explain(layer, x).reason
     chosen = "block" if schedule == Schedules.ALL else schedule.name.lower()
     assert f"{chosen} schedule" in fusedrnn.explain(layer, x.repeat(2, 1, 1)).reason
+    assert "lone step" in fusedrnn.explain(layer, x[:1]).reason
+    lengths = torch.ones(x.size(1), dtype=torch.int64, device="cuda")
+    assert "step schedule" in fusedrnn.explain(layer, x[:1], lengths=lengths).reason
     assert "step schedule" in fusedrnn.explain(layer.double(), x.double().repeat(2, 1, 1)).reason
 
 

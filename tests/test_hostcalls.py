@@ -37,6 +37,20 @@ def test_a_lone_step_reads_large_weights_once(B, H, expected):
     assert hostcuda.schedule_of(Case("lstm", T=1, B=B, H=H, dtype="bfloat16")) == expected
 
 
+@pytest.mark.parametrize("T", [1, 9])
+@KINDS
+def test_no_hidden_units(kind, T):
+    """As torch's cells may have them: there is nothing to make but dx, a sum of nothing."""
+    equations = Case(**kind).equations
+    x, state = torch.randn(T, 2, 3, requires_grad=True), torch.zeros(1, 2, 0)
+    weights = [torch.zeros(0, 3), torch.zeros(0, 0)]
+    y, h_n, _ = _autograd.recurrence(equations, x, state, state if equations == "lstm" else None, weights)
+    assert y.shape == (T, 2, 0)
+    assert h_n.shape == state.shape
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(dx, torch.zeros_like(x))
+
+
 @pytest.mark.parametrize(
     ("batch_sizes", "schedules"),
     [

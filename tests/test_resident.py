@@ -155,7 +155,15 @@ def test_split_products(monkeypatch, directions, tf32):
 
 @pytest.mark.parametrize(
     ("allowed", "room", "schedule"),
-    [("GRID", 0, "step"), ("GRID", 2, "step"), ("GRID", 4, "grid"), ("CLUSTER", 0, "step"), ("CLUSTER", 16, "cluster")],
+    [
+        ("GRID", 0, "step"),
+        ("GRID", 2, "step"),
+        ("GRID", 4, "grid"),
+        ("CLUSTER", 0, "step"),
+        ("CLUSTER", 16, "cluster"),
+        ("CLUSTER", 8, "cluster"),
+        ("CLUSTER", 1, "step"),
+    ],
 )
 def test_device_says_how_many_blocks_there_is_room_for(monkeypatch, allowed, room, schedule):
     monkeypatch.setattr(hostcuda, "schedules", Schedules[allowed])

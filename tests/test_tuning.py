@@ -111,12 +111,14 @@ def test_explain_names_the_path(module, x, words, threads):
 def test_explain_names_a_gpus_schedules(monkeypatch, schedules, words):
     class Extension:
         def schedule(self, *call: object) -> str:
-            assert call[:-1] == ("lstm", "float32", 50, 4, 768, 1, 0, False)
+            assert call[:-1] == ("lstm", "float32", 50, 4, 768, 1, True, 0, False)
             return schedules[call[-1]]
 
     monkeypatch.setattr(_dispatch, "cuda_extension", Extension())
     monkeypatch.setattr(_dispatch, "index_of", lambda _: 0)
     monkeypatch.setattr(_dispatch, "use_tf32", lambda _: False)
-    said = _explain._cuda_path(fusedrnn.LSTM(3, 768, device="meta"), torch.zeros(50, 4, 3))
+    said = _explain._cuda_path(
+        fusedrnn.LSTM(3, 768, device="meta"), torch.zeros(50, 4, 3), torch.float32, torch.ones(4, dtype=torch.int64)
+    )
     assert said.startswith(words[0])
     assert said.endswith(words[1])

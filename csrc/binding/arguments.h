@@ -102,6 +102,18 @@ inline const char* dtype_name(ScalarType dtype) {
   }
 }
 
+// torch::stable::new_empty, but by its own entry point: the general one looks the operator up by name, which takes a µs a tensor.
+inline Tensor new_empty_of(const Tensor& like, const std::vector<int64_t>& sizes, std::optional<int32_t> dtype) {
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(), static_cast<int64_t>(sizes.size()),
+                                                   dtype ? &*dtype : nullptr, nullptr, nullptr, 0, nullptr, &made));
+  return Tensor(made);
+}
+
+inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes) {
+  return new_empty_of(like, sizes, std::nullopt);
+}
+
 // Checks t, which lies where `like` does, and makes it contiguous where it is not.
 template <class Sizes = std::initializer_list<int64_t>>
 void check(Tensor& t, const char* name, const Tensor& like, ScalarType dtype, const Sizes& sizes) {

@@ -34,8 +34,6 @@ ScalarKind scalar_kind(ScalarType x, ScalarType weights) {
   }
 }
 
-Tensor make(const Tensor& like, const std::vector<int64_t>& sizes) { return torch::stable::new_empty(like, sizes); }
-
 // For tests.
 std::atomic<unsigned> allowed_schedules{cuda::all_schedules};
 
@@ -45,7 +43,13 @@ cuda::Limits limits_of(int device) {
   return limits;
 }
 
-constexpr Backend backend{&scalar_kind, &make, false};
+constexpr Backend backend{&scalar_kind, &new_empty, false};
+
+void* cublas_handle() {
+  void* handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
+  return handle;
+}
 
 // On torch's current stream and cuBLAS handle of x's device; the workspace is torch's to use again as soon as what is
 // enqueued here has run.
@@ -54,13 +58,15 @@ void run(void (*pass)(const Params&, const cuda::Context&), const Params& p, con
          bool tf32) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   cuda::use_device(x.get_device_index());
-  void *stream = nullptr, *handle = nullptr;
+  void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-  TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
-  cuda::CublasBlas blas(handle, tf32);
+  cuda::CublasBlas blas(&cublas_handle, tf32);
   cuda::Context context{stream, &blas, nullptr, limits_of(x.get_device_index()), tf32};
-  const Tensor workspace = torch::stable::new_empty(x, {cuda::workspace_bytes(p, backward, context)}, ScalarType::Byte);
-  context.workspace = workspace.mutable_data_ptr();
+  MaybeTensor workspace;
+  if (const int64_t bytes = cuda::workspace_bytes(p, backward, context)) {
+    workspace = new_empty_of(x, {bytes}, aoti_torch_dtype_uint8());
+    context.workspace = workspace->mutable_data_ptr();
+  }
   pass(p, context);
 }
 
@@ -79,7 +85,8 @@ Tensors backward_on_gpu(std::string cell, MaybeTensor dy, MaybeTensor dh_n, Mayb
 }
 
 std::string schedule(const std::string& cell, const std::string& dtype, int64_t T, int64_t B, int64_t H, int directions,
-                     int device, bool tf32, bool backward) {
+                     bool has_lengths, int device, bool tf32, bool backward) {
+  static const int64_t some_lengths = 0;
   Problem p{};
   p.cell = cell_info(cell).kind;
   p.scalar = dtype == "float32"   ? ScalarKind::float32
@@ -88,6 +95,7 @@ std::string schedule(const std::string& cell, const std::string& dtype, int64_t 
                                   : ScalarKind::bfloat16;
   p.sequence.T = T;
   p.sequence.B = B;
+  p.sequence.lengths = has_lengths ? &some_lengths : nullptr;
   p.H = H;
   p.directions = directions;
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -107,7 +115,7 @@ PYBIND11_MODULE(_cuda, m) {
       "use_schedules", [](unsigned which) { allowed_schedules = which; }, py::arg("which"),
       "For tests: which schedules may run besides the step schedule (block 1, cluster 2, grid 4, added up).");
   m.def("schedule", &schedule, py::arg("cell"), py::arg("dtype"), py::arg("T"), py::arg("B"), py::arg("H"),
-        py::arg("directions"), py::arg("device"), py::arg("tf32"), py::arg("backward"),
+        py::arg("directions"), py::arg("has_lengths"), py::arg("device"), py::arg("tf32"), py::arg("backward"),
         "How the time steps of a layer would be run.");
   m.def(
       "architectures", [] { return std::string(FUSEDRNN_CUDA_ARCHITECTURES); }, "What the kernels were compiled for.");

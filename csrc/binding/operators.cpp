@@ -23,13 +23,8 @@ namespace {
 using namespace fusedrnn;
 using namespace fusedrnn::binding;
 
-// torch::stable::new_empty, but by its own entry point: the general one looks the operator up by name, which
-// takes a µs a tensor.
 Tensor make(const Tensor& like, const std::vector<int64_t>& sizes) {
-  AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(), static_cast<int64_t>(sizes.size()),
-                                                   nullptr, nullptr, nullptr, 0, nullptr, &made));
-  const Tensor tensor(made);
+  const Tensor tensor = new_empty(like, sizes);
   cpu::prefer_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
   return tensor;
 }

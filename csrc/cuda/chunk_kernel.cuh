@@ -87,16 +87,20 @@ class ChunkKernel {
   }
 
   // A plan is for the multiprocessors that there are. The device knows how many of them a kernel can fill, which clusters do
-  // not: they lie within the parts that it is made of. What it says may lead to another plan, of which it is asked again.
+  // not: they lie within the parts that it is made of. What it says may lead to another plan, of which it is asked again: one for
+  // smaller clusters, where it has no room for one so large.
   bool choose(Limits limits, Team team) {
     const Sequence& s = p_.sequence;
     int room = 0;
-    for (int i = 0; i < 2; ++i) {
+    for (int asked = 0; asked < 2;) {
       plan_ =
           resident_plan(limits, team, s.T, s.B, p_.H, p_.directions, Cell::gates, backward_, Cell::has_cell, sizeof(S));
       if (!plan_.blocks) return false;
       room = backward_ ? room_for(backward_kernel()) : room_for(forward_kernel());
-      limits.multiprocessors = std::min(limits.multiprocessors, room);
+      if (plan_.cluster && !room)
+        limits.largest_cluster = plan_.blocks / 2;
+      else
+        limits.multiprocessors = std::min(limits.multiprocessors, room), ++asked;
     }
     if (room < (plan_.cluster ? 1 : plan_.teams * p_.directions) * plan_.blocks) plan_ = {};
     return plan_.blocks;

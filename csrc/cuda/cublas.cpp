@@ -28,22 +28,25 @@ cudaDataType type(Element element) {
 
 }  // namespace
 
-CublasBlas::CublasBlas(void* handle, bool tf32) : handle_(handle), tf32_(tf32) {
-  const auto cublas = static_cast<cublasHandle_t>(handle_);
+void CublasBlas::begin() {
+  void* const handle = get_handle_();
+  const auto cublas = static_cast<cublasHandle_t>(handle);
   cublasMath_t mode;
   expect_success(cublasGetMathMode(cublas, &mode));
   math_mode_ = mode;
+  handle_ = handle;
   // No partial sum in half precision; torch's own mode is about its matmul, not about its RNNs.
   expect_success(cublasSetMathMode(
       cublas, static_cast<cublasMath_t>(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)));
 }
 
 CublasBlas::~CublasBlas() {
-  cublasSetMathMode(static_cast<cublasHandle_t>(handle_), static_cast<cublasMath_t>(math_mode_));
+  if (handle_) cublasSetMathMode(static_cast<cublasHandle_t>(handle_), static_cast<cublasMath_t>(math_mode_));
 }
 
 // cuBLAS counts columns first: a row-major c = a·b is its cᵀ = bᵀ·aᵀ, on the same memory.
 void CublasBlas::multiply(const Product& p) {
+  if (!handle_) begin();
   const double one = 1, beta = p.accumulate ? 1 : 0;
   const float one_float = 1, beta_float = static_cast<float>(beta);
   const bool is_double = p.in == Element::float64;

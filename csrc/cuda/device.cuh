@@ -45,8 +45,8 @@ struct Together {
 
 #if defined(FUSEDRNN_HOSTCUDA)
 template <class P>
-int active_blocks(void (*)(P), const Geometry&, int, Together) {
-  return shim::active_blocks;
+int active_blocks(void (*)(P), const Geometry&, int, Together together) {
+  return shim::active_blocks / together.cluster * together.cluster;
 }
 
 template <class P>

@@ -9,8 +9,9 @@ namespace fusedrnn::cuda {
 namespace {
 
 void expect_success(cudaError_t status) {
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string("fusedrnn: CUDA says: ") + cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // or the next call, of whomever, would report it again
+  throw std::runtime_error(std::string("fusedrnn: CUDA says: ") + cudaGetErrorString(status));
 }
 
 int attribute(cudaDeviceAttr which, int device) {

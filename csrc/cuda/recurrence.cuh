@@ -139,7 +139,7 @@ class Recurrence : Layer<Cell, S> {
  private:
   struct ForwardRoom {
     int64_t rows;                // of the sequence in a chunk
-    A* input[2];                 // [rows, gates*H]
+    A* input[2] = {};            // [rows, gates*H]
     A* hidden = nullptr;         // [D, B, gates*H], for steps
     A* c = nullptr;              // [D, B, H] where c_n is not of the accumulators' type
     S* w_hh = nullptr;           // [D, gates*H, H] where steps want the weights in another place
@@ -148,6 +148,7 @@ class Recurrence : Layer<Cell, S> {
     explicit ForwardRoom(Recurrence& s) {
       const int64_t gates = Cell::gates * s.H_;
       rows = chunk_rows(s.N_, s.B_, s.D_ * gates * sizeof(A), s.chunk_bytes_);
+      if (s.lone_) return;  // its sums and states stay in registers
       for (int d = 0; d < s.D_; ++d) input[d] = s.room_.template take<A>(rows * gates);
       if (!s.kernel_) hidden = s.room_.template take<A>(s.D_ * s.B_ * gates);
       if (Cell::has_cell && !same) c = s.room_.template take<A>(s.D_ * s.B_ * s.H_);
@@ -193,8 +194,7 @@ class Recurrence : Layer<Cell, S> {
   }
 
   bool copies_weights(bool in_order_of_sums) const {
-    if (kernel_ || (lone_ && !in_order_of_sums)) return false;
-    return D_ == 2 || (in_order_of_sums && Cell::hidden_gate(0) != 0);
+    return !kernel_ && (D_ == 2 || (in_order_of_sums && Cell::hidden_gate(0) != 0));
   }
 
   // W_hh of all directions one behind the other, the gates in the order of the sums on request.
@@ -326,16 +326,18 @@ void with_scalar(ScalarKind scalar, const F& f) {
 
 template <class Cell>
 const char* RecurrenceOf<Cell>::schedule(const Problem& p, const Limits& limits, bool tf32, bool backward) {
-  const char* name = nullptr;
-  with_scalar(p.scalar, [&](auto s) {
-    using S = decltype(s);
-    name = is_lone<Cell, S>(p) && !backward ? "lone" : ChunkKernel<Cell, S>(p, limits, tf32, backward).name();
-  });
+  const char* name = "step";
+  if (p.H)
+    with_scalar(p.scalar, [&](auto s) {
+      using S = decltype(s);
+      name = is_lone<Cell, S>(p) && !backward ? "lone" : ChunkKernel<Cell, S>(p, limits, tf32, backward).name();
+    });
   return name;
 }
 
 template <class Cell>
 int64_t RecurrenceOf<Cell>::workspace_bytes(const Problem& p, bool backward, const Context& context) {
+  if (p.H == 0) return 0;
   Context counting = context;
   counting.workspace = nullptr;
   int64_t bytes = 0;
@@ -346,12 +348,19 @@ int64_t RecurrenceOf<Cell>::workspace_bytes(const Problem& p, bool backward, con
 
 template <class Cell>
 void RecurrenceOf<Cell>::forward(const ForwardParams& p, const Context& context) {
+  if (p.H == 0) return;  // as torch's cells may have it: results without a number
   with_scalar(p.scalar, [&](auto s) { Recurrence<Cell, decltype(s)>(p, context, false).forward(p); });
 }
 
 template <class Cell>
 void RecurrenceOf<Cell>::backward(const BackwardParams& p, const Context& context) {
-  with_scalar(p.scalar, [&](auto s) { Recurrence<Cell, decltype(s)>(p, context, true).backward(p); });
+  with_scalar(p.scalar, [&](auto s) {
+    using S = decltype(s);
+    if (p.H)
+      Recurrence<Cell, S>(p, context, true).backward(p);
+    else if (p.dx)  // sums of nothing
+      zero(p.dx, p.sequence.start(p.sequence.T) * p.I * sizeof(S), static_cast<cudaStream_t>(context.stream));
+  });
 }
 
 }  // namespace fusedrnn::cuda

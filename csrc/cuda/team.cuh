@@ -229,6 +229,8 @@ struct Resident : TeamProduct<Cell, Multiplier, Exchange, P, is_backward> {
     };
     constexpr int at_once = out == 1 ? 4 : 2;
     int left = parts.count;
+    if constexpr (shares_sums)  // of the largest cluster
+      if (left == 16) return add_some(std::integral_constant<int, 16>());
 #pragma unroll 1
     for (; left >= at_once; left -= at_once) add_some(std::integral_constant<int, at_once>());
 #pragma unroll 1

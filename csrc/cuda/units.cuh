@@ -75,7 +75,7 @@ struct ForwardStep {
   const S* cx;        // [D, B, H] likewise
   S* y;               // [N, D*H]
   S* h;               // [D, B, H] the state, which the next product reads; h_n after the last step
-  A* c;               // [D, B, H] the cell state
+  A* c;               // [D, B, H] the cell state, or nullptr where no other step needs it
   S* c_n;             // [D, B, H] the cell state as it is given back, or nullptr where that is c
   S* gates[2];        // [N, saved*H] by direction, or nullptr
   S* cells[2];        // [N, H], likewise
@@ -102,7 +102,7 @@ FUSEDRNN_DEVICE void store_state(const ForwardStep<S>& p, const Position& at,
   const int64_t place = static_cast<int64_t>(at.d * p.B + at.b) * p.H + at.j;
   store<width>(p.h + place, state.h);
   if constexpr (Cell::has_cell) {
-    store<width>(p.c + place, state.c);
+    if (p.c) store<width>(p.c + place, state.c);
     if (p.c_n) store<width>(p.c_n + place, state.c);
   }
 }
