@@ -1,7 +1,8 @@
 """One layer with its gradients, on the compiled kernels: eager, compiled, exported and under torch.func.
 
-Eager calls go to an ``autograd.Function`` around the operators. Where torch.compile or torch.export traces, the call is
-one operator, whose kernel for autograd is that same Function. Under torch.func it is ``_transforms.Recurrence``.
+Eager calls go to an ``autograd.Function`` around the operators. Where torch.compile, torch.export or torch.jit.trace
+records it, the call is one operator, whose kernel for autograd is that same Function. Under torch.func it is
+``_transforms.Recurrence``.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def recurrence(
 
     float32 or float64, on a GPU bfloat16 and float16 too; on a CPU the weights of a float32 x may be bfloat16.
     """
-    if torch.compiler.is_compiling():
+    if _modes.recorded():
         if _modes.forward_mode_in_graph():
             return by_reference(cell, x, hx, cx, weights, batch_sizes, lengths, resets)
         results = _ops.recurrence_forward(
@@ -45,7 +46,7 @@ def recurrence(
 def step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: list[Tensor]) -> list[Tensor]:
     """One step of one layer on a CPU's kernels: x ``[B, I]``, h and c ``[B, H]`` to h' and, for an LSTM, c'."""
     results: list[Tensor]
-    if not torch.compiler.is_compiling():
+    if not _modes.recorded():
         results = run_step(cell, x, h, c, weights)
     elif not _modes.forward_mode_in_graph():
         results = _ops.step(cell, x, h, c, weights)
@@ -140,8 +141,9 @@ class Recurrence(torch.autograd.Function):
             own = _transforms.with_step(x, hx, cx) if step else (x, hx, cx)
             with _ops.below_autograd():
                 found = _ops.recurrence_forward(cell, *own, weights, *sequence, True, tf32)
-            if step:  # in place: a view could not be written to
-                found[: 1 + states] = [state.squeeze_(0) for state in found[: 1 + states]]
+            if step:  # no views, which could not be written to; nor changes of what a mode may have kept
+                watched = torch._C._len_torch_dispatch_stack() > 0
+                found[: 1 + states] = [s.squeeze(0).clone() if watched else s.squeeze_(0) for s in found[: 1 + states]]
         y, *results = found
         _transforms.save(ctx, cell, tf32, (*sequence, x, hx, cx, *weights), y, results[states:])
         return tuple(results[:states]) if step else (y, *results[:states])

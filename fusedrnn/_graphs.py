@@ -24,14 +24,13 @@ def _forward_with_autograd(
     save: bool,
     tf32: bool = False,
 ) -> Any:
-    if (
-        save
-        and cx is not None
-        and batch_sizes is None
-        and (_modes.active() or _autograd.needs_gradient(x, hx, cx, weights))
-    ):
-        return _states.with_all(x, hx, cx, weights, lengths, resets, tf32)
-    if save:  # other cells' states are their output: nobody asks for gradients of what is saved
+    if save and (_modes.active() or _autograd.needs_gradient(x, hx, cx, weights)):
+        if cx is not None and batch_sizes is None:
+            return _states.with_all(x, hx, cx, weights, lengths, resets, tf32)
+        # Other cells' states are their output: nobody asks for gradients of what is saved.
+        sequence = (batch_sizes, lengths, resets)
+        return list(_transforms.Recurrence.apply(cell, tf32, *sequence, x, hx, cx, *weights))  # type: ignore[no-untyped-call]
+    if save:
         dense = batch_sizes is None and lengths is None and resets is None
         found = _direct.forward(cell, x, hx, cx, weights) if dense else None
         if found is not None:

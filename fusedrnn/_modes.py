@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.fx
 
 from fusedrnn import _dispatch
 
@@ -19,6 +22,19 @@ def transformed() -> bool:
 def active() -> bool:
     """Whether torch.func or forward-mode differentiation is at work."""
     return _innermost() is not None or _forward_ad._current_level >= 0
+
+
+def recorded() -> bool:
+    """Whether torch.compile, torch.export or torch.jit.trace makes a graph of the operators that are called."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
+def symbolic(module: torch.nn.Module, *arguments: Any, **options: Any) -> Any:
+    """The node of a graph that torch.fx makes for a call of a layer or cell, as of one of torch.nn's; or None."""
+    if not isinstance(arguments[0], torch.fx.Proxy):
+        return None
+    tracer: Any = arguments[0].tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, options)
 
 
 def needs_reference() -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from fusedrnn import _dispatch
 
@@ -65,6 +66,27 @@ def _step_shapes(cell: str, x: Tensor, hx: Tensor, cx: Tensor | None, weights: l
     return [x.new_empty(hx.shape) for _ in range(1 if cx is None else 2)]
 
 
+def _products(x: Sequence[int], weights: Sequence[Sequence[int]]) -> list[int]:
+    """Operations of x·W_ih and h·W_hh for all rows, from shapes."""
+    rows, matrices = math.prod(x[:-1]), [math.prod(w) for w in weights if len(w) == 2]
+    return [2 * rows * sum(matrices[::2]), 2 * rows * sum(matrices[1::2])]
+
+
+def _forward_flops(_: str, x: Any, hx: Any, cx: Any, weights: Any, *__: Any, **___: Any) -> int:  # noqa: ARG001
+    return sum(_products(x, weights))
+
+
+def _backward_flops(
+    _: str, dy: Any, dh_n: Any, dc_n: Any, x: Any, y: Any, hx: Any, cx: Any, saved: Any, weights: Any,  # noqa: ARG001
+    batch_sizes: Any, lengths: Any, resets: Any, wanted: Sequence[bool], *__: Any, **___: Any,  # noqa: ARG001
+) -> int:  # fmt: skip
+    """dX, dW_ih and dW_hh where they are wanted, and what goes back through W_hh, to hx where that is wanted."""
+    of_input, of_state = _products(x, weights)
+    to_hx, of_weights = _products(hx[1:], weights)[1], wanted[2 if cx is None else 3 :]
+    back = of_state - (0 if wanted[1] else to_hx)
+    return of_input * (wanted[0] + any(of_weights[::2])) + of_state * any(of_weights[1::2]) + back
+
+
 def differentiate(name: str, kernel: Callable[..., Any]) -> None:
     """Makes ``kernel`` what torch calls for an operator where autograd may have an interest in the call."""
     if _dispatch.extension is not None:
@@ -82,3 +104,5 @@ if _dispatch.extension is not None:
     recurrence_forward = torch.ops.fusedrnn.recurrence_forward.default
     recurrence_backward = torch.ops.fusedrnn.recurrence_backward.default
     step = torch.ops.fusedrnn.step.default
+    register_flop_formula([torch.ops.fusedrnn.recurrence_forward, torch.ops.fusedrnn.step])(_forward_flops)  # type: ignore[no-untyped-call]
+    register_flop_formula(torch.ops.fusedrnn.recurrence_backward)(_backward_flops)  # type: ignore[no-untyped-call]

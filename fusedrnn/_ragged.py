@@ -20,7 +20,7 @@ class Rows:
     def __init__(self, lengths: Tensor, steps: int) -> None:
         self.order = lengths.argsort(descending=True, stable=True)
         self.back = self.order.argsort()
-        times = torch.arange(steps).unsqueeze(1)
+        times = torch.arange(steps, device=lengths.device).unsqueeze(1)
         valid = times < lengths[self.order]
         self.batch_sizes = valid.sum(1)
         self.batch_sizes = self.batch_sizes[self.batch_sizes > 0]

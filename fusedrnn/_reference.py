@@ -61,12 +61,13 @@ def packed_rows(batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
     """Step t and batch row b of every row of a packed sequence, each ``[N]``, from batch_sizes ``[T]``."""
     steps = torch.repeat_interleave(batch_sizes)
     starts = torch.cumsum(batch_sizes, 0) - batch_sizes
-    return steps, torch.arange(len(steps)) - starts[steps]
+    return steps, torch.arange(len(steps), device=steps.device) - starts[steps]
 
 
 def packed_lengths(batch_sizes: Tensor) -> Tensor:
     """Length of every row ``[B]``, falling, from batch_sizes ``[T]``."""
-    return (batch_sizes > torch.arange(int(batch_sizes[0])).unsqueeze(1)).sum(1)
+    rows = torch.arange(int(batch_sizes[0]), device=batch_sizes.device)
+    return (batch_sizes > rows.unsqueeze(1)).sum(1)
 
 
 def recurrence(

@@ -46,7 +46,7 @@ class Stream:
             raise ValueError(f"{self._name}: expected a batch_size of at least 1, got {batch_size!r}")
         weight = module._weights()[0]
         self._dtype, self._device = weight.dtype, weight.device
-        self._implementation = _dispatch.choose(weight, module.proj_size > 0, True)
+        self._implementation = _dispatch.choose(weight, module.proj_size > 0, True, stacklevel=5)
         kernels = self._implementation == "cpu"
         # The kernels keep float32 between steps whatever comes in and goes out.
         state_dtype = torch.float32 if kernels and weight.dtype in _dispatch.CONVERTED_DTYPES else weight.dtype

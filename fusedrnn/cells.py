@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedrnn import _autocast, _dispatch, _shortcut, functional
-from fusedrnn._checks import as_pair, check_like_input
+from fusedrnn import _autocast, _dispatch, _modes, _shortcut, functional
+from fusedrnn._checks import as_pair, check_like_input, parameters
 
 
 class _Cell(torch.nn.RNNCellBase):
@@ -16,7 +16,7 @@ class _Cell(torch.nn.RNNCellBase):
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         done = _shortcut.cell(self, self._mode(), input, hx)
-        if done is not None:
+        if done is not None or (done := _modes.symbolic(self, input, hx)) is not None:
             return done
         implementation = _dispatch.choose(input)
         if implementation == "torch":
@@ -41,11 +41,11 @@ class _Cell(torch.nn.RNNCellBase):
         return h if c is None else (h, c)
 
     def _weights(self) -> list[Tensor]:
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if self.bias else 2]
-        try:  # the attribute lookup of a Module takes half a µs a name
-            return [self._parameters[name] for name in names]  # type: ignore[misc]
-        except KeyError:  # a parametrization or weight norm has made it something else than a Parameter
-            return [getattr(self, name) for name in names]
+        weights = parameters(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if self.bias else 2])
+        given = [w for w in weights if w is not None]
+        if len(given) == 3:  # torch.nn's cells do without one bias, or both
+            return [torch.zeros_like(given[2]) if w is None else w for w in weights]
+        return given
 
     def _mode(self) -> str:
         raise NotImplementedError

@@ -139,8 +139,8 @@ def _with_states(
 
 
 def _traced() -> bool:
-    """Whether torch.func or torch.compile sees the call, which decide themselves what is kept for backward."""
-    return torch.compiler.is_compiling() or _modes.active()
+    """Whether torch.func or a trace sees the call, which decide themselves what is kept for backward."""
+    return _modes.recorded() or _modes.active()
 
 
 def _chunks(weights: list[Tensor], count: int) -> list[list[Tensor]]:

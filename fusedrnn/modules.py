@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import _autocast, _dispatch, _dynamo, _shortcut, functional
-from fusedrnn._checks import as_pair, check_like_input, reset_mask, row_lengths
+from fusedrnn import _autocast, _dispatch, _dynamo, _modes, _shortcut, functional
+from fusedrnn._checks import as_pair, check_like_input, parameters, reset_mask, row_lengths
 from fusedrnn._stream import Stream
 from fusedrnn.cells import GRUCell, LSTMCell, RNNCell
 
@@ -80,6 +80,9 @@ class _Layer(torch.nn.RNNBase):
             done = _shortcut.layer(self, self.mode.lower(), input, hx, lengths, resets)
             if done is not None:
                 return done
+        options = {"lengths": lengths, "resets": resets, "return_all_states": return_all_states} if more else {}
+        if (done := _modes.symbolic(self, input, hx, **options)) is not None:
+            return done
         x = input.data if packed else input
         implementation = _dispatch.choose(x, self.proj_size > 0, more)
         if implementation == "torch":
@@ -176,12 +179,12 @@ class _Layer(torch.nn.RNNBase):
         return [s.unsqueeze(1) for s in states] if rank == 2 else states
 
     def _weights(self) -> list[Tensor]:
-        """The flat list of weights, whatever hooks, functional_call or a parametrization have put in their place."""
-        parameters = self._parameters
-        try:
-            return [parameters[name] for name in self._flat_weights_names]  # type: ignore[misc]
-        except KeyError:
-            return [getattr(self, name) for name in self._flat_weights_names]
+        """The flat list of weights."""
+        weights = parameters(self, self._flat_weights_names)
+        for name, weight in zip(self._flat_weights_names, weights, strict=True):
+            if weight is None:
+                raise TypeError(f"{self.mode}: expected {name} to be a tensor, got None")
+        return weights
 
     def _run(
         self,
@@ -196,7 +199,8 @@ class _Layer(torch.nn.RNNBase):
         every: list[tuple[Tensor, Tensor | None]] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         if autocast is not None:
-            x, states, weights = _autocast.cast(x, states, weights, autocast, implementation, self.mode == "GRU")
+            keeps_state = self.mode == "GRU" or (self.mode == "LSTM" and batch_sizes is not None)
+            x, states, weights = _autocast.cast(x, states, weights, autocast, implementation, keeps_state)
         h, c = states if len(states) == 2 else (states[0], None)
         dropout = self.dropout if self.training else 0.0
         y, h, c = functional.stack(

@@ -12,6 +12,8 @@ import onnxscript
 import torch
 from onnxscript import opset18
 
+from fusedrnn import _dispatch
+
 Value = Any  # a tensor of the ONNX graph
 op: Any = opset18  # its types know constants as tensors only
 
@@ -94,7 +96,7 @@ def _step(cell: str, x: Value, hx: Value, cx: Value, weights: Sequence[Value]) -
     return [op.Squeeze(state, [0]) for state in _node(cell, x, h, c, weights, None, 1, hx.shape[1])[1:]]
 
 
-TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.ops.fusedrnn.recurrence_forward.default: _recurrence,
-    torch.ops.fusedrnn.step.default: _step,
-}
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
+if _dispatch.extension is not None:  # or there are no operators: layers are exported as loops over their steps
+    operators = torch.ops.fusedrnn
+    TRANSLATIONS |= {operators.recurrence_forward.default: _recurrence, operators.step.default: _step}

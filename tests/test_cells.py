@@ -144,3 +144,27 @@ def test_gradcheck(kind, check):
     state = (h, c) if kind["cell"] == "lstm" else (h,)
     # The check perturbs its inputs in place, so the function may read them where they live.
     assert check(lambda *_: cell(x, state if len(state) > 1 else h), (x, *state, *cell.parameters()))
+
+
+@pytest.mark.parametrize("missing", [("bias_ih",), ("bias_hh",), ("bias_ih", "bias_hh")], ids=str)
+@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_a_bias_may_be_none(name, missing):
+    theirs, ours = (getattr(library, name)(4, 7) for library in (torch.nn, fusedrnn))
+    ours.load_state_dict(theirs.state_dict())
+    for cell in theirs, ours:
+        for bias in missing:
+            setattr(cell, bias, None)
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_an_infinite_gradient_stays_away_from_a_dead_unit():
+    """Zero times infinity would be NaN, for its weights as well."""
+    layer = fusedrnn.RNN(1, 9, nonlinearity="relu", bias=False)
+    with torch.no_grad():
+        layer.weight_ih_l0.fill_(-1)
+    x = torch.ones(4, 2, 1, requires_grad=True)
+    y, _ = layer(x)
+    y[-1].backward(torch.full_like(y[-1], torch.inf))
+    assert torch.equal(x.grad, torch.zeros_like(x))
+    assert torch.equal(layer.weight_ih_l0.grad, torch.zeros(9, 1))

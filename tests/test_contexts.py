@@ -105,6 +105,18 @@ def test_autocast_gives_the_dtypes_of_torch(name, dtype):
         assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_autocast_gives_the_dtypes_of_torch_packed(name, dtype):
+    theirs, ours = pair(name)
+    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(5, 4), torch.randn(3, 4)])
+    with torch.autocast("cpu", dtype=dtype):
+        (y, states), (expected_y, expected_states) = ours(packed), theirs(packed)
+    assert y.data.dtype == expected_y.data.dtype
+    pairs = zip(states, expected_states, strict=True) if name == "LSTM" else [(states, expected_states)]
+    assert all(mine.dtype == other.dtype for mine, other in pairs)
+
+
 @MODULES
 def test_double_backward_under_autocast(name):
     """create_graph=True goes through the reference, which autocast must not round a second time."""

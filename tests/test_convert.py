@@ -159,6 +159,16 @@ def test_explain_takes_packed_and_unbatched_input():
     check_explanation(fusedrnn.explain(module, pack_padded_sequence(x, torch.tensor([5, 4, 2]))))
 
 
+def test_explain_says_what_autocast_makes_of_a_call():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert "bfloat16 weights" in fusedrnn.explain(fusedrnn.LSTM(4, 7), torch.randn(5, 3, 4)).reason
+
+
+def test_explain_refuses_what_is_no_input():
+    with pytest.raises(ValueError, match="LSTM: expected input of 2 or 3 dimensions, got 1"):
+        fusedrnn.explain(fusedrnn.LSTM(4, 7), torch.randn(4))
+
+
 def test_a_fallback_warns_once_and_says_why():
     module, x = fusedrnn.LSTM(4, 7, dtype=torch.complex64), torch.randn(5, 3, 4, dtype=torch.complex64)
     explanation = fusedrnn.explain(module, x)

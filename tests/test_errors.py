@@ -228,3 +228,10 @@ def test_a_list_of_two_states_is_as_good_as_a_tuple(name):
     x, shape = (zeros(3, 4), (3, 7)) if name in CELLS else (zeros(5, 3, 4), (1, 3, 7))
     as_list, as_tuple = module(x, [zeros(shape), zeros(shape)]), module(x, (zeros(shape), zeros(shape)))
     assert torch.equal(as_list[0], as_tuple[0])
+
+
+def test_a_layer_without_a_bias_that_it_should_have():
+    layer = fusedrnn.GRU(4, 7)
+    layer.bias_ih_l0 = None
+    with pytest.raises(TypeError, match="GRU: expected bias_ih_l0 to be a tensor, got None"):
+        layer(torch.randn(2, 3, 4))

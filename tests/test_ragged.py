@@ -294,3 +294,11 @@ def test_mistakes(name, mistake):
     given, error, says = MISTAKES[mistake]
     with pytest.raises(error, match=f"^{name}.*: expected {says}" if "device" not in says else says):
         getattr(fusedrnn, name)(4, 7)(**{"input": X} | given)
+
+
+@pytest.mark.parametrize("hidden", [2, _ragged._LEAST_HIDDEN], ids=["padded", "packed"])
+def test_another_default_device(hidden):
+    layer, x, lengths = fusedrnn.GRU(4, hidden), torch.randn(6, 2, 4), torch.tensor([6, 1])
+    wanted, _ = layer(x, lengths=lengths)
+    with torch.device("meta"):
+        assert torch.equal(layer(x, lengths=lengths)[0], wanted)

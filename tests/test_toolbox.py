@@ -13,6 +13,7 @@ import torch
 import torch.utils.benchmark
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import fusedrnn
 
@@ -252,3 +253,23 @@ def test_types_of_a_users_file(tmp_path):
     said = subprocess.run(command, timeout=300, capture_output=True, text=True).stdout
     assert "user.py" not in said, said
     assert [f"mistakes.py:{line}: error" in said for line in (4, 5, 6)] == [True] * 3, said
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *(name + "Cell" for name in LAYERS)])
+def test_counted_operations(name):
+    """As many as torch.nn's, whose LSTM and cells' backward are not counted, or not all of it."""
+    x = torch.randn(3, 8) if name.endswith("Cell") else torch.randn(5, 3, 8)
+    gates = {"R": 1, "L": 4, "G": 3}[name[0]]
+    of_input, of_state = (2 * x.shape[:-1].numel() * gates * 16 * size for size in (8, 16))
+    to_hx = 2 * 3 * gates * 16 * 16
+    counts = {}
+    for library in torch.nn, fusedrnn:
+        module, given = getattr(library, name)(8, 16), x.clone().requires_grad_()
+        with FlopCounterMode(display=False) as counter:
+            y = first(module(given))
+            forward = counter.get_total_flops()
+            y.sum().backward()
+        counts[library] = [forward, counter.get_total_flops() - forward]
+    assert counts[fusedrnn] == [of_input + of_state, 2 * of_input + 2 * of_state - to_hx]
+    if name in ("RNN", "GRU"):
+        assert counts[fusedrnn] == counts[torch.nn]

@@ -43,8 +43,9 @@ FUSEDRNN_INLINE double tanh(double x) { return ::tanh(x); }
 FUSEDRNN_INLINE double sigmoid(double x) { return 1.0 / (1.0 + ::exp(-x)); }
 FUSEDRNN_INLINE float relu(float x) { return x < 0.0f ? 0.0f : x; }  // written so that NaN passes through
 FUSEDRNN_INLINE double relu(double x) { return x < 0.0 ? 0.0 : x; }
-FUSEDRNN_INLINE float positive(float y) { return y > 0.0f ? 1.0f : 0.0f; }
-FUSEDRNN_INLINE double positive(double y) { return y > 0.0 ? 1.0 : 0.0; }
+// relu's gradient where its output is y. No product: that of zero and an infinite gradient would be NaN. A NaN in y counts as positive.
+FUSEDRNN_INLINE float zero_unless_positive(float y, float dy) { return y <= 0.0f ? 0.0f : dy; }
+FUSEDRNN_INLINE double zero_unless_positive(double y, double dy) { return y <= 0.0 ? 0.0 : dy; }
 
 // dσ/dx = σ(1-σ),  d tanh/dx = 1 - tanh²
 template <class V>

@@ -34,7 +34,7 @@ struct RNN {
 
   template <class V>
   static FUSEDRNN_INLINE V backward(const V*, V, V, V, V output, V dh, V&, V (&da)[1]) {
-    da[0] = is_relu ? dh * positive(output) : dh * tanh_derivative(output);
+    da[0] = is_relu ? zero_unless_positive(output, dh) : dh * tanh_derivative(output);
     return V(0);
   }
 };

@@ -251,9 +251,9 @@ FUSEDRNN_INLINE vec<T, N> relu(vec<T, N> x) {
   return vec<T, N>(x.v < zero.v ? zero.v : x.v);
 }
 template <class T, int N>
-FUSEDRNN_INLINE vec<T, N> positive(vec<T, N> y) {
-  const vec<T, N> zero(T(0)), one(T(1));
-  return vec<T, N>(y.v > zero.v ? one.v : zero.v);
+FUSEDRNN_INLINE vec<T, N> zero_unless_positive(vec<T, N> y, vec<T, N> dy) {
+  const vec<T, N> zero(T(0));
+  return vec<T, N>(y.v <= zero.v ? zero.v : dy.v);
 }
 template <class V>
 FUSEDRNN_INLINE Twin<V> clamp(Twin<V> x, typename V::Scalar low, typename V::Scalar high) {

@@ -1,0 +1,101 @@
+"""Graphs that others make: torch.jit.trace, torch.fx, make_fx. torch.compile and export have files of their own."""
+
+from __future__ import annotations
+
+import io
+from functools import partial
+
+import pytest
+import torch
+from test_direct import CELLS, flat
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+import fusedrnn
+
+pytest.importorskip("fusedrnn._C", exc_type=ImportError)
+
+MODULES = pytest.mark.parametrize("name", [*CELLS, *(name + "Cell" for name in CELLS)])
+
+
+def make_input(name: str, steps: int = 5, rows: int = 3) -> torch.Tensor:
+    return torch.randn(rows, 4) if name.endswith("Cell") else torch.randn(steps, rows, 4)
+
+
+def gradients(results: list[torch.Tensor], of: list[torch.Tensor]) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(sum(r.sin().sum() for r in results), of))
+
+
+def assert_close(ours: list[torch.Tensor], others: list[torch.Tensor]) -> None:
+    for mine, other in zip(ours, others, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch says much about tracing
+@MODULES
+def test_jit_trace(name):
+    """Saved and loaded, for other numbers of steps and rows, and differentiable."""
+    module = getattr(fusedrnn, name)(4, 7)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(module, make_input(name)), file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    x = make_input(name, 9, 2)
+    ours, others = flat(module(x)), flat(loaded(x))
+    assert_close(others, ours)
+    named = dict(loaded.named_parameters())
+    of_loaded = gradients(others, [named[key] for key, _ in module.named_parameters()])
+    assert_close(of_loaded, gradients(ours, list(module.parameters())))
+
+
+@MODULES
+def test_fx_makes_a_node_of_a_module(name):
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.recurrent = getattr(fusedrnn, name)(4, 7)
+
+        def forward(self, x: torch.Tensor) -> object:
+            return self.recurrent(x)
+
+    model, x = Model(), make_input(name)
+    graph = torch.fx.symbolic_trace(model)
+    assert [node.op for node in graph.graph.nodes if node.op != "placeholder"] == ["call_module", "output"]
+    assert_close(flat(graph(x)), flat(model(x)))
+
+
+def test_fx_keeps_lengths():
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru = fusedrnn.GRU(4, 7)
+
+        def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> object:
+            return self.gru(x, lengths=lengths)
+
+    model, x, lengths = Model(), make_input("GRU"), torch.tensor([5, 2, 0])
+    assert_close(flat(torch.fx.symbolic_trace(model)(x, lengths)), flat(model(x, lengths)))
+
+
+@MODULES
+def test_the_graph_of_make_fx_is_differentiable(name):
+    module = getattr(fusedrnn, name)(4, 7)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return x.sum() + sum(r.sin().sum() for r in flat(module(x)))
+
+    graph, x = make_fx(run)(make_input(name)), make_input(name).requires_grad_()
+    assert_close(gradients([graph(x)], [x]), gradients([run(x)], [x]))
+
+
+@pytest.mark.parametrize("name", [name + "Cell" for name in CELLS])
+def test_checkpointing_may_keep_an_operator_s_results(name):
+    cell, x = getattr(fusedrnn, name)(4, 7), torch.randn(3, 4, requires_grad=True)
+
+    def keep(_: object, operator: object, *__: object, **___: object) -> CheckpointPolicy:
+        kept = "fusedrnn" in str(operator)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = partial(create_selective_checkpoint_contexts, keep)
+    results = flat(checkpoint(cell, x, use_reentrant=False, context_fn=contexts))
+    assert_close(gradients(results, [x]), gradients(flat(cell(x)), [x]))
