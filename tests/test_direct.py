@@ -370,3 +370,12 @@ def test_strided_and_foreign_tensors_take_the_operators(name, taken):
         for mine, other in zip(flat(swapped(x)), expected, strict=True):
             assert torch.equal(mine, other)
     assert not taken
+
+
+@pytest.mark.parametrize("name", ["GRU", "GRUCell"])
+def test_a_lone_number_whose_sign_is_to_be_changed(name):
+    """Its last stride is 1, as a dense tensor's."""
+    x, module = torch.tensor([[1 + 2j]]).conj().imag.unsqueeze(-1), getattr(fusedrnn, name)(1, 9)
+    given = x if name == "GRU" else x[0]
+    assert given.is_neg()
+    assert_same(flat(module(given)), flat(module(given.resolve_neg())))

@@ -88,11 +88,11 @@ inline std::optional<View> view(pybind11::handle object) {
     return {};
   }
   if (!t.data || t.device_type != on_host || t.rank == 0) return {};
+  // Of a lone element every stride counts: an imaginary part, whose sign may still be to change, is told by one of 2.
+  const bool lone = std::all_of(t.sizes, t.sizes + t.rank, [](int64_t size) { return size == 1; });
   int64_t stride = 1;
   for (int32_t i = t.rank - 1; i >= 0; --i) {
-    // The last stride counts even where there is one element only: an imaginary part, whose sign may still be to change,
-    // is told by it.
-    if (t.strides[i] != stride && (t.sizes[i] != 1 || i == t.rank - 1)) return {};
+    if (t.strides[i] != stride && (t.sizes[i] != 1 || lone)) return {};
     stride *= t.sizes[i];
   }
   void* const data = static_cast<char*>(t.data) + t.byte_offset;

@@ -148,7 +148,8 @@ FUSEDRNN_DEVICE void run_resident_backward(const ResidentBackward<S>& p, unsigne
       // What comes from memory is on its way during the exchange and the product, as forward; or, where the product
       // leaves no registers, during the exchange of sums.
       ForBackward<Cell, S, 1> values{};
-      uint8_t reset_later = 0;  // as it is in memory: to make a bool of it would wait for it
+      // As it is in memory: to make a bool of it would wait for it. Before sm_90 there is no register for it.
+      std::conditional_t<FUSEDRNN_HAS_CLUSTERS, uint8_t, bool> reset_later{};
       const auto load_values = [&] {
         if (takes_part) values = load_for_backward<1>(columns, step.rows, previous, in(previous), here, item.b);
         if (in_later) reset_later = step.rows.reset_byte(later, item.b);
