@@ -34,6 +34,8 @@ class Stream:
     outputs have the same bits. The layer itself gives these bits too, where a call of several steps packs all its
     weights: up to 511 units from 20 rows × steps on, above from 128.
 
+    One call at a time: threads that share a stream would share its state.
+
     On other devices weights are read at every call. Nothing waits for the device and the state keeps its place in
     memory, so that a graph may capture a call.
     """

@@ -315,3 +315,20 @@ def test_messages_begin_with_the_message():
     """Where the check stands in whose copy of the source is of no use to who made the mistake."""
     with pytest.raises(RuntimeError, match=r"^fusedrnn: expected"):
         step(**step_arguments(LSTM) | {"cell": "peephole"})
+
+
+@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "lstm", "gru"])
+def test_a_packed_batch_without_a_step(cell):
+    """The states come back as they are, and so do their gradients."""
+    gates, states = {"lstm": 4, "gru": 3}.get(cell, 1), 2 if cell == "lstm" else 1
+    hx = [torch.randn(1, 3, 20, requires_grad=True) for _ in range(states)]
+    weights = [torch.randn(gates * 20, size, requires_grad=True) for size in (5, 20)]
+    cx = hx[1] if states == 2 else None
+    none = torch.empty(0, dtype=torch.int64)
+    y, *given = _autograd.recurrence(cell, torch.empty(0, 5), hx[0], cx, weights, none)
+    given = [state for state in given if state is not None]
+    assert y.shape == (0, 20)
+    assert all(torch.equal(mine, state) for mine, state in zip(given, hx, strict=True))
+    found = torch.autograd.grad(sum(state.sum() for state in given), [*hx, *weights])
+    assert all(torch.equal(g, torch.ones_like(g)) for g in found[:states])
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in found[states:])

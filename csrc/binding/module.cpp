@@ -90,7 +90,7 @@ double read_bandwidth(size_t bytes) {
   const py::gil_scoped_release unlocked;
   const auto give_back = [=](float* memory) { cpu::give_back(memory, bytes); };
   const std::unique_ptr<float, decltype(give_back)> memory(static_cast<float*>(cpu::borrow(bytes)), give_back);
-  const int64_t count = bytes / sizeof(float), repeats = std::max<int64_t>(1, (32 << 20) / bytes);
+  const int64_t count = bytes / sizeof(float), repeats = (32 << 20) / std::max<size_t>(bytes, 1) + 1;
   std::fill_n(memory.get(), count, 1.0f);
   double best = 0;
   for (int i = 0; i < 10; ++i) {

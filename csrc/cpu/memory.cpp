@@ -43,6 +43,8 @@ struct Pool {
   std::mutex mutex;
   std::vector<Block> blocks;
   size_t bytes = 0;
+
+  Pool() { blocks.reserve(pool_limit / pooled_from + 1); }  // all that there can be: to give back must not fail
 };
 
 // Never destroyed: threads may still work while the process ends.
@@ -60,8 +62,18 @@ Header* take(std::vector<Block>::iterator block) {
 
 size_t rounded(size_t bytes) { return (bytes + line - 1) / line * line; }
 
+// All that is kept back to the system.
+void empty() {
+  if (const std::unique_lock lock(pool().mutex, std::try_to_lock); lock)
+    while (!pool().blocks.empty()) std::free(take(pool().blocks.end() - 1));
+}
+
 void* allocate(size_t bytes) {
-  void* const memory = std::aligned_alloc(line, bytes);
+  void* memory = std::aligned_alloc(line, bytes);
+  if (!memory) {
+    empty();
+    memory = std::aligned_alloc(line, bytes);
+  }
   if (!memory) throw std::bad_alloc();
   prefer_huge_pages(memory, bytes);
   return memory;

@@ -125,7 +125,7 @@ struct Recurrence {
   }
   // The steps of a block that begins with `row`; one at least, so that every team's gradients have a value.
   int64_t steps_of(int64_t row) const {
-    return sequence.offsets && row < B ? std::max<int64_t>(sequence.length(row), 1) : sequence.T;
+    return sequence.offsets && row < B ? std::min(sequence.T, std::max<int64_t>(sequence.length(row), 1)) : sequence.T;
   }
 
   // Whether a team has jobs of a direction.
