@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from fusedrnn import _dispatch
 
@@ -104,5 +104,11 @@ if _dispatch.extension is not None:
     recurrence_forward = torch.ops.fusedrnn.recurrence_forward.default
     recurrence_backward = torch.ops.fusedrnn.recurrence_backward.default
     step = torch.ops.fusedrnn.step.default
+    _log = logging.getLogger("torch.utils.flop_counter")
+    # Where there is no triton its import warns, of nothing that is used here.
+    _was_disabled, _log.disabled = _log.disabled, True
+    from torch.utils.flop_counter import register_flop_formula
+
+    _log.disabled = _was_disabled
     register_flop_formula([torch.ops.fusedrnn.recurrence_forward, torch.ops.fusedrnn.step])(_forward_flops)  # type: ignore[no-untyped-call]
     register_flop_formula(torch.ops.fusedrnn.recurrence_backward)(_backward_flops)  # type: ignore[no-untyped-call]
