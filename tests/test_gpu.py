@@ -223,7 +223,10 @@ def test_cuda_graph(kind):
 def test_lengths_on_the_host_are_refused_in_a_graph():
     layer, x = layer_and_input({"cell": "gru"})
     lengths = torch.full((x.size(1),), x.size(0)).pin_memory()
-    with torch.no_grad(), torch.cuda.graph(torch.cuda.CUDAGraph()):
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        layer(x, lengths=lengths)  # what is asked of the device and of cuBLAS once, before the capture
+    with torch.no_grad(), torch.cuda.graph(graph):
         with pytest.raises(RuntimeError, match="expected lengths on cuda:0 in a CUDA graph, got them on the CPU"):
             layer(x, lengths=lengths)
         layer(x, lengths=x.new_full((x.size(1),), 2, dtype=torch.int64))
