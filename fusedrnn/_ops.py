@@ -82,9 +82,11 @@ def _backward_flops(
 ) -> int:  # fmt: skip
     """dX, dW_ih and dW_hh where they are wanted, and what goes back through W_hh, to hx where that is wanted."""
     of_input, of_state = _products(x, weights)
-    to_hx, of_weights = _products(hx[1:], weights)[1], wanted[2 if cx is None else 3 :]
+    to_hx = _products(hx[1:], weights)[1]
+    of_weights = zip(weights, wanted[2 if cx is None else 3 :], strict=True)
+    matrices = [want for weight, want in of_weights if len(weight) == 2]
     back = of_state - (0 if wanted[1] else to_hx)
-    return of_input * (wanted[0] + any(of_weights[::2])) + of_state * any(of_weights[1::2]) + back
+    return of_input * (wanted[0] + any(matrices[::2])) + of_state * any(matrices[1::2]) + back
 
 
 def differentiate(name: str, kernel: Callable[..., Any]) -> None:

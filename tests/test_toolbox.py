@@ -273,3 +273,15 @@ def test_counted_operations(name):
     assert counts[fusedrnn] == [of_input + of_state, 2 * of_input + 2 * of_state - to_hx]
     if name in ("RNN", "GRU"):
         assert counts[fusedrnn] == counts[torch.nn]
+
+
+def test_counted_operations_of_biases_alone():
+    """Only what goes back through W_hh, from the last step to the first."""
+    layer = fusedrnn.GRU(8, 16, bidirectional=True)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(name.startswith("bias"))
+    with FlopCounterMode(display=False) as counter:
+        y, _ = layer(torch.randn(5, 3, 8))
+        forward = counter.get_total_flops()
+        y.sum().backward()
+    assert counter.get_total_flops() - forward == 2 * 4 * 3 * 2 * 3 * 16 * 16
