@@ -55,7 +55,7 @@ __device__ void send_all(const Exchange& exchange, const TeamParams& p, int roun
 __global__ void __launch_bounds__(resident_threads, 1) exchange_in_cluster(const __grid_constant__ TeamParams p) {
 #if FUSEDRNN_HAS_CLUSTERS
   FUSEDRNN_SHARED(memory);
-  const ClusterExchange exchange(p.plan, p.layout, memory, static_cast<int>(blockIdx.x), 1);
+  const ClusterExchange<true> exchange(p.plan, p.layout, memory, static_cast<int>(blockIdx.x), 1);
   exchange.begin();
   for (int round = 1; round <= rounds; ++round) {
     send_all(exchange, p, round);

@@ -26,7 +26,7 @@ class ChunkKernel {
       for (const Team team : {Team::cluster, Team::split_grid, Team::grid})
         if (choose(limits, team) && (!best.blocks || plan_.cycles < best.cycles)) best = plan_;
       plan_ = best;
-      if (plan_.blocks) layout_ = resident_layout(plan_, Cell::gates, backward_, Cell::has_cell, sizeof(S));
+      if (plan_.blocks) layout_ = layout();
     }
   }
 
@@ -75,15 +75,21 @@ class ChunkKernel {
   }
   Together together() const { return plan_.cluster ? Together{plan_.blocks, false} : Together{plan_.split, true}; }
 
+  ResidentLayout layout() const { return resident_layout(plan_, Cell::gates, backward_, Cell::has_cell, sizeof(S)); }
+
   auto forward_kernel() const {
+    using Tensor = TensorCores<S>;
     if constexpr (sizeof(S) == 4)
-      if (exact_) return plan_.cluster ? cluster_forward<Cell, Fma> : grid_forward<Cell, Fma>;
-    return plan_.cluster ? cluster_forward<Cell, TensorCores<S>> : grid_forward<Cell, TensorCores<S>>;
+      if (exact_) return plan_.cluster ? cluster_forward<Cell, Fma, false> : grid_forward<Cell, Fma>;
+    if (!plan_.cluster) return grid_forward<Cell, Tensor>;
+    return is_compact(plan_, layout()) ? cluster_forward<Cell, Tensor, true> : cluster_forward<Cell, Tensor, false>;
   }
   auto backward_kernel() const {
+    using Tensor = TensorCores<S>;
     if constexpr (sizeof(S) == 4)
-      if (exact_) return plan_.cluster ? cluster_backward<Cell, Fma> : grid_backward<Cell, Fma>;
-    return plan_.cluster ? cluster_backward<Cell, TensorCores<S>> : grid_backward<Cell, TensorCores<S>>;
+      if (exact_) return plan_.cluster ? cluster_backward<Cell, Fma, false> : grid_backward<Cell, Fma>;
+    if (!plan_.cluster) return grid_backward<Cell, Tensor>;
+    return is_compact(plan_, layout()) ? cluster_backward<Cell, Tensor, true> : cluster_backward<Cell, Tensor, false>;
   }
 
   // A plan is for the multiprocessors that there are. The device knows how many of them a kernel can fill, which clusters do

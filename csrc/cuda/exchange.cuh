@@ -21,9 +21,9 @@ FUSEDRNN_DEVICE bool phase_is_over(uint64_t* barrier, int parity) { return shim:
 FUSEDRNN_DEVICE void send_words(ClusterAddress to, const Words& words, ClusterAddress barrier) {
   shim::store_async(to, &words, sizeof(words), barrier);
 }
-FUSEDRNN_DEVICE void send_pair(ClusterAddress to, float x, float y, ClusterAddress barrier) {
-  const float pair[2] = {x, y};
-  shim::store_async(to, pair, sizeof(pair), barrier);
+template <int count>
+FUSEDRNN_DEVICE void send_sums(ClusterAddress to, const Values<float, count>& sums, ClusterAddress barrier) {
+  shim::store_async(to, &sums, sizeof(sums), barrier);
 }
 FUSEDRNN_DEVICE void raise(uint32_t* counter) { shim::add_release(counter, 1); }
 FUSEDRNN_DEVICE uint32_t counted(const uint32_t* counter) { return shim::load_acquire(counter); }
@@ -75,10 +75,13 @@ FUSEDRNN_DEVICE void send_words(ClusterAddress to, const Words& words, ClusterAd
                "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]), "r"(barrier)
                : "memory");
 }
-FUSEDRNN_DEVICE void send_pair(ClusterAddress to, float x, float y, ClusterAddress barrier) {
+FUSEDRNN_DEVICE void send_sums(ClusterAddress to, const Values<float, 2>& sums, ClusterAddress barrier) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(to),
-               "r"(bits_of(x)), "r"(bits_of(y)), "r"(barrier)
+               "r"(bits_of(sums[0])), "r"(bits_of(sums[1])), "r"(barrier)
                : "memory");
+}
+FUSEDRNN_DEVICE void send_sums(ClusterAddress to, const Values<float, 4>& sums, ClusterAddress barrier) {
+  send_words(to, {bits_of(sums[0]), bits_of(sums[1]), bits_of(sums[2]), bits_of(sums[3])}, barrier);
 }
 #endif
 
@@ -107,33 +110,43 @@ FUSEDRNN_DEVICE int place_in_operand(const ResidentPlan& plan, const ResidentLay
   return (word / group_words * plan.rows + row) * group_words + word % group_words;
 }
 
-// Rounds of a tile are counted from 1; what comes in by round r must be used before this block sends round r + 1, and then
-// round r + 2 may arrive in its place.
-// Of a unit of a block, which has these words in a share: what the block is sent with; or of no unit.
+// Where a unit and row of a block is in a share: [16 units][8][2 rows][2 units, 8 apart][2 rows], as a thread has them of a product,
+// share_ld words to a unit.
+FUSEDRNN_DEVICE int place_in_share(const ResidentLayout& layout, int unit, int row) {
+  return (unit / 16 * 8 + unit % 8) * 2 * layout.share_ld + row / 2 * 4 + unit / 8 % 2 * 2 + row % 2;
+}
+// Of 16 units of a block from this on: what the block is sent with their sums; or of no unit.
 constexpr int nowhere = -1;
 FUSEDRNN_DEVICE int destination_of(int block, int unit, const ResidentLayout& layout) {
-  return unit * layout.share_ld << 8 | block;
+  return place_in_share(layout, unit, 0) << 8 | block;
 }
 
+// Rounds of a tile are counted from 1; what comes in by round r must be used before this block sends round r + 1, and then
+// round r + 2 may arrive in its place.
+
 #if FUSEDRNN_HAS_CLUSTERS
-// Two barriers of a tile, each of which counts the bytes of every other round.
+template <bool keeps, class T>
+FUSEDRNN_DEVICE T* kept_if(T* x) {
+  return keeps ? kept_shared(x) : x;
+}
+
+// Two barriers of a tile, each of which counts the bytes of every other round. keeps: there are registers to keep addresses in.
+template <bool keeps>
 struct ClusterBarriers {
-  const ResidentPlan& plan;
-  const ResidentLayout& layout;
-  unsigned char* const memory;
-  const int bytes;     // of a round
-  const bool expects;  // them, for its block
+  uint64_t* const first;
+  const int tiles, bytes;  // of a round
+  const bool expects;      // them, for its block
 
-  FUSEDRNN_DEVICE ClusterBarriers(const ResidentPlan& plan, const ResidentLayout& layout, unsigned char* memory,
-                                  int bytes)
-      : plan(plan), layout(layout), memory(memory), bytes(kept(bytes)), expects(threadIdx.x == 0) {}
+  FUSEDRNN_DEVICE ClusterBarriers(const ResidentLayout& layout, int tiles, unsigned char* memory, int bytes)
+      : first(kept_if<keeps>(reinterpret_cast<uint64_t*>(memory + layout.barriers))),
+        tiles(tiles),
+        bytes(kept(bytes)),
+        expects(threadIdx.x == 0) {}
 
-  FUSEDRNN_DEVICE uint64_t* barrier(int tile, int round) const {
-    return reinterpret_cast<uint64_t*>(memory + layout.barriers) + tile * 2 + (round & 1);
-  }
+  FUSEDRNN_DEVICE uint64_t* barrier(int tile, int round) const { return first + tile * 2 + (round & 1); }
   FUSEDRNN_DEVICE void begin() const {
     if (expects)
-      for (int i = 0; i < 2 * plan.tiles; ++i) {
+      for (int i = 0; i < 2 * tiles; ++i) {
         init_barrier(barrier(i / 2, i % 2));
         expect_bytes(barrier(i / 2, i % 2), bytes);
       }
@@ -146,28 +159,44 @@ struct ClusterBarriers {
   }
 };
 
-// All blocks of a cluster give each other all that they make.
-struct ClusterExchange {
+// What both ways of a cluster have in common.
+template <bool keeps>
+struct InCluster {
   const ResidentPlan& plan;
   const ResidentLayout& layout;
   unsigned char* const memory;
   const int rank;
-  const ClusterBarriers barriers;
+  const ClusterBarriers<keeps> barriers;
+  uint32_t* const operands;
+  const int operand_words;
 
-  FUSEDRNN_DEVICE ClusterExchange(const ResidentPlan& plan, const ResidentLayout& layout, unsigned char* memory,
-                                  int rank, int gates)
+  FUSEDRNN_DEVICE InCluster(const ResidentPlan& plan, const ResidentLayout& layout, unsigned char* memory, int rank,
+                            int bytes)
       : plan(plan),
         layout(layout),
         memory(memory),
-        rank(rank),
-        barriers{plan, layout, memory, gates * plan.rows * layout.gate_words * 4} {}
+        rank(keeps ? kept(rank) : rank),
+        barriers{layout, plan.tiles, memory, bytes},
+        operands(kept_if<keeps>(reinterpret_cast<uint32_t*>(memory + layout.operand))),
+        operand_words(keeps ? kept(layout.operand_words) : layout.operand_words) {}
 
   FUSEDRNN_DEVICE uint32_t* operand(int tile, int round) const {
-    const int buffer = tile * 2 + (round & 1);
-    return reinterpret_cast<uint32_t*>(memory + layout.operand) + buffer * layout.operand_words;
+    return operands + (tile * 2 + (round & 1)) * operand_words;
   }
   FUSEDRNN_DEVICE void begin() const { barriers.begin(); }
   FUSEDRNN_DEVICE void receive(int tile, int round) const { barriers.wait(tile, round); }
+};
+
+// All blocks of a cluster give each other all that they make.
+template <bool keeps>
+struct ClusterExchange : InCluster<keeps> {
+  using Base = InCluster<keeps>;
+  using Base::barriers, Base::operand, Base::plan, Base::rank;
+
+  FUSEDRNN_DEVICE ClusterExchange(const ResidentPlan& plan, const ResidentLayout& layout, unsigned char* memory,
+                                  int rank, int gates)
+      : Base(plan, layout, memory, rank, gates * plan.rows * layout.gate_words * 4) {}
+
   // Words at a place of everyone's operand, by the `number`th of `copies` threads that have them.
   FUSEDRNN_DEVICE void send(int tile, int round, int place, const Words& words, int number, int copies) const {
     uint32_t* const at = operand(tile, round) + place;
@@ -184,44 +213,24 @@ struct ClusterExchange {
 
 // All blocks of a cluster share a product's inner dimension, of which each has what it makes itself, and send each other what
 // that makes of the other's units.
-struct ClusterSums {
-  const ResidentPlan& plan;
-  const ResidentLayout& layout;
-  unsigned char* const memory;
-  const int rank;
-  const ClusterBarriers barriers;
+template <bool keeps>
+struct ClusterSums : InCluster<keeps> {
+  using Base = InCluster<keeps>;
+  using Base::barriers, Base::layout, Base::memory, Base::plan;
 
   FUSEDRNN_DEVICE ClusterSums(const ResidentPlan& plan, const ResidentLayout& layout, unsigned char* memory, int rank)
-      : plan(plan),
-        layout(layout),
-        memory(memory),
-        rank(rank),
-        barriers{plan, layout, memory, plan.blocks * plan.units * ((plan.rows + 1) / 2) * 8} {}
+      : Base(plan, layout, memory, rank, plan.blocks * plan.units * ((plan.rows + 1) / 2) * 8) {}
 
-  FUSEDRNN_DEVICE uint32_t* operand(int tile, int round) const {
-    return reinterpret_cast<uint32_t*>(memory + layout.operand) + (tile * 2 + (round & 1)) * layout.operand_words;
-  }
-  // [block][unit][row], of a round.
-  FUSEDRNN_DEVICE float* shares(int tile, int round) const {
-    return reinterpret_cast<float*>(memory + layout.shares) + (tile * 2 + (round & 1)) * plan.blocks * share_of_block();
-  }
+  // Of the first tile's even rounds: [block][units and rows as place_in_share has them].
+  FUSEDRNN_DEVICE float* shares() const { return reinterpret_cast<float*>(memory + layout.shares); }
   FUSEDRNN_DEVICE int share_of_block() const { return plan.units * layout.share_ld; }
 
-  FUSEDRNN_DEVICE void begin() const { barriers.begin(); }
-  FUSEDRNN_DEVICE void receive(int tile, int round) const { barriers.wait(tile, round); }
-  // Where shares of a round go: from a word on of every block's place for this block's, and its barrier.
-  struct Outbox {
-    float* share;
-    uint64_t* barrier;
-
-    FUSEDRNN_DEVICE void send(int destination, int word, float x, float y) const {
-      const int to = destination & 0xff;
-      send_pair(address_in(share + (destination >> 8) + word, to), x, y, address_in(barrier, to));
-    }
-  };
-  FUSEDRNN_DEVICE Outbox outbox(int tile, int round, int word) const {
-    return {kept_shared(shares(tile, round) + rank * share_of_block() + word),
-            kept_shared(barriers.barrier(tile, round))};
+  // Sums, to where `share` is in the block of a destination but for what that adds, in a round.
+  template <int count>
+  FUSEDRNN_DEVICE void send(int tile, int round, int destination, float* share,
+                            const Values<float, count>& sums) const {
+    const int to = destination & 0xff;
+    send_sums(address_in(share + (destination >> 8), to), sums, address_in(barriers.barrier(tile, round), to));
   }
 };
 

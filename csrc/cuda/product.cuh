@@ -27,7 +27,7 @@ using ResidentForward = ResidentParams<ForwardStep<S>, S>;
 template <class S>
 using ResidentBackward = ResidentParams<BackwardStep<S>, S>;
 
-template <class Cell, class Multiplier, class Exchange, class P, bool is_backward>
+template <class Cell, class Multiplier, class Exchange, class P, bool is_backward, bool compact>
 struct TeamProduct {
   using S = typename Multiplier::Scalar;
   static constexpr int in = gates_in(Cell::gates, is_backward), out = gates_out(Cell::gates, is_backward);
@@ -51,6 +51,10 @@ struct TeamProduct {
   };
   const Slot slots[2];
   const int operand_at;  // of what it multiplies, in a group
+  // Of a compact team, of what it multiplies all that one access of each group takes, in an operand: of the sums of a cluster,
+  // of one row tile.
+  static constexpr int own_groups = shares_sums ? compact_tile_groups : register_groups;
+  int group_at[own_groups];
 
   FUSEDRNN_DEVICE TeamProduct(const P& p, unsigned char* memory)
       : p(p),
@@ -64,7 +68,11 @@ struct TeamProduct {
         d(blockIdx.z),
         rank(blockIdx.x),
         slots{make_slot(0), make_slot(1)},
-        operand_at(keep(Multiplier::place(plan.rows, lane))) {}
+        operand_at(keep(Multiplier::place(plan.rows, lane))) {
+    if constexpr (compact)
+#pragma unroll
+      for (int i = 0; i < own_groups; ++i) group_at[i] = kept(operand_at + place_of_group(slots[0], i));
+  }
 
   static FUSEDRNN_DEVICE int keep(int x) { return has_registers ? kept(x) : x; }
   static FUSEDRNN_DEVICE float* keep_shared(float* x) { return has_registers ? kept_shared(x) : x; }
@@ -125,12 +133,21 @@ struct TeamProduct {
     return words;
   }
 
+  // Registers of a row tile of a slot that has some.
+  FUSEDRNN_DEVICE int tile_groups() const { return compact ? compact_tile_groups : layout.part_groups; }
+
   // Number `number` of those of a slot, which are the groups of one row tile after those of another.
   FUSEDRNN_DEVICE Fragment load_fragment(const Slot& slot, int number) const {
-    const int tile = shares_sums ? number / layout.part_groups : 0, group = number - tile * layout.part_groups;
+    const int tile = shares_sums ? number / tile_groups() : 0, group = number - tile * tile_groups();
     if (tile >= slot.tiles || group >= slot.groups) return {};
     const int row = (slot.row_tile + tile) * 16 + lane / 4;
     return {load_row(row, slot.first_group + group), load_row(row + 8, slot.first_group + group)};
+  }
+
+  // Of a slot's group, the words of an operand before it: where the slot has no such group, those before the zeros behind all, for
+  // its weights there are zero too.
+  FUSEDRNN_DEVICE int place_of_group(const Slot& s, int group) const {
+    return (group < s.groups ? s.first_group + group : layout.groups) * plan.rows * group_words;
   }
 
   using Weights = Fragment[2][register_groups];
@@ -142,6 +159,7 @@ struct TeamProduct {
       const Slot& s = slots[i];
 #pragma unroll
       for (int number = 0; number < register_groups; ++number) weights[i][number] = load_fragment(s, number);
+      if constexpr (compact) continue;
       const int count = shares_sums ? s.tiles * layout.part_groups : s.groups;
 #pragma unroll 1
       for (int number = register_groups; number < count; ++number) {
@@ -158,13 +176,46 @@ struct TeamProduct {
   template <class Put>
   FUSEDRNN_DEVICE void multiply_by(const Weights& weights, const uint32_t* operand, const Put& put) const {
     if (!slots[0].groups) return;  // and then its second has none
-    if constexpr (Multiplier::columns == tile_columns) {
+    if constexpr (compact) {
+      multiply_compact(weights, operand, put);
+    } else if constexpr (Multiplier::columns == tile_columns) {
       multiply_columns(weights, operand, 0, put);
     } else {
 #pragma unroll 1
       for (int column = 0; column < plan.rows; column += Multiplier::columns)
         multiply_columns(weights, operand, column, put);
     }
+  }
+
+  // All weights are in registers, and both slots take the same operands: hardly a branch.
+  template <class Put>
+  FUSEDRNN_DEVICE void multiply_compact(const Weights& weights, const uint32_t* operand, const Put& put) const {
+    constexpr int at_once = Multiplier::groups_at_once;
+    static_assert(Multiplier::columns == tile_columns && at_once == compact_tile_groups);
+    typename Multiplier::Operand b[at_once];
+    const auto load = [&](int begin) {
+#pragma unroll
+      for (int i = 0; i < at_once; ++i) b[i] = Multiplier::load(operand + group_at[begin + i], plan.rows);
+    };
+    Sums sums = {};
+    const auto add = [&](int begin) {
+#pragma unroll
+      for (int i = 0; i < at_once; ++i)
+#pragma unroll
+        for (int k = 0; k < 2; ++k) Multiplier::add(sums[k], weights[k][begin + i], b[i]);
+    };
+    load(0);
+    add(0);
+    if constexpr (shares_sums) {
+      put(0, sums, 0);
+      if (layout.slot_tiles == 1) return;
+      sums[0] = sums[1] = {};
+      add(at_once);
+    } else if (layout.slot_groups > at_once) {
+      load(at_once);
+      add(at_once);
+    }
+    put(shares_sums, sums, 0);
   }
 
   template <class Put>
@@ -177,9 +228,8 @@ struct TeamProduct {
         shares_sums || (slots[0].first_group == slots[1].first_group && slots[0].groups == slots[1].groups);
     const uint32_t* const own = operand + operand_at + column * group_words;
     const auto load = [&](int group) { return Multiplier::load(own + group * a_group, plan.rows - column); };
-    // Where a slot has no such group, the zeros behind all: its weights there are zero too.
     const auto load_of = [&](const Slot& s, int group) {
-      return load(group < s.groups ? s.first_group + group : layout.groups);
+      return Multiplier::load(own + place_of_group(s, group), plan.rows - column);
     };
     Sums sums = {};
     int group = 0, tile = 0;  // of the slot's next

@@ -10,14 +10,13 @@
 
 namespace fusedrnn::cuda {
 
-template <class Cell, class Multiplier, class Exchange, class S>
+template <class Cell, class Multiplier, class Exchange, bool compact, class S>
 FUSEDRNN_DEVICE void run_resident_forward(const ResidentForward<S>& p, unsigned char* memory) {
   using V = Values<float, 1>;
   const ForwardStep<S>& step = p.step;
-  Resident<Cell, Multiplier, Exchange, ResidentForward<S>, false> block(p, memory);
+  Resident<Cell, Multiplier, Exchange, ResidentForward<S>, false, compact> block(p, memory);
   using Team = decltype(block);
   using Item = typename Team::Item;
-  const ResidentPlan& plan = p.plan;
   Fragment weights[2][register_groups];
   block.load_weights(weights);
   block.begin();
@@ -26,7 +25,7 @@ FUSEDRNN_DEVICE void run_resident_forward(const ResidentForward<S>& p, unsigned 
   if constexpr (Team::has_registers) columns.keep();
   V biases[Cell::sums] = {};
   Walk walk(p.sequence, block.d, p.begin, p.end, p.begin, 1);
-  for (int tile = 0; tile < plan.tiles; ++tile) {
+  for (int tile = 0; tile < block.tiles(); ++tile) {
     const Item item = block.item(tile);
     State<float, 1> state;
     if (item.exists) state = load_state<Cell, S, 1>(step, block.position(item));
@@ -38,7 +37,7 @@ FUSEDRNN_DEVICE void run_resident_forward(const ResidentForward<S>& p, unsigned 
     block.hand_on(tile, 1, h);
     block.exchange.sent(tile);
   }
-  if (plan.tiles > 1) block.exchange.request(0, 1);
+  if (block.tiles() > 1) block.exchange.request(0, 1);
   if (block.has_unit) load_biases<Cell, S, 1>(step, {0, block.unit, block.d}, biases);
 
   Place here = walk.next_at_once();
@@ -48,8 +47,8 @@ FUSEDRNN_DEVICE void run_resident_forward(const ResidentForward<S>& p, unsigned 
   for (int round = 1; round <= rounds; ++round) {
     if constexpr (Team::has_registers) walk.look_ahead();
 #pragma unroll 1
-    for (int tile = 0; tile < plan.tiles; ++tile, ++number) {
-      const bool last = tile + 1 == plan.tiles;
+    for (int tile = 0; tile < block.tiles(); ++tile, ++number) {
+      const bool last = tile + 1 == block.tiles();
       const Item item = block.item(tile);
       const bool in_place = item.exists && item.b < here.rows;
       const int row = here.start + item.b;
@@ -82,7 +81,7 @@ FUSEDRNN_DEVICE void run_resident_forward(const ResidentForward<S>& p, unsigned 
         if constexpr (Cell::has_cell) store<1>(c_state, made.c);
       }
       if (round < rounds) block.hand_on(tile, round + 1, h);
-      if (plan.tiles > 1 && !(last && round == rounds)) block.exchange.request(last ? 0 : tile + 1, round + last);
+      if (block.tiles() > 1 && !(last && round == rounds)) block.exchange.request(last ? 0 : tile + 1, round + last);
       if (round < rounds) block.exchange.sent(tile);
       if (takes_part)  // nobody waits for what is stored
         store_forward(columns, row, made);
@@ -93,7 +92,7 @@ FUSEDRNN_DEVICE void run_resident_forward(const ResidentForward<S>& p, unsigned 
     here = walk.next();
   }
 
-  for (int tile = 0; tile < plan.tiles; ++tile) {
+  for (int tile = 0; tile < block.tiles(); ++tile) {
     const Item item = block.item(tile);
     if (!item.exists) continue;
     State<float, 1> state;
@@ -103,14 +102,13 @@ FUSEDRNN_DEVICE void run_resident_forward(const ResidentForward<S>& p, unsigned 
   }
 }
 
-template <class Cell, class Multiplier, class Exchange, class S>
+template <class Cell, class Multiplier, class Exchange, bool compact, class S>
 FUSEDRNN_DEVICE void run_resident_backward(const ResidentBackward<S>& p, unsigned char* memory) {
   using V = Values<float, 1>;
   const BackwardStep<S>& step = p.step;
-  Resident<Cell, Multiplier, Exchange, ResidentBackward<S>, true> block(p, memory);
+  Resident<Cell, Multiplier, Exchange, ResidentBackward<S>, true, compact> block(p, memory);
   using Team = decltype(block);
   using Item = typename Team::Item;
-  const ResidentPlan& plan = p.plan;
   Fragment weights[2][register_groups];
   block.load_weights(weights);
   block.begin();
@@ -119,7 +117,7 @@ FUSEDRNN_DEVICE void run_resident_backward(const ResidentBackward<S>& p, unsigne
   const auto state_of = [&](const Item& item) {
     return static_cast<int64_t>(block.d * step.B + item.b) * step.H + block.unit;
   };
-  for (int tile = 0; tile < plan.tiles; ++tile) {
+  for (int tile = 0; tile < block.tiles(); ++tile) {
     if (!block.in_tile) continue;
     const Item item = block.item(tile);
     State<float, 1> state;
@@ -139,8 +137,8 @@ FUSEDRNN_DEVICE void run_resident_backward(const ResidentBackward<S>& p, unsigne
     const bool is_step = round < rounds;
     if constexpr (Team::has_registers) walk.look_ahead();
 #pragma unroll 1
-    for (int tile = 0; tile < plan.tiles; ++tile, ++number) {
-      const bool last = tile + 1 == plan.tiles;
+    for (int tile = 0; tile < block.tiles(); ++tile, ++number) {
+      const bool last = tile + 1 == block.tiles();
       const Item item = block.item(tile);
       const int length = item.exists ? step.rows.length(item.b) : 0;
       const auto in = [&](const Place& place) { return item.b < place.rows && place.t < length; };
@@ -198,7 +196,7 @@ FUSEDRNN_DEVICE void run_resident_backward(const ResidentBackward<S>& p, unsigne
 #endif
       {
         // A tile's first round has none before it.
-        if (plan.tiles > 1 && round + last) block.exchange.request(last ? 0 : tile + 1, round + last);
+        if (block.tiles() > 1 && round + last) block.exchange.request(last ? 0 : tile + 1, round + last);
         block.exchange.sent(tile);
       }
       // Nobody waits for what is stored. The gradients of a row that is absent from the step are zero.
@@ -208,7 +206,7 @@ FUSEDRNN_DEVICE void run_resident_backward(const ResidentBackward<S>& p, unsigne
     later = here, here = previous, previous = walk.next();
   }
 
-  for (int tile = 0; tile < plan.tiles; ++tile) {
+  for (int tile = 0; tile < block.tiles(); ++tile) {
     const Item item = block.item(tile);
     if (!item.exists) continue;
     store<1>(step.dh + state_of(item), load<1>(block.own_state(0, tile)));
@@ -217,26 +215,27 @@ FUSEDRNN_DEVICE void run_resident_backward(const ResidentBackward<S>& p, unsigne
 }
 
 #if FUSEDRNN_HAS_CLUSTERS
-template <class Cell>
-using ClusterBackward = std::conditional_t<cluster_shares_sums(Cell::gates, true), ClusterSums, ClusterExchange>;
+template <class Cell, bool compact>
+using ClusterBackward =
+    std::conditional_t<cluster_shares_sums(Cell::gates, true), ClusterSums<compact>, ClusterExchange<compact>>;
 #endif
 
 // Where there are no clusters the kernels are empty: the plan never chooses them.
-template <class Cell, class Multiplier>
+template <class Cell, class Multiplier, bool compact>
 __global__ void __launch_bounds__(resident_threads, 1)
     cluster_forward(const __grid_constant__ ResidentForward<typename Multiplier::Scalar> p) {
 #if FUSEDRNN_HAS_CLUSTERS
   FUSEDRNN_SHARED(memory);
-  run_resident_forward<Cell, Multiplier, ClusterExchange>(p, memory);
+  run_resident_forward<Cell, Multiplier, ClusterExchange<compact>, compact>(p, memory);
 #endif
 }
 
-template <class Cell, class Multiplier>
+template <class Cell, class Multiplier, bool compact>
 __global__ void __launch_bounds__(resident_threads, 1)
     cluster_backward(const __grid_constant__ ResidentBackward<typename Multiplier::Scalar> p) {
 #if FUSEDRNN_HAS_CLUSTERS
   FUSEDRNN_SHARED(memory);
-  run_resident_backward<Cell, Multiplier, ClusterBackward<Cell>>(p, memory);
+  run_resident_backward<Cell, Multiplier, ClusterBackward<Cell, compact>, compact>(p, memory);
 #endif
 }
 
@@ -244,14 +243,14 @@ template <class Cell, class Multiplier>
 __global__ void __launch_bounds__(resident_threads, 1)
     grid_forward(const __grid_constant__ ResidentForward<typename Multiplier::Scalar> p) {
   FUSEDRNN_SHARED(memory);
-  run_resident_forward<Cell, Multiplier, GridExchange>(p, memory);
+  run_resident_forward<Cell, Multiplier, GridExchange, false>(p, memory);
 }
 
 template <class Cell, class Multiplier>
 __global__ void __launch_bounds__(resident_threads, 1)
     grid_backward(const __grid_constant__ ResidentBackward<typename Multiplier::Scalar> p) {
   FUSEDRNN_SHARED(memory);
-  run_resident_backward<Cell, Multiplier, GridExchange>(p, memory);
+  run_resident_backward<Cell, Multiplier, GridExchange, false>(p, memory);
 }
 
 }  // namespace fusedrnn::cuda

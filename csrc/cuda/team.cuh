@@ -6,9 +6,9 @@
 
 namespace fusedrnn::cuda {
 
-template <class Cell, class Multiplier, class Exchange, class P, bool is_backward>
-struct Resident : TeamProduct<Cell, Multiplier, Exchange, P, is_backward> {
-  using Base = TeamProduct<Cell, Multiplier, Exchange, P, is_backward>;
+template <class Cell, class Multiplier, class Exchange, class P, bool is_backward, bool compact>
+struct Resident : TeamProduct<Cell, Multiplier, Exchange, P, is_backward, compact> {
+  using Base = TeamProduct<Cell, Multiplier, Exchange, P, is_backward, compact>;
   using Base::in, Base::out, Base::word_scalars, Base::in_grid, Base::in_split_grid, Base::has_registers,
       Base::shares_sums;
   using Base::p, Base::memory, Base::plan, Base::layout, Base::thread, Base::lane, Base::warp, Base::H, Base::d,
@@ -25,12 +25,14 @@ struct Resident : TeamProduct<Cell, Multiplier, Exchange, P, is_backward> {
   const bool sends;               // a piece of what its warp makes, or all of its own
   int places[in];                 // in an operand, of what it sends of each gate
   float* const own_states;        // of the first tile
+  float* slot_sums[2];            // of a compact team, where this thread's of even products go, of both slots
   struct Parts {
     const float* first;
     int count, next, buffer;  // words from one to the next, and from one buffer to the next
   };
   const Parts kept_parts;  // of the sums that are this thread's, where there are registers for them
-  const int destination;   // of 8 rows of the weights of this warp, as find_destination says
+  const int destination;   // of a row tile of this warp's weights, as find_destination says
+  float* const own_share;  // where what this thread sends of such a tile is in a share of the first tile's even rounds
 
   FUSEDRNN_DEVICE Resident(const P& p, unsigned char* memory)
       : Base(p, memory),
@@ -44,11 +46,18 @@ struct Resident : TeamProduct<Cell, Multiplier, Exchange, P, is_backward> {
         sends(first_sent() / plan.units < plan.rows),
         own_states(keep_shared(reinterpret_cast<float*>(memory + layout.states) + thread)),
         kept_parts(keep_parts()),
-        destination(find_destination()) {
+        destination(find_destination()),
+        own_share(find_own_share()) {
     if constexpr (has_registers)
 #pragma unroll
       for (int gate = 0; gate < in; ++gate) places[gate] = find_place(gate);
+    if constexpr (compact && !shares_sums)
+      for (int i = 0; i < 2; ++i)
+        slot_sums[i] = kept_shared(sums_of(slots[i], sums(0), 0) + Multiplier::column(lane) * layout.sums_ld +
+                                   Multiplier::row(lane));
   }
+
+  FUSEDRNN_DEVICE int tiles() const { return compact ? 1 : plan.tiles; }
 
   FUSEDRNN_DEVICE int find_place(int gate) const {
     const int row = first_sent() / plan.units, of_block = first_sent() % plan.units;
@@ -61,7 +70,7 @@ struct Resident : TeamProduct<Cell, Multiplier, Exchange, P, is_backward> {
 #if FUSEDRNN_HAS_CLUSTERS
     if constexpr (shares_sums) {
       const int of_block = exchange.share_of_block();
-      return {exchange.shares(0, 0) + item_unit * layout.share_ld + item_row, plan.blocks, of_block,
+      return {exchange.shares() + place_in_share(layout, item_unit, item_row), plan.blocks, of_block,
               plan.blocks * of_block};
     }
     if (is_split()) {
@@ -95,14 +104,25 @@ struct Resident : TeamProduct<Cell, Multiplier, Exchange, P, is_backward> {
     }
   }
 
-  // Where the sums of 8 rows of the weights go in a cluster. A warp's lanes know it of all of the warp's rows, 4 lanes of the
-  // halves of a row tile of both slots: an address is then asked of a lane, not the result of a division and what follows.
+  // Where the sums of a row tile go in a cluster. A warp's lanes know it of all of the warp's, two lanes of a tile of both slots:
+  // an address is then asked of a lane, not the result of a division and what follows.
   FUSEDRNN_DEVICE int find_destination() const {
     if constexpr (!shares_sums) return 0;
-    const Slot slot = this->make_slot(lane / 2 % 2);
-    const int tile = lane / 4, unit = (slot.row_tile + tile) * 16 + lane % 2 * 8, to = unit / plan.units;
+    const Slot slot = this->make_slot(lane % 2);
+    const int tile = lane / 2, unit = (slot.row_tile + tile) * 16, to = unit / plan.units;
     return tile < slot.tiles && to < plan.blocks ? destination_of(to, unit - to * plan.units, layout) : nowhere;
   }
+  FUSEDRNN_DEVICE float* find_own_share() const {
+#if FUSEDRNN_HAS_CLUSTERS
+    if constexpr (shares_sums) {
+      const int unit = Multiplier::row(lane) + (Multiplier::pairs == 1 ? Multiplier::half(0, lane) * 8 : 0);
+      const int place = place_in_share(layout, unit, Multiplier::column(lane));
+      return kept_if<compact>(exchange.shares() + rank * exchange.share_of_block() + place);
+    }
+#endif
+    return nullptr;
+  }
+
   FUSEDRNN_DEVICE void begin() const {
     // Zeros where no block ever writes.
     uint32_t* const words = exchange.operand(0, 0);
@@ -120,18 +140,23 @@ struct Resident : TeamProduct<Cell, Multiplier, Exchange, P, is_backward> {
     return reinterpret_cast<float*>(memory + layout.sums) + (number & 1) * layout.sums_words;
   }
 
+  // Where the sums of a slot go, from a column on.
+  FUSEDRNN_DEVICE float* sums_of(const Slot& slot, float* sums, int first_column) const {
+    return sums + (slot.part * tile_columns + first_column) * layout.sums_ld + slot.row_tile * 16;
+  }
+
   // Leaves product `number` in shared memory.
   FUSEDRNN_DEVICE void multiply(const Weights& weights, const uint32_t* operand, int number) const {
-    float* const to = sums(number);
+    float* const all = sums(number);
     multiply_by(weights, operand, [&](int, const Sums& both, int first_column) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         if (!slots[i].groups) continue;
-        float* const tile =
-            to + (slots[i].part * tile_columns + first_column) * layout.sums_ld + slots[i].row_tile * 16;
+        float* const tile = sums_of(slots[i], all, first_column);
         Multiplier::for_pairs(both[i], lane, [&](int pair, float x, float y) {
-          float* const at = tile + Multiplier::column(lane) * layout.sums_ld + Multiplier::half(pair, lane) * 8 +
-                            Multiplier::row(lane);
+          float* const at = compact ? slot_sums[i] + (number & 1) * kept_parts.buffer + Multiplier::half(pair, lane) * 8
+                                    : tile + Multiplier::column(lane) * layout.sums_ld +
+                                          Multiplier::half(pair, lane) * 8 + Multiplier::row(lane);
           at[0] = x;
           at[layout.sums_ld] = y;
         });
@@ -142,21 +167,19 @@ struct Resident : TeamProduct<Cell, Multiplier, Exchange, P, is_backward> {
 #if FUSEDRNN_HAS_CLUSTERS
   // Sends each block of the cluster its share.
   FUSEDRNN_DEVICE void multiply_and_send(const Weights& weights, int tile, int round) const {
-    const auto outbox =
-        exchange.outbox(tile, round, Multiplier::row(lane) * layout.share_ld + Multiplier::column(lane));
+    float* const share = own_share + (tile * 2 + (round & 1)) * kept_parts.buffer;
     multiply_by(weights, exchange.operand(tile, round), [&](int of_slots, const Sums& both, int first_column) {
-      int to[2][Multiplier::pairs];  // all first: they come from other lanes
+      int to[2];  // both first: they come from other lanes
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
+      for (int i = 0; i < 2; ++i) to[i] = from_lane(destination, of_slots * 2 + i);
 #pragma unroll
-        for (int pair = 0; pair < Multiplier::pairs; ++pair)
-          to[i][pair] = from_lane(destination, of_slots * 4 + i * 2 + Multiplier::half(pair, lane));
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        Multiplier::for_pairs(both[i], lane, [&](int pair, float x, float y) {
-          if (to[i][pair] != nowhere && first_column + Multiplier::column(lane) < plan.rows)
-            outbox.send(to[i][pair], first_column, x, y);
-        });
+      for (int i = 0; i < 2; ++i) {
+        Values<float, 2 * Multiplier::pairs> sums;
+        Multiplier::for_pairs(both[i], lane,
+                              [&](int pair, float x, float y) { sums[2 * pair] = x, sums[2 * pair + 1] = y; });
+        if (to[i] != nowhere && first_column + Multiplier::column(lane) < plan.rows)
+          exchange.send(tile, round, to[i], share + place_in_share(layout, 0, first_column), sums);
+      }
     });
   }
 
@@ -188,7 +211,7 @@ struct Resident : TeamProduct<Cell, Multiplier, Exchange, P, is_backward> {
 
   // Of the two arrays of states, a tile's item.
   FUSEDRNN_DEVICE float* own_state(int which, int tile) const {
-    return own_states + (which * plan.tiles + tile) * plan.rows * plan.units;
+    return own_states + (which * tiles() + tile) * plan.rows * plan.units;
   }
 
   // What a tile has for a thread.
@@ -214,23 +237,31 @@ struct Resident : TeamProduct<Cell, Multiplier, Exchange, P, is_backward> {
       constexpr int count = decltype(some)::value;
       Values<float, out> part[count];
 #pragma unroll
-      for (int i = 0; i < count; ++i, from += parts.next) {
+      for (int i = 0; i < count; ++i) {
+        const float* const at = from + i * parts.next;
         if constexpr (out == 4) {  // in one access
-          part[i] = cuda::load<out>(from);
+          part[i] = cuda::load<out>(at);
         } else {
 #pragma unroll
-          for (int gate = 0; gate < out; ++gate) part[i][gate] = load<1>(from + gate)[0];
+          for (int gate = 0; gate < out; ++gate) part[i][gate] = load<1>(at + gate)[0];
         }
       }
+      from += count * parts.next;
+      // In halves, for an addition waits for the one before.
 #pragma unroll
-      for (int i = 0; i < count; ++i)
+      for (int apart = 8; apart > 0; apart /= 2)
 #pragma unroll
-        for (int gate = 0; gate < out; ++gate) product[gate] += V{part[i][gate]};
+        for (int i = 0; i < 8; ++i)
+          if (i < apart && 2 * apart <= count) part[i] += part[i + apart];
+#pragma unroll
+      for (int gate = 0; gate < out; ++gate) product[gate] += V{part[0][gate]};
     };
     constexpr int at_once = out == 1 ? 4 : 2;
     int left = parts.count;
-    if constexpr (shares_sums)  // of the largest cluster
-      if (left == 16) return add_some(std::integral_constant<int, 16>());
+    if constexpr (compact || shares_sums) {  // of the largest cluster, or as 512 units have them
+      constexpr int usual = shares_sums ? 16 : out == 1 ? 8 : 2;
+      if (left == usual) return add_some(std::integral_constant<int, usual>());
+    }
 #pragma unroll 1
     for (; left >= at_once; left -= at_once) add_some(std::integral_constant<int, at_once>());
 #pragma unroll 1

@@ -160,7 +160,7 @@ constexpr int resident_register_budget = 255;  // one block to a multiprocessor
 constexpr int slots = 2 * resident_warps;
 constexpr int register_groups = 8;
 constexpr int group_words = 16;
-constexpr int most_slot_tiles = 8;          // row tiles of a slot: 4 lanes of a warp know where the sums of each go
+constexpr int most_slot_tiles = 16;         // row tiles of a slot: 2 lanes of a warp know where the sums of each go
 constexpr int fragment_bytes = 8 * 32 * 4;  // of a slot's group: 8 registers of 32 threads
 
 // Rows of the batch that an instruction takes. A tile has fewer where a thread would have more than one of its units: what a
@@ -172,6 +172,8 @@ constexpr int tile_columns = 8;
 // tiles; and a group of the product, whose weights are in registers or in shared memory. That a tile takes so long, whatever
 // its weights, is why fewer tiles are worth more than weights in registers.
 constexpr int64_t cluster_tile_cycles = 3300, grid_tile_cycles = 4400;
+// The same in a compact team (is_compact): some 1600 fewer by the machine code's own account (docs/performance.md), not measured.
+constexpr int64_t compact_tile_cycles = 1700;
 constexpr int64_t neighbours_cycles = 1100, sent_row_tile_cycles = 900;
 constexpr int64_t register_group_cycles = 92, shared_group_cycles = 200;
 // That every multiprocessor takes in of the L2 in a cycle, when all do.
@@ -197,7 +199,7 @@ enum class Team { cluster, split_grid, grid };
 
 struct ResidentPlan {
   int blocks;       // of a team, or 0 where another schedule must do
-  int units;        // of a block, a multiple of 8
+  int units;        // of a block, a multiple of 8, of 16 where a cluster shares the inner dimension
   int rows, tiles;  // of the batch in a tile, and tiles of a team
   int teams;        // of a direction
   bool cluster;     // or a grid
@@ -222,12 +224,12 @@ struct ResidentLayout {
   int operand_words;   // [groups and one of zeros][rows][16]: a warp's 16-byte loads are of neighbours
   int sums_ld;         // a step of 8 banks from every second row to the next, for the stores of two columns each
   int sums_words;      // of one of two buffers
-  int share_ld;        // rows, a multiple of 2 that is none of 4: neighbouring units are then at most two to a bank
+  int share_ld;        // rows, a multiple of 2 that is none of 4: 8 neighbouring units are then in as many banks
   // Offsets in bytes of shared memory:
   int operand;  // [tiles][2] in a cluster, one in a grid
   int sums;     // [2][parts of a row tile][8][sums_ld]
   int states;   // [tiles][rows][units] twice, once for cells without a cell state
-  int shares;  // where sums are split: [tiles][split][rows][units] in a grid, [tiles][2][split][units][share_ld] in a cluster
+  int shares;  // where sums are split: [tiles][split][rows][units] in a grid, [tiles][2][split][share_ld of a unit] in a cluster
   int barriers;  // [tiles][2] in a cluster, [tiles] where sums are split
   int overflow;  // [slots: overflow_before][groups beyond the registers][2][32 threads][4]
   int bytes;
@@ -282,11 +284,24 @@ constexpr FUSEDRNN_INLINE ResidentLayout resident_layout(const ResidentPlan& pla
   return l;
 }
 
+// Whether a step's code may take it for granted that a cluster has one tile, that all weights are in registers, and that a warp's
+// two slots take the same of what comes in; where the cluster shares the inner dimension, that a slot has one or two row tiles,
+// whose weights then have a half of its registers each.
+constexpr int compact_tile_groups = register_groups / 2;
+
+constexpr bool is_compact(const ResidentPlan& plan, const ResidentLayout& l) {
+  if (!plan.cluster || plan.tiles > 1 || l.slot_groups > register_groups) return false;
+  if (plan.split > 1) return l.part_groups <= compact_tile_groups && l.slot_tiles <= 2;
+  return l.slots_per_part % 2 == 0 || l.parts == 1;
+}
+
 constexpr int64_t tile_cycles(const ResidentPlan& plan, const ResidentLayout& l) {
   const int in_registers = std::min(l.slot_groups, register_groups);
   const int64_t product = in_registers * register_group_cycles + (l.slot_groups - in_registers) * shared_group_cycles;
   const bool split = plan.split > 1;
-  if (plan.cluster) return cluster_tile_cycles + split * l.slot_tiles * sent_row_tile_cycles + product;
+  if (plan.cluster)
+    return (is_compact(plan, l) ? compact_tile_cycles : cluster_tile_cycles) +
+           split * l.slot_tiles * sent_row_tile_cycles + product;
   return grid_tile_cycles + split * neighbours_cycles + l.groups * plan.rows * group_words * 4 / bytes_from_l2 +
          product;
 }
@@ -305,8 +320,10 @@ constexpr ResidentPlan resident_plan(const Limits& limits, Team team, int64_t T,
   ResidentPlan best{};
   const auto consider = [&](int blocks, int units) {
     if (blocks > most || units > resident_threads) return;
-    // A cluster may have blocks without units; a grid only as many as make up its last neighbours.
-    if (!cluster && static_cast<int64_t>(blocks - neighbours) * units >= H) return;
+    // A cluster may have blocks without units, but not so many that half of it would do; a grid only as many as make up its last
+    // neighbours.
+    const int64_t without = cluster ? blocks / 2 : neighbours;
+    if ((blocks - without) * units >= H && !(cluster && blocks == 2)) return;
     const int most_rows = std::min(tile_columns, resident_threads / units);
     const int room = std::max(1, limits.multiprocessors / blocks / directions);
     const int64_t of_a_team = (B + room - 1) / room, all_tiles = (of_a_team + most_rows - 1) / most_rows;
@@ -314,6 +331,7 @@ constexpr ResidentPlan resident_plan(const Limits& limits, Team team, int64_t T,
     ResidentPlan plan{blocks, units, rows, 1, 0, cluster, all_share ? blocks : neighbours, 0, 0};
     const auto layout = [&] { return resident_layout(plan, gates, backward, has_cell, scalar_bytes); };
     const ResidentLayout of_one = layout();
+    plan.tiles = static_cast<int>(all_tiles);
     plan.cycles = all_tiles * tile_cycles(plan, of_one);
     if (of_one.slots_per_part > slots || of_one.slot_tiles > most_slot_tiles || plan.cycles > most_step_cycles) return;
     if (best.blocks && plan.cycles >= best.cycles) return;
@@ -331,7 +349,8 @@ constexpr ResidentPlan resident_plan(const Limits& limits, Team team, int64_t T,
     best = plan;
   };
   if (cluster) {
-    for (int blocks = 2; blocks <= 16; blocks *= 2) consider(blocks, round_up((H + blocks - 1) / blocks, 8));
+    for (int blocks = 2; blocks <= 16; blocks *= 2)
+      consider(blocks, round_up((H + blocks - 1) / blocks, all_share ? 16 : 8));
   } else {
     for (int units = resident_threads; units > 0; units -= 8)
       consider(round_up(std::max<int64_t>((H + units - 1) / units, 2), neighbours), units);

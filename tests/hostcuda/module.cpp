@@ -219,7 +219,9 @@ std::map<std::string, int> resident_plan(int multiprocessors, int team, int64_t 
           {"slot_groups", layout.slot_groups},
           {"cycles", static_cast<int>(plan.cycles)},
           {"halved_tiles", layout.halved_tiles},
-          {"half_groups", layout.half_groups}};
+          {"half_groups", layout.half_groups},
+          {"slot_tiles", layout.slot_tiles},
+          {"compact", cuda::is_compact(plan, layout)}};
 }
 
 auto forward(uint64_t seed, const Sizes& sizes, bool tf32, const std::optional<std::vector<int64_t>>& offsets,
