@@ -28,8 +28,11 @@ SHELL := bash
 demo: $(VENV)/.built
 	$(PY) -m fusedrnn demo
 
+# In two processes, of which each may use all cores.
 test: $(VENV)/.built $(VENV)/.extra-test
-	@if $(PY) -c "import pytest" 2>/dev/null; then $(PY) -m pytest; \
+	@if $(PY) -c "import xdist, pytest_benchmark" 2>/dev/null; then \
+	  $(PY) -m pytest -n auto --maxprocesses=2 --benchmark-disable; \
+	elif $(PY) -c "import pytest" 2>/dev/null; then $(PY) -m pytest; \
 	else echo "pytest is not installed: running the cases against the oracle, without the other tests"; $(PY) tests/without_pytest.py; fi
 
 check: $(VENV)/.extra-dev
