@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(resident_threads, 1) exchange_in_cluster(const
 __global__ void __launch_bounds__(resident_threads, 1) exchange_in_grid(const __grid_constant__ TeamParams p) {
   FUSEDRNN_SHARED(memory);
   const int rank = blockIdx.x, team = blockIdx.y;
-  const GridExchange exchange{p.plan, p.layout, memory, rank, 1, team, 0, p.data, p.counters};
+  const GridExchange<true> exchange{p.plan, p.layout, memory, rank, 1, team, 0, p.data, p.counters};
   for (int round = 1; round <= rounds; ++round) {
     send_all(exchange, p, round);
     exchange.receive(0, round);

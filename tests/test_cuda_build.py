@@ -135,10 +135,10 @@ def residents(name: str, architecture: str) -> list[tuple[str, str]]:
     found = []
     for cell in CELLS[name]:
         for multiplier, opcode in multipliers.items():
-            compact = [", false", ", true"] if opcode == "HMMA" else [", false"]
-            teams = [("grid", ""), *(("cluster", of) for of in compact if architecture >= "sm_90")]
-            for (team, of), side in product(teams, ("forward", "backward")):
-                kernel = f"{team}_{side}<fusedrnn::{cell}, fusedrnn::cuda::{multiplier}{of}>("
+            compact = ["false", "true"] if opcode == "HMMA" else ["false"]
+            teams = ("cluster", "grid") if architecture >= "sm_90" else ("grid",)
+            for team, side, of in product(teams, ("forward", "backward"), compact):
+                kernel = f"{team}_{side}<fusedrnn::{cell}, fusedrnn::cuda::{multiplier}, {of}>("
                 found.append((f"fusedrnn::cuda::{kernel}", opcode))
     return found
 

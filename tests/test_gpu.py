@@ -313,7 +313,7 @@ def test_explain(schedule):
     layer, x = layer_and_input({"cell": "lstm"})
     assert fusedrnn.explain(layer, x).implementation == "cuda"
     assert "step schedule" in fusedrnn.explain(layer, x).reason
-    chosen = "block" if schedule == Schedules.ALL else schedule.name.lower()
+    chosen = {Schedules.ALL: "block", Schedules.SPLIT_GRID: "backward by the grid"}.get(schedule, schedule.name.lower())
     assert f"{chosen} schedule" in fusedrnn.explain(layer, x.repeat(2, 1, 1)).reason
     assert "lone step" in fusedrnn.explain(layer, x[:1]).reason
     lengths = torch.ones(x.size(1), dtype=torch.int64, device="cuda")

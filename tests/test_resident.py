@@ -108,29 +108,37 @@ def test_slots_that_are_left_over(monkeypatch):
     assert_all_as_good(dict(zip(of_forward, results, strict=True)), *references, torch.float16)
 
 
-# Of clusters with one tile and all weights in registers: row tiles that fill the slots or not, one or two to a slot, an
-# odd number in one part; some groups of weights or all, of the last part fewer; blocks without units.
+# Teams with one tile and all weights in registers, forward and backward or one of them: row tiles that fill the slots
+# or not, one or two to a slot, an odd number in one part; some groups of weights or all, of the last part fewer; blocks
+# without units.
+LARGE = Case("lstm", T=8, B=5, H=272, dtype="bfloat16")
+BOTH, FORWARD, BACKWARD = (False, True), (False,), (True,)
 COMPACT = [
-    Case("lstm", T=8, B=5, H=272, dtype="bfloat16"),
-    Case("lstm", T=9, B=7, H=24, bidirectional=True, dtype="float16"),
-    Case("gru", T=8, B=6, H=50, dtype="bfloat16"),
-    Case("gru", T=8, B=3, H=40, dtype="float16"),
-    Case("gru", T=8, B=2, H=96, dtype="bfloat16"),
-    Case("rnn", T=8, B=4, H=72, dtype="bfloat16"),
+    (Schedules.CLUSTER, LARGE, BOTH),
+    (Schedules.CLUSTER, Case("lstm", T=9, B=7, H=24, bidirectional=True, dtype="float16"), BOTH),
+    (Schedules.CLUSTER, Case("gru", T=8, B=6, H=50, dtype="bfloat16"), BOTH),
+    (Schedules.CLUSTER, Case("gru", T=8, B=2, H=96, dtype="bfloat16"), FORWARD),
+    (Schedules.CLUSTER, Case("rnn", T=8, B=4, H=72, dtype="bfloat16"), BOTH),
+    (Schedules.GRID, LARGE, BOTH),
+    (Schedules.GRID, Case("lstm", T=8, B=7, H=64, bidirectional=True, dtype="float16"), BOTH),
+    (Schedules.GRID, Case("gru", T=9, B=6, H=64, dtype="bfloat16"), BOTH),
+    (Schedules.GRID, Case("rnn", T=8, B=4, H=72, dtype="bfloat16"), BOTH),
+    (Schedules.SPLIT_GRID, LARGE, BACKWARD),
+    (Schedules.SPLIT_GRID, Case("gru", T=8, B=3, H=100, dtype="float16"), BACKWARD),
+    (Schedules.SPLIT_GRID, Case("rnn", T=9, B=6, H=64, dtype="bfloat16"), BACKWARD),
 ]
 
 
-@pytest.mark.parametrize("case", COMPACT, ids=str)
-def test_compact_teams(monkeypatch, case):
-    monkeypatch.setattr(hostcuda, "schedules", Schedules.CLUSTER)
+@pytest.mark.parametrize(("schedule", "case", "passes"), COMPACT, ids=str)
+def test_compact_teams(monkeypatch, schedule, case, passes):
+    monkeypatch.setattr(hostcuda, "schedules", schedule)
     monkeypatch.setattr(hostcuda, "multiprocessors", 16)
     monkeypatch.setattr(hostcuda, "largest_cluster", 2 if case.H == 96 else 16)
-    sizes = (case.B, case.H, case.directions, hostcuda.GATES[case.equations])
     for backward in (False, True):
-        of_pass = (backward, case.cell == "lstm", 2, hostcuda.largest_cluster)
-        made = hostcuda.library().resident_plan(16, Team.CLUSTER, *sizes, *of_pass)
-        assert made["compact"] == (case.H != 96 or not backward)
-    for seed in range(1 if case.H > 100 else 3):
+        sizes = (case.B, case.H, case.directions, hostcuda.GATES[case.equations], backward, case.cell == "lstm", 2)
+        made = hostcuda.library().resident_plan(16, Team[schedule.name], *sizes, hostcuda.largest_cluster)
+        assert made.get("compact", False) == (backward in passes)
+    for seed in range(1 if case is LARGE else 3):
         monkeypatch.setattr(hostcuda, "seed", seed)
         check(Call(case, resets=True))
 
@@ -167,7 +175,7 @@ def test_order_of_blocks_makes_no_difference(monkeypatch, schedule):
 @pytest.mark.parametrize("directions", [1, 2])
 def test_split_products(monkeypatch, directions, tf32):
     """Backward in a grid, each four blocks of which share the inner dimension as a cluster."""
-    monkeypatch.setattr(hostcuda, "schedules", Schedules.GRID)
+    monkeypatch.setattr(hostcuda, "schedules", Schedules.SPLIT_GRID)
     monkeypatch.setattr(hostcuda, "multiprocessors", 8)
     monkeypatch.setattr(_dispatch, "use_tf32", lambda x: tf32 and x.dtype == torch.float32)
     case = Case("lstm", T=8, B=19, I=2, H=27, bidirectional=directions == 2)

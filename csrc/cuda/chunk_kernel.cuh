@@ -79,17 +79,21 @@ class ChunkKernel {
 
   auto forward_kernel() const {
     using Tensor = TensorCores<S>;
+    const bool cluster = plan_.cluster;
     if constexpr (sizeof(S) == 4)
-      if (exact_) return plan_.cluster ? cluster_forward<Cell, Fma, false> : grid_forward<Cell, Fma>;
-    if (!plan_.cluster) return grid_forward<Cell, Tensor>;
-    return is_compact(plan_, layout()) ? cluster_forward<Cell, Tensor, true> : cluster_forward<Cell, Tensor, false>;
+      if (exact_) return cluster ? cluster_forward<Cell, Fma, false> : grid_forward<Cell, Fma, false>;
+    if (is_compact(plan_, layout()))
+      return cluster ? cluster_forward<Cell, Tensor, true> : grid_forward<Cell, Tensor, true>;
+    return cluster ? cluster_forward<Cell, Tensor, false> : grid_forward<Cell, Tensor, false>;
   }
   auto backward_kernel() const {
     using Tensor = TensorCores<S>;
+    const bool cluster = plan_.cluster;
     if constexpr (sizeof(S) == 4)
-      if (exact_) return plan_.cluster ? cluster_backward<Cell, Fma, false> : grid_backward<Cell, Fma>;
-    if (!plan_.cluster) return grid_backward<Cell, Tensor>;
-    return is_compact(plan_, layout()) ? cluster_backward<Cell, Tensor, true> : cluster_backward<Cell, Tensor, false>;
+      if (exact_) return cluster ? cluster_backward<Cell, Fma, false> : grid_backward<Cell, Fma, false>;
+    if (is_compact(plan_, layout()))
+      return cluster ? cluster_backward<Cell, Tensor, true> : grid_backward<Cell, Tensor, true>;
+    return cluster ? cluster_backward<Cell, Tensor, false> : grid_backward<Cell, Tensor, false>;
   }
 
   // A plan is for the multiprocessors that there are. The device knows how many of them a kernel can fill, which clusters do

@@ -236,6 +236,7 @@ struct ClusterSums : InCluster<keeps> {
 
 #endif
 
+template <bool lone_tile>
 struct GridExchange {
   const ResidentPlan& plan;
   const ResidentLayout& layout;
@@ -258,7 +259,7 @@ struct GridExchange {
   // asked for by all.
   FUSEDRNN_DEVICE void request(int tile, int round) const {
     const int of_units = (plan.rows * plan.units + 31) / 32 * 32 % resident_threads;
-    const int busy = plan.tiles == 1 ? 0 : of_units, thread = threadIdx.x - busy;
+    const int busy = lone_tile || plan.tiles == 1 ? 0 : of_units, thread = threadIdx.x - busy;
     if (thread < 0) return;
     const uint32_t all = static_cast<uint32_t>(round) * plan.blocks;
     // The difference, for a counter that has gone around.
@@ -293,7 +294,7 @@ struct GridExchange {
       if (i % group_pieces < partly) copy(i);
   }
   FUSEDRNN_DEVICE void receive(int tile, int round) const {
-    if (plan.tiles == 1) request(tile, round);
+    if (lone_tile || plan.tiles == 1) request(tile, round);
     end_copies();
     __syncthreads();
   }

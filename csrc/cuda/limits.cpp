@@ -27,9 +27,9 @@ void use_device(int device) { expect_success(cudaSetDevice(device)); }
 Limits limits_of(int device) {
   // 16 is more than every GPU with clusters has to offer; how many of a kernel's fit is asked of the device (active_blocks).
   const int largest_cluster = attribute(cudaDevAttrClusterLaunch, device) ? 16 : 0;
-  const unsigned without_grid = attribute(cudaDevAttrCooperativeLaunch, device) ? 0 : grid_schedule;
+  const unsigned grids = grid_schedule | split_grid_schedule;
   return {attribute(cudaDevAttrMultiProcessorCount, device), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-          largest_cluster, all_schedules & ~without_grid};
+          largest_cluster, attribute(cudaDevAttrCooperativeLaunch, device) ? all_schedules : all_schedules & ~grids};
 }
 
 }  // namespace fusedrnn::cuda

@@ -32,9 +32,9 @@ struct TeamProduct {
   using S = typename Multiplier::Scalar;
   static constexpr int in = gates_in(Cell::gates, is_backward), out = gates_out(Cell::gates, is_backward);
   static constexpr int word_scalars = sizeof(uint32_t) / sizeof(S);
-  static constexpr bool in_grid = std::is_same_v<Exchange, GridExchange>;
+  static constexpr bool in_grid = std::is_same_v<Exchange, GridExchange<compact>>;
   static constexpr bool in_split_grid = is_backward && in_grid && FUSEDRNN_HAS_CLUSTERS;  // where the plan says so
-  static constexpr bool has_registers = !in_grid;  // left, to keep what could be read again
+  static constexpr bool has_registers = compact || !in_grid;  // left, to keep what could be read again
   static constexpr bool shares_sums = !in_grid && cluster_shares_sums(Cell::gates, is_backward);
   using V = Values<float, 1>;
 

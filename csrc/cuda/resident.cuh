@@ -239,18 +239,18 @@ __global__ void __launch_bounds__(resident_threads, 1)
 #endif
 }
 
-template <class Cell, class Multiplier>
+template <class Cell, class Multiplier, bool compact>
 __global__ void __launch_bounds__(resident_threads, 1)
     grid_forward(const __grid_constant__ ResidentForward<typename Multiplier::Scalar> p) {
   FUSEDRNN_SHARED(memory);
-  run_resident_forward<Cell, Multiplier, GridExchange, false>(p, memory);
+  run_resident_forward<Cell, Multiplier, GridExchange<compact>, compact>(p, memory);
 }
 
-template <class Cell, class Multiplier>
+template <class Cell, class Multiplier, bool compact>
 __global__ void __launch_bounds__(resident_threads, 1)
     grid_backward(const __grid_constant__ ResidentBackward<typename Multiplier::Scalar> p) {
   FUSEDRNN_SHARED(memory);
-  run_resident_backward<Cell, Multiplier, GridExchange, false>(p, memory);
+  run_resident_backward<Cell, Multiplier, GridExchange<compact>, compact>(p, memory);
 }
 
 }  // namespace fusedrnn::cuda

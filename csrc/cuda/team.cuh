@@ -148,13 +148,14 @@ struct Resident : TeamProduct<Cell, Multiplier, Exchange, P, is_backward, compac
   // Leaves product `number` in shared memory.
   FUSEDRNN_DEVICE void multiply(const Weights& weights, const uint32_t* operand, int number) const {
     float* const all = sums(number);
+    const int buffer = (number & 1) * (in_split_grid ? layout.sums_words : kept_parts.buffer);
     multiply_by(weights, operand, [&](int, const Sums& both, int first_column) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         if (!slots[i].groups) continue;
         float* const tile = sums_of(slots[i], all, first_column);
         Multiplier::for_pairs(both[i], lane, [&](int pair, float x, float y) {
-          float* const at = compact ? slot_sums[i] + (number & 1) * kept_parts.buffer + Multiplier::half(pair, lane) * 8
+          float* const at = compact ? slot_sums[i] + buffer + Multiplier::half(pair, lane) * 8
                                     : tile + Multiplier::column(lane) * layout.sums_ld +
                                           Multiplier::half(pair, lane) * 8 + Multiplier::row(lane);
           at[0] = x;

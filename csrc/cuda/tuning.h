@@ -83,8 +83,14 @@ constexpr Geometry lone_step_geometry(int64_t rows, int64_t units, int rows_at_o
           static_cast<unsigned>(directions), 32, warps};
 }
 
-// The schedules besides the step schedule, as bits.
-enum Schedules : unsigned { block_schedule = 1, cluster_schedule = 2, grid_schedule = 4, all_schedules = 7 };
+// The schedules besides the step schedule, as bits; that of a grid whose neighbours share backward's products, apart.
+enum Schedules : unsigned {
+  block_schedule = 1,
+  cluster_schedule = 2,
+  grid_schedule = 4,
+  split_grid_schedule = 8,
+  all_schedules = 15
+};
 
 // What a GPU offers (cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin, the most blocks of a
 // cluster, or 0) and which schedules may be used on it.
@@ -197,6 +203,10 @@ constexpr FUSEDRNN_INLINE bool cluster_shares_sums(int gates, bool backward) { r
 
 enum class Team { cluster, split_grid, grid };
 
+constexpr Schedules schedule_of(Team team) {
+  return team == Team::cluster ? cluster_schedule : team == Team::grid ? grid_schedule : split_grid_schedule;
+}
+
 struct ResidentPlan {
   int blocks;       // of a team, or 0 where another schedule must do
   int units;        // of a block, a multiple of 8, of 16 where a cluster shares the inner dimension
@@ -284,14 +294,14 @@ constexpr FUSEDRNN_INLINE ResidentLayout resident_layout(const ResidentPlan& pla
   return l;
 }
 
-// Whether a step's code may take it for granted that a cluster has one tile, that all weights are in registers, and that a warp's
-// two slots take the same of what comes in; where the cluster shares the inner dimension, that a slot has one or two row tiles,
+// Whether a step's code may take it for granted that a team has one tile, that all weights are in registers, and that a warp's
+// two slots take the same of what comes in; where a cluster shares the inner dimension, that a slot has one or two row tiles,
 // whose weights then have a half of its registers each.
 constexpr int compact_tile_groups = register_groups / 2;
 
 constexpr bool is_compact(const ResidentPlan& plan, const ResidentLayout& l) {
-  if (!plan.cluster || plan.tiles > 1 || l.slot_groups > register_groups) return false;
-  if (plan.split > 1) return l.part_groups <= compact_tile_groups && l.slot_tiles <= 2;
+  if (plan.tiles > 1 || l.slot_groups > register_groups) return false;
+  if (plan.cluster && plan.split > 1) return l.part_groups <= compact_tile_groups && l.slot_tiles <= 2;
   return l.slots_per_part % 2 == 0 || l.parts == 1;
 }
 
@@ -311,7 +321,7 @@ constexpr int64_t tile_cycles(const ResidentPlan& plan, const ResidentLayout& l)
 constexpr ResidentPlan resident_plan(const Limits& limits, Team team, int64_t T, int64_t B, int64_t H, int directions,
                                      int gates, bool backward, bool has_cell, int scalar_bytes) {
   const bool cluster = team == Team::cluster;
-  const bool allowed = limits.schedules & (cluster ? cluster_schedule : grid_schedule);
+  const bool allowed = limits.schedules & schedule_of(team);
   const int most = cluster ? std::min(limits.largest_cluster, 16) : limits.multiprocessors / directions;
   if (!allowed || T < fewest_resident_steps || B == 0 || H > (int64_t{1} << 20)) return {};
   const bool all_share = cluster && cluster_shares_sums(gates, backward);

@@ -6,6 +6,7 @@ where the kernels do what a GPU would not forgive.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -79,7 +80,8 @@ def build(
             unfinished.rename(made)
         return made
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with (folder / "lock").open("w") as lock, ThreadPoolExecutor(os.cpu_count()) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process compiles the same
         objects = list(pool.map(lambda arguments: compile(*arguments), sources))
     digest = hashlib.sha256(repr(objects).encode()).hexdigest()[:16]
     made = folder / digest / f"hostcuda{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -127,7 +129,8 @@ class Schedules(IntEnum):
     BLOCK = 1
     CLUSTER = 2
     GRID = 4
-    ALL = 7
+    SPLIT_GRID = 8  # backward; forward by the step schedule
+    ALL = 15
 
 
 seed = 0  # of the order in which a launch's threads run
