@@ -207,15 +207,18 @@ def test_nothing_is_spilled_and_accesses_are_wide(folder, name, architecture):
         assert not [opcode for opcode in opcodes if re.match(r"LD\.|ST\.", opcode)], f"{kernel}: of no known memory"
 
 
+@each_architecture
 @each_file
-def test_loads_are_under_way_during_the_exchange(folder, name):
-    """Of what a cluster's step loads, nothing is waited for before the wait for the other blocks."""
-    code = scheduled(cubin(folder, name, "sm_90"))
-    for kernel, _ in residents(name, "sm_90"):
-        if "cuda::cluster_" not in kernel:
+def test_loads_are_under_way_during_the_exchange(folder, name, architecture):
+    """Nothing that a cluster's or a compact team's step loads is waited for before the wait for the other blocks."""
+    code = scheduled(cubin(folder, name, architecture))
+    for kernel, _ in residents(name, architecture):
+        in_grid = "cuda::grid_" in kernel
+        if in_grid and not kernel.endswith(", true>("):
             continue
         steps = find(kernel, code)
-        waits = [i for i, (opcode, _, _) in enumerate(steps) if opcode.endswith("TRYWAIT")]
+        asks = r"LDG.*\bSTRONG\b" if in_grid else r".*TRYWAIT"
+        waits = [i for i, (opcode, _, _) in enumerate(steps) if re.fullmatch(asks + ".*", opcode)]
         # A row's length, of 64 bits, is needed to know what to load, as are, before it, the rows of a packed batch.
         near = range(waits[0] - 60, waits[0])
         loads = [i for i in near if steps[i][0].startswith("LDG") and not steps[i][0].endswith(".64")]

@@ -144,16 +144,18 @@ def test_compact_teams(monkeypatch, schedule, case, passes):
 
 
 @pytest.mark.parametrize("tf32", [False, True], ids=["float32", "tf32"])
-@SCHEDULES
+@pytest.mark.parametrize(
+    "schedule", [Schedules.CLUSTER, Schedules.GRID, Schedules.SPLIT_GRID], ids=lambda s: s.name.lower()
+)
 def test_weights_beyond_the_registers(monkeypatch, schedule, tf32):
     monkeypatch.setattr(hostcuda, "schedules", schedule)
     monkeypatch.setattr(hostcuda, "largest_cluster", 4)
     monkeypatch.setattr(hostcuda, "multiprocessors", 4)
     monkeypatch.setattr(_dispatch, "use_tf32", lambda x: tf32 and x.dtype == torch.float32)
     case = Case("lstm", T=8, B=3, I=2, H=160)
-    for team, backward in ((schedule != Schedules.CLUSTER) * 2, False), (schedule == Schedules.GRID, True):
-        made = hostcuda.library().resident_plan(4, int(team), 3, 160, 1, 4, backward, True, 4, 4)
-        assert made["slot_groups"] > 8
+    for backward in (False, True):
+        made = hostcuda.library().resident_plan(4, Team[schedule.name], 3, 160, 1, 4, backward, True, 4, 4)
+        assert made["slot_groups"] > 8 if made else (schedule == Schedules.SPLIT_GRID and not backward)
     call = Call(case)
     dtype = torch.float16 if tf32 else torch.float32
     assert_all_as_good(run_recurrence(_autograd.recurrence, call), *wanted(call), dtype)
@@ -169,6 +171,17 @@ def test_order_of_blocks_makes_no_difference(monkeypatch, schedule):
         monkeypatch.setattr(hostcuda, "seed", seed)
         again = run_recurrence(_autograd.recurrence, call)
         assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_gpu_without_clusters(monkeypatch):
+    monkeypatch.setattr(hostcuda, "schedules", Schedules.ALL - Schedules.BLOCK)
+    monkeypatch.setattr(hostcuda, "largest_cluster", 0)
+    case = Case("gru", T=8, B=9, H=40, dtype="bfloat16")
+    shape = (case.T, case.B, case.I, case.H, case.directions)
+    for backward in (False, True):
+        assert hostcuda.schedule("gru", torch.bfloat16, shape, False, backward) == "grid"
+    check(Call(case, resets=True))
 
 
 @pytest.mark.parametrize("tf32", [False, True], ids=["float32", "tf32"])

@@ -146,8 +146,8 @@ FUSEDRNN_DEVICE void run_resident_backward(const ResidentBackward<S>& p, unsigne
       // What comes from memory is on its way during the exchange and the product, as forward; or, where the product
       // leaves no registers, during the exchange of sums.
       ForBackward<Cell, S, 1> values{};
-      // As it is in memory: to make a bool of it would wait for it. Before sm_90 there is no register for it.
-      std::conditional_t<FUSEDRNN_HAS_CLUSTERS, uint8_t, bool> reset_later{};
+      // As it is in memory: to make a bool of it would wait for it. Before sm_90 a grid has no register for it.
+      std::conditional_t<FUSEDRNN_HAS_CLUSTERS || Team::has_registers, uint8_t, bool> reset_later{};
       const auto load_values = [&] {
         if (takes_part) values = load_for_backward<1>(columns, step.rows, previous, in(previous), here, item.b);
         if (in_later) reset_later = step.rows.reset_byte(later, item.b);

@@ -326,7 +326,7 @@ constexpr ResidentPlan resident_plan(const Limits& limits, Team team, int64_t T,
   if (!allowed || T < fewest_resident_steps || B == 0 || H > (int64_t{1} << 20)) return {};
   const bool all_share = cluster && cluster_shares_sums(gates, backward);
   const int neighbours = team == Team::split_grid ? split_blocks : 1;
-  if (neighbours > (backward ? limits.largest_cluster : 1)) return {};
+  if (neighbours > 1 && !(backward && neighbours <= limits.largest_cluster)) return {};
   ResidentPlan best{};
   const auto consider = [&](int blocks, int units) {
     if (blocks > most || units > resident_threads) return;

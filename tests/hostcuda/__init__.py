@@ -105,7 +105,8 @@ def changed(folder: Path, file: str, line: int, new: str, kernels: tuple[Path, .
     lines[line] = new
     path.write_text("\n".join(lines) + "\n")
     # The objects that the change leaves as they are; others lie there too, of every change before.
-    shutil.copytree(build(kernels=kernels).parents[1], made, copy_function=os.symlink)
+    ignore = shutil.ignore_patterns("lock")
+    shutil.copytree(build(kernels=kernels).parents[1], made, copy_function=os.symlink, ignore=ignore)
     return build(csrc, made, kernels)
 
 
