@@ -125,11 +125,6 @@ FUSEDRNN_DEVICE int destination_of(int block, int unit, const ResidentLayout& la
 // round r + 2 may arrive in its place.
 
 #if FUSEDRNN_HAS_CLUSTERS
-template <bool keeps, class T>
-FUSEDRNN_DEVICE T* kept_if(T* x) {
-  return keeps ? kept_shared(x) : x;
-}
-
 // Two barriers of a tile, each of which counts the bytes of every other round. keeps: there are registers to keep addresses in.
 template <bool keeps>
 struct ClusterBarriers {
@@ -175,10 +170,10 @@ struct InCluster {
       : plan(plan),
         layout(layout),
         memory(memory),
-        rank(keeps ? kept(rank) : rank),
+        rank(kept_if<keeps>(rank)),
         barriers{layout, plan.tiles, memory, bytes},
         operands(kept_if<keeps>(reinterpret_cast<uint32_t*>(memory + layout.operand))),
-        operand_words(keeps ? kept(layout.operand_words) : layout.operand_words) {}
+        operand_words(kept_if<keeps>(layout.operand_words)) {}
 
   FUSEDRNN_DEVICE uint32_t* operand(int tile, int round) const {
     return operands + (tile * 2 + (round & 1)) * operand_words;

@@ -68,14 +68,12 @@ struct TeamProduct {
         d(blockIdx.z),
         rank(blockIdx.x),
         slots{make_slot(0), make_slot(1)},
-        operand_at(keep(Multiplier::place(plan.rows, lane))) {
+        operand_at(kept_if<has_registers>(Multiplier::place(plan.rows, lane))) {
     if constexpr (compact)
 #pragma unroll
       for (int i = 0; i < own_groups; ++i) group_at[i] = kept(operand_at + place_of_group(slots[0], i));
   }
 
-  static FUSEDRNN_DEVICE int keep(int x) { return has_registers ? kept(x) : x; }
-  static FUSEDRNN_DEVICE float* keep_shared(float* x) { return has_registers ? kept_shared(x) : x; }
   // Blocks whose units a product is for: all of a cluster or some neighbours, this one among them, share its inner dimension.
   FUSEDRNN_DEVICE int split() const { return in_split_grid || shares_sums ? plan.split : 1; }
 

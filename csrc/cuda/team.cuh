@@ -13,7 +13,7 @@ struct Resident : TeamProduct<Cell, Multiplier, Exchange, P, is_backward, compac
       Base::shares_sums;
   using Base::p, Base::memory, Base::plan, Base::layout, Base::thread, Base::lane, Base::warp, Base::H, Base::d,
       Base::rank;
-  using Base::slots, Base::split, Base::keep_shared, Base::multiply_by;
+  using Base::slots, Base::split, Base::multiply_by;
   using typename Base::S, typename Base::V, typename Base::Slot, typename Base::Sums, typename Base::Weights;
   static constexpr int piece_units = piece_words * word_scalars;
   static constexpr int warp_pieces = 32 / piece_units;  // of a gate of a warp's items
@@ -44,7 +44,7 @@ struct Resident : TeamProduct<Cell, Multiplier, Exchange, P, is_backward, compac
         in_tile(item_row < plan.rows),
         has_unit(in_tile && unit < H),
         sends(first_sent() / plan.units < plan.rows),
-        own_states(keep_shared(reinterpret_cast<float*>(memory + layout.states) + thread)),
+        own_states(kept_if<has_registers>(reinterpret_cast<float*>(memory + layout.states) + thread)),
         kept_parts(keep_parts()),
         destination(find_destination()),
         own_share(find_own_share()) {

@@ -96,6 +96,16 @@ FUSEDRNN_DEVICE T* kept_shared(T* x) {
 }
 #endif
 
+// Where there are registers for it. A pointer is one into shared memory.
+template <bool keeps>
+FUSEDRNN_DEVICE int kept_if(int x) {
+  return keeps ? kept(x) : x;
+}
+template <bool keeps, class T>
+FUSEDRNN_DEVICE T* kept_if(T* x) {
+  return keeps ? kept_shared(x) : x;
+}
+
 // width neighbours in memory, loaded and stored in one access; the address is a multiple of their size.
 template <class S, int width>
 struct alignas(sizeof(S) * width) Pack {
