@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from operator import index
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -40,12 +41,13 @@ class Stream:
     memory, so that a graph may capture a call.
     """
 
-    def __init__(self, module: RNN | LSTM | GRU, batch_size: int, hx: Any = None) -> None:
+    def __init__(self, module: RNN | LSTM | GRU, batch_size: SupportsIndex, hx: Any = None) -> None:
         self._module, self._name = module, module.mode
         if module.bidirectional:
             raise ValueError(f"{self._name}: expected a stream of a layer with one direction, got a bidirectional one")
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if not isinstance(batch_size, SupportsIndex) or index(batch_size) < 1:
             raise ValueError(f"{self._name}: expected a batch_size of at least 1, got {batch_size!r}")
+        batch_size = index(batch_size)
         weight = module._weights()[0]
         self._dtype, self._device = weight.dtype, weight.device
         self._implementation = _dispatch.choose(weight, module.proj_size > 0, True, stacklevel=5)

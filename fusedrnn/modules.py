@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -125,7 +125,7 @@ class _Layer(torch.nn.RNNBase):
             output = y
         return output, (tuple(states) if self.mode == "LSTM" else states[0])
 
-    def stream(self, batch_size: int, hx: Any = None) -> Stream:
+    def stream(self, batch_size: SupportsIndex, hx: Any = None) -> Stream:
         """A :class:`fusedrnn.Stream` of this layer for ``batch_size`` rows, from the state ``hx``, zero by default.
 
         Raises:

@@ -123,6 +123,18 @@ print(during, pooled(), *(
     assert equal == [1] * 12
 
 
+@pytest.mark.parametrize(("cell", "batch"), [("RNN", 32), ("LSTM", 8)])
+def test_the_input_s_weights_are_never_copied_as_a_whole(cell, batch):
+    """An RNN of large weights, or a call whose rows meet them at once: both passes pack W_hh, in the same memory."""
+    kept, recurrent = run(f"""
+size = 2048 if "{cell}" == "RNN" else 1024
+layer = fusedrnn.{cell}(size, size)
+layer(torch.randn(32, {batch}, size, requires_grad=True))[0].sum().backward()
+print(fusedrnn._C.pooled(), layer.weight_hh_l0.nbytes)
+""")
+    assert recurrent <= kept < 2 * recurrent  # beside it what backward reads, and a chunk's gradients
+
+
 def test_nothing_is_in_the_pool_at_first():
     assert run("print(fusedrnn._C.pooled())") == [0]
     assert fusedrnn._dispatch.extension is extension

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -254,6 +255,10 @@ def test_made_in_inference_mode_and_used_outside():
     stream.reset()
     assert torch.equal(stream(torch.ones(3, 4)), first)
     stream.load_state_dict(stream.state_dict())
+
+
+def test_numpy_s_integers_are_numbers_of_rows():
+    assert fusedrnn.GRU(4, 7).stream(np.int64(3))(torch.ones(3, 4)).shape == (3, 7)
 
 
 @pytest.mark.parametrize("mask", [torch.ones(1), torch.ones(2), torch.ones(1, 3)], ids=lambda m: str(list(m.shape)))

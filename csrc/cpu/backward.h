@@ -3,6 +3,7 @@
 // gradients of their pre-activations become those of input and weights (gradients.h).
 #pragma once
 
+#include "columns.h"
 #include "gradients.h"
 
 namespace fusedrnn::cpu {
@@ -19,8 +20,7 @@ struct Backward : Recurrence<Cell, S, N> {
   const BackwardParams& p;
   Columns<V, S, W> w_hh{H, gates, H, hidden_gates(), plan.packed, plan.tiled || B <= narrow_rows};
   Gradients<Cell, S, N, W> gradients{*this, p};
-  // Of both weights: as large as what forward packs, so that both passes of a step take turns in one block.
-  Scratch<S> packed = scratch<S>(w_hh.numbers(p.directions) + gradients.w_ih.numbers(p.directions));
+  Scratch<S> packed = scratch<S>(w_hh.numbers(p.directions));
   const int64_t chunk_rows = plan.chunk * block_rows, stride = row_stride<S>(sums * H + transposed_overrun<V>);
   Scratch<S> dsums = scratch<S>(plan.groups * chunk_rows * stride);
   Scratch<S> dh_carry = scratch<S>(plan.groups * block_rows * padded_H);
@@ -35,7 +35,6 @@ struct Backward : Recurrence<Cell, S, N> {
   Backward(const BackwardParams& params, const Threads& threads) : Base(params, threads, Pass::backward), p(params) {
     for (int64_t d = 0; d < p.directions; ++d) w_hh.set(d, p.weights[d].w_hh);
     w_hh.pack(threads, p.directions, packed.get());
-    gradients.w_ih.pack(threads, p.directions, packed.get() + w_hh.numbers(p.directions));
     this->run(threads,
               [&](const Job& job, Member& member, int64_t team, int64_t slice) { steps(job, member, team, slice); });
     gradients.finish(threads);
@@ -62,10 +61,10 @@ struct Backward : Recurrence<Cell, S, N> {
           S* C = dh + member.begin * N;
           if (plan.tiled)
             w_hh.multiply_tiles(job.direction, tiles, 0, chunk.row(t), count, member.begin, member.end, C, padded_H,
-                                false, s % 2);
+                                s % 2);
           else
             w_hh.multiply(job.direction, chunk.at(t, job.row_begin), stride, count, member.begin, member.end, C,
-                          padded_H, false, s % 2);
+                          padded_H, s % 2);
         }
         if (sequence.resets) forget(job, t, member, dh, dc);
       }

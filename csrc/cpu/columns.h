@@ -31,11 +31,10 @@ struct Columns {
 
   void set(int64_t direction, const void* matrix) { weights[direction] = static_cast<const W*>(matrix); }
 
-  // What packing needs memory for, in whole cache lines.
+  // What packing needs memory for.
   int64_t numbers(int64_t directions) const {
-    constexpr int64_t line = 64 / sizeof(S);
     const int64_t size = narrow ? packed_size<Packed<W>>(H) : H;
-    return (directions * (vectors - first_packed) * gates * size * N + line - 1) / line * line;
+    return directions * (vectors - first_packed) * gates * size * N;
   }
 
   void pack(const Threads& threads, int64_t directions, S* memory) {
@@ -58,14 +57,14 @@ struct Columns {
     });
   }
 
-  // Adds A's rows times vectors [begin, end) of a direction's columns to C, or stores them there when it is fresh.
+  // Adds A's rows times vectors [begin, end) of a direction's columns to C.
   void multiply(int64_t direction, const S* A, int64_t lda, int64_t rows, int64_t begin, int64_t end, S* C, int64_t ldc,
-                bool fresh, bool backwards) const {
+                bool backwards) const {
     const int64_t in_place = std::clamp(first_packed, begin, end);
     if (begin < in_place)
       for (int g = 0; g < gates; ++g)
         cpu::multiply<V, S, W>({weights[direction] + gate_of[g] * H * columns + begin * N, N, columns, in_place - begin,
-                                A + g * H, lda, H, rows, C, ldc, N, fresh && g == 0});
+                                A + g * H, lda, H, rows, C, ldc, N, false});
     if (in_place == end) return;
     // All gates are one product, unless a pair would span two of them.
     const auto packed = [&](auto* panels) {
@@ -74,7 +73,7 @@ struct Columns {
       panels += (direction * (vectors - first_packed) + in_place - first_packed) * gates * size;
       for (int64_t g = 0; g < blocks; ++g)
         cpu::multiply<V, S, Stored>({panels + g * size, gates * size, N, end - in_place, A + g * H, lda,
-                                     gates / blocks * H, rows, C + (in_place - begin) * N, ldc, N, fresh && g == 0, 0,
+                                     gates / blocks * H, rows, C + (in_place - begin) * N, ldc, N, false, 0,
                                      backwards});
     };
     narrow ? packed(reinterpret_cast<Packed<W>*>(panels)) : packed(panels);
@@ -82,12 +81,12 @@ struct Columns {
 
   // The same in tiles, where weights are narrow and all are packed. A has `gates` times the blocks of H columns.
   void multiply_tiles(int64_t direction, const TileRows<V>& A, int64_t first_block, int64_t row, int64_t rows,
-                      int64_t begin, int64_t end, S* C, int64_t ldc, bool fresh, bool backwards) const {
+                      int64_t begin, int64_t end, S* C, int64_t ldc, bool backwards) const {
     if constexpr (takes_tiles<V, W>)
       cpu::multiply_tiles<V>({reinterpret_cast<const Packed<W>*>(panels) +
                                   (direction * vectors + begin) * gates * packed_size<Packed<W>>(H) * N,
                               end - begin, gates * blocks_of(H), A.at(first_block, row), A.capacity, rows, C, ldc, N,
-                              fresh, INT64_MAX, 0, backwards});
+                              false, INT64_MAX, 0, backwards});
   }
 };
 

@@ -23,8 +23,16 @@ struct Forward : Recurrence<Cell, S, N> {
   const int64_t capacity =
       chunked ? block_rows * plan.chunk : std::min(block_rows, rows_at_once(sums, in_tiles(p)));  // rows a panel
   const int64_t panels_kept = chunked ? panels : panels_at_once;
-  PackedWeights<Cell, S, N, W> weights{p, plan.packed_input || p.prepared, plan.packed || p.prepared};
-  Scratch<S> room = scratch<S>(p.prepared ? 0 : weights.numbers);
+  const bool copied_input = plan.copied_input && !p.prepared;
+  PackedWeights<Cell, S, N, W> weights{p, (plan.packed_input && !copied_input) || p.prepared,
+                                       plan.packed || p.prepared};
+  // As large as what backward packs, so that both passes of a step take turns in one block.
+  Scratch<S> recurrent = scratch<S>(p.prepared ? 0 : weights.recurrent());
+  Scratch<S> others = scratch<S>(p.prepared ? 0 : weights.others());
+  // A slice's copy of some of W_ih.
+  static constexpr int64_t copied_panels = input_columns / gates, copied_vector = row_stride<S>(input_rows * N);
+  const int64_t copy_size = copied_panels * gates * copied_vector;
+  Scratch<S> copies = scratch<S>(copied_input ? plan.groups * plan.slices * copy_size : 0);
   Scratch<S> h_state = scratch<S>(plan.groups * 2 * block_rows * padded_H);
   Scratch<S> c_state = scratch<S>(Cell::has_cell ? plan.groups * block_rows * padded_H : 0);
   Scratch<S> pre_activations = scratch<S>(plan.groups * plan.slices * panels_kept * capacity * sums * N);
@@ -50,8 +58,12 @@ struct Forward : Recurrence<Cell, S, N> {
   };
 
   Forward(const ForwardParams& params, const Threads& threads) : Base(params, threads, Pass::forward), p(params) {
-    weights.place(p.prepared ? static_cast<S*>(p.prepared) : room.get());
-    if (!p.prepared) weights.pack(threads);
+    if (p.prepared) {
+      weights.place(static_cast<S*>(p.prepared));
+    } else {
+      weights.place(recurrent.get(), others.get());
+      weights.pack(threads);
+    }
     this->run(threads,
               [&](const Job& job, Member& member, int64_t team, int64_t slice) { steps(job, member, team, slice); });
   }
@@ -113,7 +125,7 @@ struct Forward : Recurrence<Cell, S, N> {
           const int64_t t_end = job.step(std::min(s + plan.chunk, job.T) - 1);
           kept_row = sequence.start(std::min(t, t_end));
           const int64_t rows = sequence.start(std::max(t, t_end) + 1) - kept_row;
-          project(job, member.begin, n, input(kept_row, rows, own_x), rows, a);
+          project(job, member.begin, n, input(kept_row, rows, own_x), rows, a, copies.get() + slice * copy_size);
         }
         step(job, t, member.begin, n, job.row_begin, count, a + (row - kept_row) * sums * N, h_in, h_out, c, s % 2);
       } else {
@@ -146,14 +158,34 @@ struct Forward : Recurrence<Cell, S, N> {
   }
 
   // pre-activations = bias + x·W_ih for n panels and some rows of the sequence.
-  void project(const Job& job, int64_t panel, int64_t n, const Rows& x, int64_t count, S* sum) {
+  void project(const Job& job, int64_t panel, int64_t n, const Rows& x, int64_t count, S* sum, S* copy = nullptr) {
     for (int64_t i = 0; i < n; ++i) {
       const S* b = weights.bias + (job.direction * panels + panel + i) * sums * N;
       for (int64_t r = 0; r < count; ++r)
         for (int k = 0; k < sums; ++k) V::load(b + k * N).store(sum + ((i * capacity + r) * sums + k) * N);
     }
-    product<same_gate>(job, panel, n, static_cast<const S*>(weights.w_ih), p.weights[job.direction].w_ih, x, count,
-                       sum + Cell::input_sum * N);
+    sum += Cell::input_sum * N;
+    if (copied_input)
+      multiply_copied(job, panel, n, x, count, sum, copy);
+    else
+      product<same_gate>(job, panel, n, static_cast<const S*>(weights.w_ih), p.weights[job.direction].w_ih, x, count,
+                         sum);
+  }
+
+  // Adds x·W_ih. A block of W_ih is copied and meets all rows before the next one is, so that no copy of all of it is needed.
+  void multiply_copied(const Job& job, int64_t panel, int64_t n, const Rows& x, int64_t count, S* sum, S* copy) {
+    const W* w_ih = static_cast<const W*>(p.weights[job.direction].w_ih);
+    const int64_t panel_stride = capacity * sums * N;
+    for (const int64_t end = panel + n; panel < end; panel += copied_panels, sum += copied_panels * panel_stride)
+      for (int64_t k = 0; k < I; k += input_rows) {
+        const int64_t size = std::min(input_rows, I - k), vectors = std::min(copied_panels, end - panel) * gates;
+        for (int64_t v = 0; v < vectors; ++v) {
+          const int64_t own = panel + v / gates;
+          pack_rows<V>(w_ih + k, I, v % gates * H + own * N, this->units(own), size, copy + v * copied_vector);
+        }
+        multiply<V, S, S, gates>({copy, copied_vector, N, vectors, x.first + k, x.stride, size, count, sum, sums * N,
+                                  gates == 1 ? panel_stride : N, false, panel_stride});
+      }
   }
 
   static constexpr int same_gate(int g) { return g; }

@@ -255,15 +255,15 @@ void multiply_transposed(const Product<S>& p, int64_t pair) {
   }
 }
 
-// Packs rows [first, first + count) of a row-major [*, K] matrix as one output vector; missing rows are zero.
+// Packs K columns of rows [first, first + count) of a row-major [*, columns] matrix as one output vector; missing rows are zero.
 template <class V, class From, class To>
-void pack_rows(const From* matrix, int64_t first, int count, int64_t K, To* packed) {
+void pack_rows(const From* matrix, int64_t columns, int64_t first, int count, int64_t K, To* packed) {
   constexpr int N = V::size;
   const auto square = [&](int64_t k, auto height, auto width) __attribute__((always_inline)) {
     V rows[N];
 #pragma GCC unroll 16
     for (int j = 0; j < N; ++j)
-      rows[j] = j < height ? load<V>(matrix + (first + j) * K + k, width) : V(typename V::Scalar(0));
+      rows[j] = j < height ? load<V>(matrix + (first + j) * columns + k, width) : V(typename V::Scalar(0));
     transpose<N / 2>(rows);
     if constexpr (in_pairs<To>)
       for (int i = 0; i < N; i += 2) store_pairs(rows[i], rows[i + 1], packed + (k + i) / 2 * N);

@@ -9,7 +9,6 @@
 // for themselves first, so that no sum depends on who comes first.
 #pragma once
 
-#include "columns.h"
 #include "recurrence.h"
 
 namespace fusedrnn::cpu {
@@ -47,23 +46,25 @@ struct Gradients {
   const bool shared = base.plan.row_blocks > 1;  // whether several teams work on one direction
   const int64_t teams = shared ? base.plan.groups : 1;
   const bool tiled = base.plan.tiled;
-  Columns<V, S, W> w_ih{p.dx ? I : 0, gates, H, {0, 1, 2, 3}, base.plan.packed, tiled};
   Scratch<S> dx_reverse = scratch<S>(p.dx && D == 2 ? base.rows * I : 0);
   Scratch<S> ih_sums, hh_sums, bias_sums = scratch<S>(teams * D * sums * H);
-  // A slice's own: a copy of some rows in pairs of vectors (see weight), or in tiles beside the dsums of 16 units; or of dX a
-  // last vector that sticks out of its row.
+  // A slice's own: a copy of some rows in pairs of vectors (see weight), or in tiles beside the dsums of 16 units; or of some of
+  // W_ih (see input), beside a last vector of dX that sticks out of its row.
   const int64_t chunk_rows = base.plan.chunk * base.block_rows, copied_rows = std::min(gradient_rows, chunk_rows);
   const int64_t vectors_at_once = std::min(2 * gradient_pairs, std::max(input_vectors, hidden_vectors) + 1);
   const int64_t tile_numbers = packed_size<bfloat16_pair>(copied_rows) * N;  // of a vector of copied rows
   const int64_t copy_room = tiled ? (vectors_at_once + 2) * tile_numbers : copied_rows * vectors_at_once * N;
-  const int64_t slice_room = std::max(chunk_rows * N, copy_room);
+  // Of W_ih vectors of columns, and rows, that are copied together; from one vector to the next.
+  const int64_t block_columns = tiled ? tiled_columns : input_columns, block_rows = tiled ? gates * H : input_rows;
+  const int64_t copied_column = tiled ? gates * packed_size<bfloat16_pair>(H) * N : row_stride<S>(input_rows * N);
+  const int64_t input_room = block_columns * copied_column;
+  const int64_t slice_room = std::max(p.dx ? input_room + chunk_rows * N : 0, copy_room);
   Scratch<S> room = scratch<S>(base.plan.groups * base.plan.slices * slice_room);
   // The dsums of a team's chunk for tiles.
   const int64_t tiles_size = TileRows<V>::size(tiled ? chunk_rows : 0, blocks_of(H) * sums);
   Scratch<uint16_t> dsums_tiles = scratch<uint16_t>(base.plan.groups * tiles_size);
 
   Gradients(const Base& recurrence, const BackwardParams& params) : base(recurrence), p(params) {
-    for (int64_t d = 0; d < D; ++d) w_ih.set(d, p.weights[d].w_ih);
     if (!adds_in_place(I)) ih_sums = scratch<S>(teams * D * gates * H * input_vectors * N);
     if (!adds_in_place(H)) hh_sums = scratch<S>(teams * D * gates * H * hidden_vectors * N);
   }
@@ -108,32 +109,74 @@ struct Gradients {
   }
 
   // dX of the chunk's rows: a member's share of the columns, or of the rows where there are few columns.
-  void input(const Chunk<S>& chunk, const Member& member, const TileRows<V>& tiles, S* last_vector) {
+  void input(const Chunk<S>& chunk, const Member& member, const TileRows<V>& tiles, S* memory) {
     const bool by_columns = input_vectors >= 2 * member.slices;
-    const auto [v_begin, v_end] =
-        by_columns ? member.share(input_vectors) : std::pair<int64_t, int64_t>(0, input_vectors);
+    const auto [begin, end] = by_columns ? member.share(input_vectors) : std::pair<int64_t, int64_t>(0, input_vectors);
+    const int64_t first_copied = base.plan.packed ? begin : std::clamp(I / N, begin, end);
+    const W* w_ih = static_cast<const W*>(p.weights[chunk.job.direction].w_ih);
+    if (begin < first_copied)
+      each_run(chunk, member, by_columns, [&](int64_t row, S* dx, int64_t rows) {
+        multiply<V, S, W>({w_ih + begin * N, N, I, first_copied - begin, input_sums(chunk, row), chunk.stride,
+                           gates * H, rows, dx + begin * N, I, N, true});
+      });
+    for (int64_t vector = first_copied; vector < end; vector += block_columns)
+      for (int64_t k = 0; k < gates * H; k += block_rows)
+        input_block(chunk, member, by_columns, tiles, w_ih, vector, std::min(block_columns, end - vector), k, memory);
+  }
+
+  // What a block of W_ih adds to dX: `count` vectors of columns, rows from k on. It is copied, and meets all rows before the next
+  // one does: no copy of all of W_ih is needed.
+  void input_block(const Chunk<S>& chunk, const Member& member, bool by_columns, const TileRows<V>& tiles,
+                   const W* w_ih, int64_t vector, int64_t count, int64_t k, S* copy) {
+    const int64_t size = std::min(block_rows, gates * H - k), whole = std::min(count, I / N - vector);
+    const int left = static_cast<int>(std::min(count * N, I - vector * N) - whole * N);  // columns of a last vector
+    copy_weights(w_ih + k * I + vector * N, whole * N + left, size, copy);
+    const auto product = [&](int64_t first, int64_t vectors, int64_t row, int64_t rows, S* C, int64_t ldc) {
+      const S* W_block = copy + first * copied_column;
+      if constexpr (takes_tiles<V, W>)
+        if (tiled)
+          return multiply_tiles<V>({reinterpret_cast<const bfloat16_pair*>(W_block), vectors, gates * blocks_of(H),
+                                    tiles.at(Cell::input_sum * blocks_of(H), row), tiles.capacity, rows, C, ldc, N,
+                                    true});
+      multiply<V, S>({W_block, copied_column, N, vectors, input_sums(chunk, row) + k, chunk.stride, size, rows, C, ldc,
+                      N, k == 0});
+    };
+    each_run(chunk, member, by_columns, [&](int64_t row, S* dx, int64_t rows) {
+      S* to = dx + vector * N;
+      if (whole) product(0, whole, row, rows, to, I);
+      if (!left) return;
+      S* last = copy + input_room + row * N;
+      product(whole, 1, row, rows, last, N);
+      if (k + size == gates * H)
+        for (int64_t i = 0; i < rows; ++i) V::load(last + i * N).store(to + i * I + whole * N, left);
+    });
+  }
+
+  // f(row of the chunk, its row of dX, rows) for a member's rows that are next to each other.
+  template <class F>
+  void each_run(const Chunk<S>& chunk, const Member& member, bool by_columns, const F& f) {
     S* dx = chunk.job.direction == 0 ? static_cast<S*>(p.dx) : dx_reverse.get();
-    const int64_t full = std::min(v_end, I / N);
     for (int64_t t = chunk.t_begin; t < chunk.t_end; t = chunk.whole() ? chunk.t_end : t + 1) {
       const int64_t count = chunk.whole() ? chunk.rows() : chunk.job.rows_end(t) - chunk.job.row_begin;
       const auto [begin, end] = by_columns ? std::pair<int64_t, int64_t>(0, count) : member.share(count);
-      if (begin >= end) continue;
-      const S* A = chunk.at(t, chunk.job.row_begin + begin) + Cell::input_sum * H;
-      S* C = dx + (sequence.start(t) + chunk.job.row_begin + begin) * I;
-      const auto multiply = [&](int64_t first, int64_t last, S* to, int64_t width) {
-        if (tiled)
-          w_ih.multiply_tiles(chunk.job.direction, tiles, Cell::input_sum * blocks_of(H), chunk.row(t) + begin,
-                              end - begin, first, last, to, width, true, false);
-        else
-          w_ih.multiply(chunk.job.direction, A, chunk.stride, end - begin, first, last, to, width, true, false);
-      };
-      multiply(v_begin, full, C + v_begin * N, I);
-      if (full < v_end) {
-        multiply(full, v_end, last_vector, N);
-        for (int64_t row = 0; row < end - begin; ++row)
-          V::load(last_vector + row * N).store(C + row * I + full * N, static_cast<int>(I - full * N));
-      }
+      if (begin < end) f(chunk.row(t) + begin, dx + (sequence.start(t) + chunk.job.row_begin + begin) * I, end - begin);
     }
+  }
+
+  const S* input_sums(const Chunk<S>& chunk, int64_t row) const {
+    return chunk.dsums + row * chunk.stride + Cell::input_sum * H;
+  }
+
+  // Some columns of `size` rows of W_ih as output vectors; for tiles of all rows, each gate's padded by themselves.
+  void copy_weights(const W* from, int64_t columns, int64_t size, S* to) const {
+    if constexpr (takes_tiles<V, W>)
+      if (tiled) {
+        auto* panels = reinterpret_cast<bfloat16_pair*>(to);
+        for (int g = 0; g < gates; ++g, from += H * I, panels += packed_size<bfloat16_pair>(H) * N)
+          pack_columns<V>(from, I, 0, columns, H, panels, copied_column);
+        return;
+      }
+    pack_columns<V>(from, I, 0, columns, size, to, copied_column);
   }
 
   // Where the sums of dW_hh (recurrent) or dW_ih are, for one direction of a team, and how wide a row is.

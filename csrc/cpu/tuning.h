@@ -46,11 +46,11 @@ constexpr int64_t rows_at_once(int64_t sums, bool tiles) { return tiles ? 64 : 1
 // Rows of x·W_ih computed at a time when a step has fewer: one row alone reads all weights for one product
 // each. Where W_ih and W_hh are more than a last-level cache has, each pushes the other out: the more rows, the less often
 // (AVX2, 32 MB of cache, LSTM of 1024, B = 1 to 32: 2 to 7 % faster with 192 or 384 than with 48; smaller layers: 0 to 2 %
-// slower).
+// slower; RNN of 1760, B = 16 and 32: 1.01 and 1.05 times as fast).
 // With AVX-512 on an Emerald Rapids, whose last-level cache gives 27 GB/s to a core, from an LSTM of 362 units on: while others
 // used that cache LSTM and GRU of 384 and 512, B = 32, were 7 to 13 % faster, else level.
 constexpr int64_t projection_rows = 48, projection_rows_of_large = 256;
-constexpr int64_t large_weights(int64_t vector) { return vector >= 16 ? 1 << 19 : 3 << 20; }
+constexpr int64_t large_weights(int64_t vector) { return vector >= 16 ? 1 << 19 : 3'000'000; }
 
 enum class Pass { forward, backward };
 
@@ -107,6 +107,13 @@ constexpr int64_t gradient_rows = 256;
 // Pairs of output vectors of a weight's gradient for which rows of x or h are copied side by side: with AVX2 256 KiB, half a
 // second-level cache.
 constexpr int64_t gradient_pairs = 16;
+// A block of W_ih that is copied for dX, or for x·W_ih where a call has one chunk of so many rows that a copy is worth it: products
+// over so many k, for so many vectors of outputs; with AVX2 128 KiB. In tiles, which add up all products in their registers, over
+// all k. Against packing all of W_ih once (AVX2): training, LSTM and GRU of 128, B = 16, RNN of 256, LSTM of 512, B = 4: 1.03 to
+// 1.07 times as fast, eight others 0.96 to 1.03; inference, LSTM of 1024, B = 8, T = 32: 1.03 to 1.05, with four or more chunks 0.98
+// to 0.99. An RNN, of which the weights are most of the memory, copies for any number of chunks (training, 1760 units, B = 16: 57 MB
+// at its peak instead of 69).
+constexpr int64_t input_rows = 2 * summation_block, input_columns = 16, tiled_columns = 4;
 // Vectors from which on a tile of what they are multiplied with is copied (multiply_transposed; Emerald Rapids, AVX-512, dW_hh of
 // an LSTM of 1024, 256 rows: 134 GFLOP/s a core in place, 158 copied; of 256: 132 and 151; of 128, 8 vectors: 148 and 149; of 64,
 // 4 vectors: 165 and 139).
@@ -127,14 +134,15 @@ constexpr int64_t packing_for_team = 30'000;
 constexpr int64_t row_block = 256;
 
 struct Plan {
-  int64_t groups;      // teams that work on their own, each on some of the jobs
-  int64_t slices;      // threads of a team
-  bool share_units;    // whether they share out the hidden units and meet in every step
-  int64_t row_blocks;  // blocks of rows into which the batch is cut: jobs are directions × row blocks
-  int64_t chunk;       // steps of x·W_ih, or of gradients, computed at a time
-  bool packed_input;   // whether forward packs W_ih
-  bool packed;         // whether W_hh is packed (backward: both)
-  bool tiled = false;  // whether what is packed is tiles
+  int64_t groups;             // teams that work on their own, each on some of the jobs
+  int64_t slices;             // threads of a team
+  bool share_units;           // whether they share out the hidden units and meet in every step
+  int64_t row_blocks;         // blocks of rows into which the batch is cut: jobs are directions × row blocks
+  int64_t chunk;              // steps of x·W_ih, or of gradients, computed at a time
+  bool packed_input;          // whether forward packs W_ih
+  bool packed;                // whether W_hh is packed; backward then copies W_ih, too, a block at a time
+  bool tiled = false;         // whether what is packed is tiles
+  bool copied_input = false;  // whether forward does so, instead of packing it
 };
 
 constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t I, int64_t H, int directions, bool converted,
@@ -167,10 +175,14 @@ constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t I, int64_t H, 
   }
   const int64_t block_rows = std::max<int64_t>((B + plan.row_blocks - 1) / plan.row_blocks, 1);
   if (pass == Pass::backward) {
-    plan.chunk = std::clamp<int64_t>(gradient_rows / block_rows, 1, std::max<int64_t>(T, 1));
-  } else if (plan.row_blocks == 1) {  // a block's rows are next to each other within a step only
+    const int64_t most = std::clamp<int64_t>(gradient_rows / block_rows, 1, std::max<int64_t>(T, 1)),
+                  chunks = (T + most - 1) / most;
+    plan.chunk = chunks ? (T + chunks - 1) / chunks : 1;  // even, for each copies W_ih
+  } else if (plan.row_blocks == 1) {                      // a block's rows are next to each other within a step only
     const int64_t most = gates * H * H < large_weights(vector) ? projection_rows : projection_rows_of_large;
     plan.chunk = std::clamp<int64_t>(most / block_rows, 1, std::max<int64_t>(T, 1));
+    plan.copied_input = plan.packed_input && !tiles && most == projection_rows_of_large && plan.chunk > 1 &&
+                        (T <= plan.chunk || gates == 1);
   }
   plan.tiled = tiles && plan.packed;
   return plan;

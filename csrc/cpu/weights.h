@@ -21,21 +21,21 @@ struct PackedWeights {
   S* w_ih = nullptr;  // [D, panels, gates, I, N], or nullptr where it is read in place; as Packed<W> where tiled
   S* w_hh = nullptr;  // [D, panels, gates, H, N], or nullptr; as Packed<W> where narrow
   S* bias = nullptr;  // [D, panels, sums, N]
-  int64_t numbers = 0;
 
   PackedWeights(const Problem& problem, bool input, bool hidden)
       : p(problem),
         input_size_(input ? (tiled ? packed_size<Packed<W>>(I) : I) * N : 0),
-        hidden_size_(hidden ? (narrow ? packed_size<Packed<W>>(H) : H) * N : 0) {
-    numbers = p.directions * panels * (gates * (input_size_ + hidden_size_) + sums * N);
-  }
+        hidden_size_(hidden ? (narrow ? packed_size<Packed<W>>(H) : H) * N : 0) {}
 
-  // Gives it memory for `numbers`.
-  void place(S* memory) {
-    const int64_t count = p.directions * panels * N;
-    bias = memory;
-    if (input_size_) w_ih = bias + count * sums;
-    if (hidden_size_) w_hh = bias + count * sums + p.directions * panels * gates * input_size_;
+  // The numbers that it needs memory for: of what is recurrent, and of the rest.
+  int64_t recurrent() const { return p.directions * panels * gates * hidden_size_; }
+  int64_t others() const { return p.directions * panels * (sums * N + gates * input_size_); }
+  // In one block, others first.
+  void place(S* memory) { place(memory + others(), memory); }
+  void place(S* recurrent, S* others) {
+    if (hidden_size_) w_hh = recurrent;
+    bias = others;
+    if (input_size_) w_ih = bias + p.directions * panels * sums * N;
   }
 
   void pack(const Threads& threads) {
@@ -58,8 +58,8 @@ struct PackedWeights {
       const int64_t input_row = g * H + index * N, hidden_row = Cell::hidden_gate(g) * H + index * N;
       const auto pack = [&](const void* matrix, int64_t row, int64_t K, S* to, bool stays) {
         const W* from = static_cast<const W*>(matrix);
-        stays ? pack_rows<V>(from, row, count, K, reinterpret_cast<Packed<W>*>(to))
-              : pack_rows<V>(from, row, count, K, to);
+        stays ? pack_rows<V>(from, K, row, count, K, reinterpret_cast<Packed<W>*>(to))
+              : pack_rows<V>(from, K, row, count, K, to);
       };
       if (w_ih) pack(w.w_ih, input_row, I, w_ih + (at * gates + g) * input_size_, tiled);
       if (w_hh) pack(w.w_hh, hidden_row, H, w_hh + (at * gates + g) * hidden_size_, narrow);
@@ -75,7 +75,7 @@ template <class Cell, class S, int N, class W>
 struct Prepare {
   Prepare(const PrepareParams& p, const Threads& threads) {
     PackedWeights<Cell, S, N, W> packed(p, true, true);
-    if (p.bytes) *p.bytes = packed.numbers * sizeof(S);
+    if (p.bytes) *p.bytes = (packed.others() + packed.recurrent()) * sizeof(S);
     if (!p.memory) return;
     packed.place(static_cast<S*>(p.memory));
     packed.pack(threads);

@@ -178,7 +178,7 @@ constexpr int tile_columns = 8;
 // tiles; and a group of the product, whose weights are in registers or in shared memory. That a tile takes so long, whatever
 // its weights, is why fewer tiles are worth more than weights in registers.
 constexpr int64_t cluster_tile_cycles = 3300, grid_tile_cycles = 4400;
-// The same in a compact team (is_compact): some 1600 fewer by the machine code's own account (docs/performance.md), not measured.
+// The same in a compact team (is_compact): some 1600 fewer by the machine code's own account (docs/experiments.md), not measured.
 constexpr int64_t compact_tile_cycles = 1700;
 constexpr int64_t neighbours_cycles = 1100, sent_row_tile_cycles = 900;
 constexpr int64_t register_group_cycles = 92, shared_group_cycles = 200;
