@@ -127,6 +127,7 @@ print(during, pooled(), *(
 def test_the_input_s_weights_are_never_copied_as_a_whole(cell, batch):
     """An RNN of large weights, or a call whose rows meet them at once: both passes pack W_hh, in the same memory."""
     kept, recurrent = run(f"""
+torch.set_num_threads(2)  # each has working memory of its own
 size = 2048 if "{cell}" == "RNN" else 1024
 layer = fusedrnn.{cell}(size, size)
 layer(torch.randn(32, {batch}, size, requires_grad=True))[0].sum().backward()

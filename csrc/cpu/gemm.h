@@ -1,5 +1,5 @@
-// The products of a recurrence: a few rows times all weights, again and again. Weights are packed once per call into
-// output vectors: for each vec of N outputs, K vecs in a row. A register tile takes some rows and a few of these vectors. When
+// The products of a recurrence: a few rows times all weights, again and again. Weights are packed into output vectors: for each
+// vec of N outputs, K vecs in a row; W_hh once per call. A register tile takes some rows and a few of these vectors. When
 // all weights are used only a few times, packing would cost more than the products: then they are read as they are, by dot
 // products.
 #pragma once

@@ -54,8 +54,8 @@ struct Gradients {
   const int64_t vectors_at_once = std::min(2 * gradient_pairs, std::max(input_vectors, hidden_vectors) + 1);
   const int64_t tile_numbers = packed_size<bfloat16_pair>(copied_rows) * N;  // of a vector of copied rows
   const int64_t copy_room = tiled ? (vectors_at_once + 2) * tile_numbers : copied_rows * vectors_at_once * N;
-  // Of W_ih vectors of columns, and rows, that are copied together; from one vector to the next.
-  const int64_t block_columns = tiled ? tiled_columns : input_columns, block_rows = tiled ? gates * H : input_rows;
+  // A block of W_ih that is copied: so many vectors of columns, so many rows, and numbers from one vector to the next.
+  const int64_t block_columns = tiled ? tiled_columns : input_columns, block_k = tiled ? gates * H : input_rows;
   const int64_t copied_column = tiled ? gates * packed_size<bfloat16_pair>(H) * N : row_stride<S>(input_rows * N);
   const int64_t input_room = block_columns * copied_column;
   const int64_t slice_room = std::max(p.dx ? input_room + chunk_rows * N : 0, copy_room);
@@ -110,7 +110,7 @@ struct Gradients {
 
   // dX of the chunk's rows: a member's share of the columns, or of the rows where there are few columns.
   void input(const Chunk<S>& chunk, const Member& member, const TileRows<V>& tiles, S* memory) {
-    const bool by_columns = input_vectors >= 2 * member.slices;
+    const bool by_columns = input_vectors >= member.slices;  // by rows everyone copies all of W_ih
     const auto [begin, end] = by_columns ? member.share(input_vectors) : std::pair<int64_t, int64_t>(0, input_vectors);
     const int64_t first_copied = base.plan.packed ? begin : std::clamp(I / N, begin, end);
     const W* w_ih = static_cast<const W*>(p.weights[chunk.job.direction].w_ih);
@@ -120,7 +120,7 @@ struct Gradients {
                            gates * H, rows, dx + begin * N, I, N, true});
       });
     for (int64_t vector = first_copied; vector < end; vector += block_columns)
-      for (int64_t k = 0; k < gates * H; k += block_rows)
+      for (int64_t k = 0; k == 0 || k < gates * H; k += block_k)
         input_block(chunk, member, by_columns, tiles, w_ih, vector, std::min(block_columns, end - vector), k, memory);
   }
 
@@ -128,7 +128,7 @@ struct Gradients {
   // one does: no copy of all of W_ih is needed.
   void input_block(const Chunk<S>& chunk, const Member& member, bool by_columns, const TileRows<V>& tiles,
                    const W* w_ih, int64_t vector, int64_t count, int64_t k, S* copy) {
-    const int64_t size = std::min(block_rows, gates * H - k), whole = std::min(count, I / N - vector);
+    const int64_t size = std::min(block_k, gates * H - k), whole = std::min(count, I / N - vector);
     const int left = static_cast<int>(std::min(count * N, I - vector * N) - whole * N);  // columns of a last vector
     copy_weights(w_ih + k * I + vector * N, whole * N + left, size, copy);
     const auto product = [&](int64_t first, int64_t vectors, int64_t row, int64_t rows, S* C, int64_t ldc) {

@@ -139,10 +139,10 @@ struct Plan {
   bool share_units;           // whether they share out the hidden units and meet in every step
   int64_t row_blocks;         // blocks of rows into which the batch is cut: jobs are directions × row blocks
   int64_t chunk;              // steps of x·W_ih, or of gradients, computed at a time
-  bool packed_input;          // whether forward packs W_ih
+  bool packed_input;          // whether forward packs W_ih, or else reads it in place
   bool packed;                // whether W_hh is packed; backward then copies W_ih, too, a block at a time
   bool tiled = false;         // whether what is packed is tiles
-  bool copied_input = false;  // whether forward does so, instead of packing it
+  bool copied_input = false;  // whether forward does so where it would pack it
 };
 
 constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t I, int64_t H, int directions, bool converted,

@@ -18,7 +18,7 @@ struct PackedWeights {
   const int64_t I = p.I, H = p.H, panels = (H + N - 1) / N;
   const bool tiled = takes_tiles<V, W> && in_tiles(p);       // what is packed is tiles
   const bool narrow = tiled || p.sequence.B <= narrow_rows;  // packed w_hh stays of its type
-  S* w_ih = nullptr;  // [D, panels, gates, I, N], or nullptr where it is read in place; as Packed<W> where tiled
+  S* w_ih = nullptr;  // [D, panels, gates, I, N], or nullptr where it is not packed; as Packed<W> where tiled
   S* w_hh = nullptr;  // [D, panels, gates, H, N], or nullptr; as Packed<W> where narrow
   S* bias = nullptr;  // [D, panels, sums, N]
 
