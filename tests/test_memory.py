@@ -31,7 +31,7 @@ def run(script: str) -> list[int]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=600,  # of a hang: beside other work a step of torch.nn alone has taken minutes
+        timeout=600,  # of a hang: beside other work a test has taken over two minutes
     )
     assert done.returncode == 0, done.stderr
     return [int(number) for number in done.stdout.splitlines()[-1].split()]
