@@ -2,7 +2,8 @@
 //
 // Letters: T steps, B rows of the batch, N rows of the sequence (T*B when padded, the sum of all lengths when
 // packed), I inputs, H hidden units, D directions (1 or 2). All arrays are dense, row-major, of the scalar
-// type that the params name, and owned by the caller. For a GPU they lie there, but for offsets. Nothing may alias anything else, but y and h_n may be
+// type that the params name, and owned by the caller. Weights, their gradients, and what is saved for backward may be of another
+// type (ScalarKind). For a GPU they lie there, but for offsets. Nothing may alias anything else, but y and h_n may be
 // one array when there is a single step and direction, being the same numbers then.
 #pragma once
 
@@ -13,7 +14,8 @@
 namespace fusedrnn {
 
 enum class CellKind { rnn_tanh, rnn_relu, lstm, gru };
-// float32_of_bfloat16: weights and biases are bfloat16, all else is float32; on CPUs only, as the next two are on GPUs only.
+// float32_of_bfloat16: weights and biases, their gradients, gates and cells are bfloat16, all else is float32; on CPUs only, as the
+// next two are on GPUs only.
 enum class ScalarKind { float32, float64, float32_of_bfloat16, float16, bfloat16 };
 
 // Where the rows of each step are, and which of them are there. Row b of step t is row start(t) + b of the
@@ -88,7 +90,7 @@ struct BackwardParams : Problem {
   const void* dy;      // [N, D*H], or nullptr for zero
   const void* dh_n;    // [D, B, H], or nullptr for zero
   const void* dc_n;    // [D, B, H], or nullptr for zero
-  const void* dcells;  // [D, N, H] of the cell states themselves, or nullptr for zero
+  const void* dcells;  // [D, N, H] of the cell states themselves, of their type, or nullptr for zero
   void* dx;            // [N, I], or nullptr when nobody asks
   void* dhx;           // [D, B, H], or nullptr when nobody asks
   void* dcx;           // [D, B, H], cells with a cell state only, or nullptr likewise

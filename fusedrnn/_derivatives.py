@@ -23,17 +23,14 @@ def gradients(
     cotangents, cx = inputs[:3], inputs[5]
     tensors = [t for t in inputs[3:] if t is not None]
     states = len(tensors) - len(inputs[6:])
-    # bfloat16 weights go with a float32 x.
-    tensors[states:] = [w.to(tensors[0].dtype) for w in tensors[states:]]
     asked = [i for i, want in enumerate(wanted) if want]
 
     def forward(*sources: Tensor) -> tuple[Tensor, ...]:
         given = list(tensors)
         for i, source in zip(asked, sources, strict=True):
             given[i] = source
-        outputs = _reference.recurrence(
-            cell, given[0], given[1], None if cx is None else given[2], given[states:], *sequence
-        )
+        weights = [w.to(given[0].dtype) for w in given[states:]]  # bfloat16 ones go with a float32 x
+        outputs = _reference.recurrence(cell, given[0], given[1], None if cx is None else given[2], weights, *sequence)
         return tuple(o for o, c in zip(outputs, cotangents, strict=True) if o is not None and c is not None)
 
     _, pull = vjp(forward, *(tensors[i] for i in asked))

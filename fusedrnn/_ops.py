@@ -21,7 +21,7 @@ def _forward_shapes(
     x: Tensor,
     hx: Tensor,
     cx: Tensor | None,
-    weights: list[Tensor],  # noqa: ARG001
+    weights: list[Tensor],
     batch_sizes: Tensor | None,  # noqa: ARG001
     lengths: Tensor | None,  # noqa: ARG001
     resets: Tensor | None,  # noqa: ARG001
@@ -34,9 +34,9 @@ def _forward_shapes(
     if cx is not None:
         results.append(x.new_empty(hx.shape))
     if save and SAVED[cell]:
-        results.append(x.new_empty(directions, rows, SAVED[cell] * hidden))
+        results.append(weights[0].new_empty(directions, rows, SAVED[cell] * hidden))
     if save and cx is not None:
-        results.append(x.new_empty(directions, rows, hidden))
+        results.append(weights[0].new_empty(directions, rows, hidden))
     return results
 
 
@@ -59,7 +59,7 @@ def _backward_shapes(
     dcells: Tensor | None = None,  # noqa: ARG001
 ) -> list[Tensor]:
     inputs = [x, hx, *([] if cx is None else [cx]), *weights]
-    return [x.new_empty(t.shape) for t, want in zip(inputs, wanted, strict=True) if want]
+    return [t.new_empty(t.shape) for t, want in zip(inputs, wanted, strict=True) if want]
 
 
 def _step_shapes(cell: str, x: Tensor, hx: Tensor, cx: Tensor | None, weights: list[Tensor]) -> list[Tensor]:  # noqa: ARG001

@@ -81,9 +81,7 @@ class AllCells(torch.autograd.Function):
                         *(None, lengths, resets, wanted, ctx.tf32, dcells),
                     )
                 )
-        return (None,) * 3 + tuple(
-            next(found).to(like.dtype) if want else None for like, want in zip(inputs, wanted, strict=True)
-        )
+        return (None,) * 3 + tuple(next(found) if want else None for want in wanted)
 
 
 def _differentiable(
@@ -100,7 +98,7 @@ def _differentiable(
     wide = [w.to(x.dtype) for w in weights]
     outputs = (
         *_reference.recurrence("lstm", x, hx, cx, wide, None, lengths, resets, cells=cells),
-        cells[0].flatten(1, 2),
+        cells[0].flatten(1, 2).to(weights[0].dtype),
     )
     pairs = [(o, g) for o, g in zip(outputs, cotangents, strict=True) if o is not None and g is not None]
     sources = [t for t, want in zip((x, hx, cx, *weights), wanted, strict=True) if want]

@@ -71,11 +71,8 @@ def gradients(ctx: Any, dy: Maybe, dh_n: Maybe = None, dc_n: Maybe = None, *_: M
             found = _ops.recurrence_backward(
                 ctx.cell, *cotangents, x, y, hx, cx, saved, weights, *sequence, asked, ctx.tf32
             )
-    left = list(reversed(found))
-    del found  # of bfloat16 weights, each float32 gradient goes before the next is converted
-    results = [
-        left.pop().to(like.dtype) if want else None for like, want in zip((x, hx, cx, *weights), wanted, strict=True)
-    ]
+    left = iter(found)
+    results = [next(left) if want else None for want in wanted]
     if step:
         results[:3] = [None if t is None else t.squeeze(0) for t in results[:3]]
     return (None,) * 5 + tuple(results)

@@ -31,9 +31,9 @@ def forward_arguments(call: Call, save: bool = True) -> dict:
     return {"cell": call.case.equations, **arguments(call), "save": save}
 
 
-def backward_arguments(call: Call) -> dict:
+def backward_arguments(call: Call, **changed) -> dict:
     """After a forward pass, with random gradients of its results and every gradient wanted."""
-    given = {"cell": call.case.equations, **arguments(call)}
+    given = {"cell": call.case.equations, **arguments(call), **changed}
     y, h_n, *rest = forward(**given, save=True)
     lstm = given["cx"] is not None
     inputs = [given["x"], given["hx"], *([given["cx"]] if lstm else []), *given["weights"]]
@@ -186,6 +186,27 @@ def test_save_changes_no_result(bidirectional, kind):
     plain, saving = (forward(**forward_arguments(call, save)) for save in (False, True))
     assert len(saving) - len(plain) == {"rnn": 0, "gru": 1, "lstm": 2}[call.case.cell]
     assert all(torch.equal(one, other) for one, other in zip(plain, saving, strict=False))
+
+
+@for_each_cell
+@for_each_number_of_directions
+@pytest.mark.parametrize("B", [1, 40])  # of 40 rows teams have sums of their own
+@pytest.mark.usefixtures("isa")
+def test_what_goes_with_bfloat16_weights(B, bidirectional, kind):
+    """Their gradients are float32 sums, rounded once: see an RNN, which saves nothing, of few units, for no tiles."""
+    call = Call(Case(**kind, T=9, B=B, I=10, H=21, bidirectional=bidirectional))
+    halves = [w.bfloat16() for w in arguments(call)["weights"]]
+    found = []
+    for weights in halves, [w.float() for w in halves]:
+        torch.manual_seed(0)
+        given = backward_arguments(call, weights=weights)
+        assert {t.dtype for t in given["saved"]} <= {weights[0].dtype}
+        found.append(backward(**given))
+    states = len(found[0]) - len(halves)
+    assert [t.dtype for t in found[0]] == [torch.float32] * states + [torch.bfloat16] * len(halves)
+    assert call.case.cell != "rnn" or all(
+        torch.equal(one, wide.to(one.dtype)) for one, wide in zip(*found, strict=True)
+    )
 
 
 def with_gaps(value):

@@ -253,13 +253,13 @@ Tensors forward(const Backend& backend, const std::string& cell_name, Tensor x, 
   p.cx = data(cx);
   p.y = results[0].mutable_data_ptr();
   p.h_n = results[1].mutable_data_ptr();
-  const auto add = [&](const std::vector<int64_t>& sizes) {
-    results.push_back(backend.make(x, sizes));
+  const auto add = [&](const Tensor& like, const std::vector<int64_t>& sizes) {
+    results.push_back(backend.make(like, sizes));
     return results.back().mutable_data_ptr();
   };
-  if (cell.has_cell) p.c_n = add(shape(hx));
-  if (save && cell.saved) p.gates = add({D, N, cell.saved * p.H});
-  if (save && cell.has_cell) p.cells = add({D, N, p.H});
+  if (cell.has_cell) p.c_n = add(x, shape(hx));
+  if (save && cell.saved) p.gates = add(weights[0], {D, N, cell.saved * p.H});
+  if (save && cell.has_cell) p.cells = add(weights[0], {D, N, p.H});
   run(p);
   return results;
 }
@@ -280,14 +280,15 @@ Tensors backward(const Backend& backend, const std::string& cell_name, MaybeTens
   set_weights(backend, p, cell, x, weights);
   const int64_t D = p.directions, H = p.H, N = storage.rows();
   check(y, "y", x, dtype, with_last(x, D * H));
+  const ScalarType saved_dtype = weights[0].scalar_type();
   const size_t saved_count = (cell.saved ? 1 : 0) + (cell.has_cell ? 1 : 0);
   FUSEDRNN_EXPECT(saved.size() == saved_count, "expected ", saved_count, " saved tensors, got ", saved.size());
   if (cell.saved) {
-    check(saved[0], "gates", x, dtype, {D, N, cell.saved * H});
+    check(saved[0], "gates", x, saved_dtype, {D, N, cell.saved * H});
     p.gates = saved[0].const_data_ptr();
   }
   if (cell.has_cell) {
-    check(saved[1], "cells", x, dtype, {D, N, H});
+    check(saved[1], "cells", x, saved_dtype, {D, N, H});
     p.cells = saved[1].const_data_ptr();
   }
   if (dy) check(*dy, "dy", x, dtype, shape(y));
@@ -295,14 +296,14 @@ Tensors backward(const Backend& backend, const std::string& cell_name, MaybeTens
   FUSEDRNN_EXPECT(!dc_n || cell.has_cell, "expected dc_n for lstm and for no other cell");
   if (dc_n) check(*dc_n, "dc_n", x, dtype, shape(hx));
   FUSEDRNN_EXPECT(!dcells || cell.has_cell, "expected dcells for lstm and for no other cell");
-  if (dcells) check(*dcells, "dcells", x, dtype, {D, N, H});
+  if (dcells) check(*dcells, "dcells", x, saved_dtype, {D, N, H});
   const size_t states = cell.has_cell ? 3 : 2;  // x, hx and perhaps cx come before the weights
   FUSEDRNN_EXPECT(wanted.size() == states + weights.size(), "expected wanted to hold ", states + weights.size(),
                   " values, got ", wanted.size());
   Tensors results;
   const auto result = [&](size_t i, const Tensor& like) -> void* {
     if (!wanted[i]) return nullptr;
-    results.push_back(backend.make(x, shape(like)));
+    results.push_back(backend.make(like, shape(like)));
     return results.back().mutable_data_ptr();
   };
   p.x = x.const_data_ptr();

@@ -109,19 +109,19 @@ struct Backward : Recurrence<Cell, S, N> {
     const Job& job = chunk.job;
     const int64_t y_width = p.directions * H, y_at = job.direction * H;
     const S* outputs = static_cast<const S*>(p.y) + y_at;
-    const S* all_cells = static_cast<const S*>(p.cells) + this->sequence_at(job, 0, H);
+    const W* all_cells = static_cast<const W*>(p.cells) + this->sequence_at(job, 0, H);
     const V zero(S(0));
     const int64_t end = chunk.whole() ? job.rows_end(t) : job.row_end;
     for (int64_t b = job.row_begin; b < end; ++b) {
       const int64_t row = sequence.start(t) + b;
       S* dsums = chunk.at(t, b);
       const bool valid = t < sequence.length(b);
-      const S *h_before = nullptr, *c_before = nullptr;
-      if (valid && Cell::needs_previous)
-        h_before = this->state_before(job, t, b, outputs, y_width, static_cast<const S*>(p.hx));
-      if (valid && Cell::has_cell) c_before = this->state_before(job, t, b, all_cells, H, static_cast<const S*>(p.cx));
-      const S* gates_in = static_cast<const S*>(p.gates) + this->sequence_at(job, row, saved * H);
-      const S* dcells = p.dcells ? static_cast<const S*>(p.dcells) + this->sequence_at(job, row, H) : nullptr;
+      typename Base::template Before<S> h_before{};
+      typename Base::template Before<W> c_before{};
+      if (valid && Cell::needs_previous) h_before = this->before(job, t, b, outputs, y_width, p.hx);
+      if (valid && Cell::has_cell) c_before = this->before(job, t, b, all_cells, H, p.cx);
+      const W* gates_in = static_cast<const W*>(p.gates) + this->sequence_at(job, row, saved * H);
+      const W* dcells = p.dcells ? static_cast<const W*>(p.dcells) + this->sequence_at(job, row, H) : nullptr;
       const S* dy = p.dy ? static_cast<const S*>(p.dy) + row * y_width + y_at : nullptr;
       if (!valid) {
         for (int k = 0; k < sums; ++k)
@@ -131,14 +131,14 @@ struct Backward : Recurrence<Cell, S, N> {
       const auto units = [&](int64_t panel, auto count) __attribute__((always_inline)) {
         const int64_t unit = panel * N, at = (b - job.row_begin) * padded_H + unit;
         V da[sums], gate[std::max(1, saved)], h = zero, h_next = zero, c = zero, c_next = zero, dc = zero;
-        for (int k = 0; k < saved; ++k) gate[k] = V::load(gates_in + k * H + unit, count);
-        if (h_before) h = V::load(h_before + unit, count);
+        for (int k = 0; k < saved; ++k) gate[k] = load<V>(gates_in + k * H + unit, count);
+        if constexpr (Cell::needs_previous) h = h_before.load(unit, count);
         if constexpr (Cell::needs_output) h_next = V::load(outputs + row * y_width + unit, count);
         if constexpr (Cell::has_cell) {
-          if (c_before) c = V::load(c_before + unit, count);
-          c_next = V::load(all_cells + row * H + unit, count);
+          c = c_before.load(unit, count);
+          c_next = load<V>(all_cells + row * H + unit, count);
           dc = V::load(dc_carry + at);
-          if (dcells) dc = dc + V::load(dcells + unit, count);
+          if (dcells) dc = dc + load<V>(dcells + unit, count);
         }
         V dh = V::load(dh_carry + at);
         if (dy) dh = dh + V::load(dy + unit, count);

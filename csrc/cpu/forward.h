@@ -246,8 +246,8 @@ struct Forward : Recurrence<Cell, S, N> {
       const bool valid = t < sequence.length(b), last = t == job.last_step(b),
                  reset = valid && !last && job.reset_at(job.next(t), b);
       S* y = static_cast<S*>(p.y) + row * y_width + job.direction * H;
-      S* gates_out = p.gates ? static_cast<S*>(p.gates) + this->sequence_at(job, row, Base::saved * H) : nullptr;
-      S* cells = p.cells ? static_cast<S*>(p.cells) + this->sequence_at(job, row, H) : nullptr;
+      W* gates_out = p.gates ? static_cast<W*>(p.gates) + this->sequence_at(job, row, Base::saved * H) : nullptr;
+      W* cells = p.cells ? static_cast<W*>(p.cells) + this->sequence_at(job, row, H) : nullptr;
       if (!valid) {
         std::fill(y + panel * N, y + std::min((panel + n) * N, H), S(0));
         continue;

@@ -51,26 +51,30 @@ struct Gradients {
   // A slice's own: a copy of some rows in pairs of vectors (see weight), or in tiles beside the dsums of 16 units; or of some of
   // W_ih (see input), beside a last vector of dX that sticks out of its row.
   const int64_t chunk_rows = base.plan.chunk * base.block_rows, copied_rows = std::min(gradient_rows, chunk_rows);
+  // Whether a product is a whole sum: then it goes, rounded, to the gradient itself, and no sums of all of it are needed.
+  const bool at_once = !std::is_same_v<S, W> && !shared && base.plan.chunk >= sequence.T && chunk_rows <= gradient_rows;
   const int64_t vectors_at_once = std::min(2 * gradient_pairs, std::max(input_vectors, hidden_vectors) + 1);
   const int64_t tile_numbers = packed_size<bfloat16_pair>(copied_rows) * N;  // of a vector of copied rows
   const int64_t copy_room = tiled ? (vectors_at_once + 2) * tile_numbers : copied_rows * vectors_at_once * N;
+  const int64_t sums_room = at_once ? rounded_rows * vectors_at_once * N : 0;  // behind the copy
   // A block of W_ih that is copied: so many vectors of columns, so many rows, and numbers from one vector to the next.
   const int64_t block_columns = tiled ? tiled_columns : input_columns, block_k = tiled ? gates * H : input_rows;
   const int64_t copied_column = tiled ? gates * packed_size<bfloat16_pair>(H) * N : row_stride<S>(input_rows * N);
   const int64_t input_room = block_columns * copied_column;
-  const int64_t slice_room = std::max(p.dx ? input_room + chunk_rows * N : 0, copy_room);
+  const int64_t slice_room = std::max(p.dx ? input_room + chunk_rows * N : 0, copy_room + sums_room);
   Scratch<S> room = scratch<S>(base.plan.groups * base.plan.slices * slice_room);
   // The dsums of a team's chunk for tiles.
   const int64_t tiles_size = TileRows<V>::size(tiled ? chunk_rows : 0, blocks_of(H) * sums);
   Scratch<uint16_t> dsums_tiles = scratch<uint16_t>(base.plan.groups * tiles_size);
 
   Gradients(const Base& recurrence, const BackwardParams& params) : base(recurrence), p(params) {
+    if (at_once) return;
     if (!adds_in_place(I)) ih_sums = scratch<S>(teams * D * gates * H * input_vectors * N);
     if (!adds_in_place(H)) hh_sums = scratch<S>(teams * D * gates * H * hidden_vectors * N);
   }
 
   // Where a row of the gradient ends with a vec and nobody else adds to it, the products go straight to their place.
-  bool adds_in_place(int64_t columns) const { return !shared && columns % N == 0; }
+  bool adds_in_place(int64_t columns) const { return std::is_same_v<S, W> && !shared && columns % N == 0; }
 
   TileRows<V> tiles_of(int64_t team) const { return {dsums_tiles.get() + team * tiles_size, chunk_rows}; }
 
@@ -183,16 +187,37 @@ struct Gradients {
   template <bool recurrent>
   std::pair<S*, int64_t> total(const Chunk<S>& chunk, int64_t set) const {
     const int64_t width = recurrent ? hidden_vectors * N : input_vectors * N;
-    const WeightGradients& wanted = p.gradients[chunk.job.direction];
-    if (adds_in_place(recurrent ? H : I)) return {static_cast<S*>(recurrent ? wanted.w_hh : wanted.w_ih), width};
+    if (adds_in_place(recurrent ? H : I)) return {static_cast<S*>(gradient<recurrent>(chunk)), width};
     return {(recurrent ? hh_sums : ih_sums).get() + set * gates * H * width, width};
+  }
+
+  template <bool recurrent>
+  void* gradient(const Chunk<S>& chunk) const {
+    const WeightGradients& wanted = p.gradients[chunk.job.direction];
+    return recurrent ? wanted.w_hh : wanted.w_ih;
+  }
+
+  // `count` vectors from `vector` on, of `rows` rows of a gradient from `row` on, which product(C, its row's length) makes or adds
+  // to.
+  template <bool recurrent, class F>
+  void add_product(const Chunk<S>& chunk, int64_t set, int64_t row, int64_t rows, int64_t vector, int64_t count,
+                   S* room, const F& product) const {
+    if (!at_once) {
+      const auto [to, width] = total<recurrent>(chunk, set);
+      product(to + row * width + vector * N, width);
+      return;
+    }
+    const int64_t columns = recurrent ? H : I, width = std::min(count * N, columns - vector * N);
+    product(room, count * N);
+    for (int64_t i = 0; i < rows; ++i)
+      give(static_cast<W*>(gradient<recurrent>(chunk)) + (row + i) * columns + vector * N, room + i * count * N, width);
   }
 
   // Vectors [begin, end) of the columns of dW_hh (recurrent) or dW_ih.
   template <bool recurrent>
   void weight(const Chunk<S>& chunk, int64_t set, int64_t begin, int64_t end, bool fresh, S* right) {
-    const auto [to, width] = total<recurrent>(chunk, set);
     const int64_t rows = chunk.rows(), blocks = (rows + gradient_rows - 1) / gradient_rows;
+    const int64_t units_at_once = at_once ? rounded_rows : H;
     for (int64_t vector = begin; vector < end; vector += 2 * gradient_pairs)
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t count = std::min<int64_t>(2 * gradient_pairs, end - vector);
@@ -200,9 +225,15 @@ struct Gradients {
         copy<recurrent>(chunk, row, row + K, vector, count, right);
         for (int g = 0; g < gates; ++g) {
           const int64_t sum = recurrent ? g : Cell::input_sum + g, torch_gate = recurrent ? Cell::hidden_gate(g) : g;
-          multiply_transposed<V, S>({right, N, 2 * N, count, chunk.dsums + row * chunk.stride + sum * H, chunk.stride,
-                                     K, H, to + torch_gate * H * width + vector * N, width, N, fresh && block == 0},
-                                    2 * N * K);
+          for (int64_t unit = 0; unit < H; unit += units_at_once) {
+            const int64_t units = std::min(units_at_once, H - unit);
+            add_product<recurrent>(
+                chunk, set, torch_gate * H + unit, units, vector, count, right + copy_room, [&](S* C, int64_t ldc) {
+                  multiply_transposed<V, S>({right, N, 2 * N, count, chunk.dsums + row * chunk.stride + sum * H + unit,
+                                             chunk.stride, K, units, C, ldc, N, fresh && block == 0},
+                                            2 * N * K);
+                });
+          }
         }
       }
   }
@@ -214,7 +245,6 @@ struct Gradients {
                        S* memory) {
     if constexpr (takes_tiles<V, W>) {
       if (begin == end) return;
-      const auto [to, width] = total<recurrent>(chunk, set);
       const int64_t rows = chunk.rows(), blocks = (rows + gradient_rows - 1) / gradient_rows;
       bfloat16_pair* right = reinterpret_cast<bfloat16_pair*>(memory);
       const TileRows<V> left{reinterpret_cast<uint16_t*>(right + vectors_at_once * tile_numbers), N};
@@ -228,9 +258,11 @@ struct Gradients {
             for (int64_t panel = begin; panel < end; ++panel) {
               const int units = base.units(panel);
               transpose_to_tiles(chunk.dsums + row * chunk.stride + sum * H + panel * N, chunk.stride, K, units, left);
-              multiply_tiles<V>({right, count, blocks_of(K), left.memory, N, units,
-                                 to + (torch_gate * H + panel * N) * width + vector * N, width, N,
-                                 fresh && block == 0});
+              add_product<recurrent>(chunk, set, torch_gate * H + panel * N, units, vector, count, memory + copy_room,
+                                     [&](S* C, int64_t ldc) {
+                                       multiply_tiles<V>({right, count, blocks_of(K), left.memory, N, units, C, ldc, N,
+                                                          fresh && block == 0});
+                                     });
             }
           }
         }
@@ -263,9 +295,14 @@ struct Gradients {
         const int64_t k = first + b - job.row_begin;
         if (k >= end || (chunk.whole() && b >= sequence.rows_at(t))) break;
         const S* from = nullptr;
-        if (t < sequence.length(b))
-          from = recurrent ? base.state_before(job, t, b, outputs, D * H, static_cast<const S*>(p.hx))
-                           : static_cast<const S*>(p.x) + (sequence.start(t) + b) * I;
+        if (t < sequence.length(b)) {
+          if constexpr (recurrent) {
+            const auto before = base.before(job, t, b, outputs, D * H, p.hx);
+            from = before.initial ? before.initial : before.later;
+          } else {
+            from = static_cast<const S*>(p.x) + (sequence.start(t) + b) * I;
+          }
+        }
         f(k - begin, from);
       }
     }
@@ -328,13 +365,16 @@ struct Gradients {
       const WeightGradients& wanted = p.gradients[d];
       threads.parallel(gates * H, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
-          if (wanted.w_ih) collect(static_cast<S*>(wanted.w_ih), ih_sums.get(), d, row, I, input_vectors * N);
-          if (wanted.w_hh) collect(static_cast<S*>(wanted.w_hh), hh_sums.get(), d, row, H, hidden_vectors * N);
+          if (wanted.w_ih) collect(static_cast<W*>(wanted.w_ih), ih_sums.get(), d, row, I, input_vectors * N);
+          if (wanted.w_hh) collect(static_cast<W*>(wanted.w_hh), hh_sums.get(), d, row, H, hidden_vectors * N);
         }
       });
+      if (!wanted.b_ih && !wanted.b_hh) continue;
+      const S* bias = add_up(bias_sums.get(), sums * H, d, 0, sums * H);
       for (int g = 0; g < gates; ++g) {
-        if (wanted.b_ih) collect_bias(static_cast<S*>(wanted.b_ih) + g * H, d, Cell::input_sum + g);
-        if (wanted.b_hh) collect_bias(static_cast<S*>(wanted.b_hh) + Cell::hidden_gate(g) * H, d, g);
+        const auto sum = [&](int64_t k) { return bias ? bias + k * H : nullptr; };
+        if (wanted.b_ih) give(static_cast<W*>(wanted.b_ih) + g * H, sum(Cell::input_sum + g), H);
+        if (wanted.b_hh) give(static_cast<W*>(wanted.b_hh) + Cell::hidden_gate(g) * H, sum(g), H);
       }
     }
     if (dx_reverse && rows)
@@ -347,28 +387,37 @@ struct Gradients {
       });
   }
 
-  // One row of a weight's gradient, from the sums of every team that had a part in direction d.
-  void collect(S* gradient, const S* all, int64_t d, int64_t row, int64_t columns, int64_t width) const {
-    S* to = gradient + row * columns;
-    if (base.rows == 0) std::fill_n(to, columns, S(0));
-    if (base.rows == 0 || !all) return;
-    bool first = true;
-    for (int64_t team = 0; team < teams; ++team) {
-      if (shared && !base.works_on(team, d)) continue;
-      const S* from = all + ((team * D + d) * gates * H + row) * width;
-      for (int64_t i = 0; i < columns; i += N) {
-        const int n = static_cast<int>(std::min<int64_t>(N, columns - i));
-        (first ? V::load(from + i, n) : V::load(to + i, n) + V::load(from + i, n)).store(to + i, n);
-      }
-      first = false;
-    }
+  // One row of a weight's gradient, unless it is in its place.
+  void collect(W* gradient, S* all, int64_t d, int64_t row, int64_t columns, int64_t width) const {
+    if (all || base.rows == 0)
+      give(gradient + row * columns, add_up(all, gates * H * width, d, row * width, width), columns);
   }
 
-  void collect_bias(S* gradient, int64_t d, int64_t sum) const {
-    std::fill_n(gradient, H, S(0));
+  // The sums of every team that had a part in direction d, `size` numbers a team and direction, of which `count` from `first` on
+  // are added up in the first team's place; nullptr where there are none.
+  S* add_up(S* all, int64_t size, int64_t d, int64_t first, int64_t count) const {
+    S* total = nullptr;
     for (int64_t team = 0; team < teams && base.rows; ++team) {
       if (shared && !base.works_on(team, d)) continue;
-      for (int64_t u = 0; u < H; ++u) gradient[u] += bias_sums[((team * D + d) * sums + sum) * H + u];
+      S* from = all + (team * D + d) * size + first;
+      if (!total) {
+        total = from;
+        continue;
+      }
+      for (int64_t i = 0; i < count; i += N) {
+        const int n = static_cast<int>(std::min<int64_t>(N, count - i));
+        (V::load(total + i, n) + V::load(from + i, n)).store(total + i, n);
+      }
+    }
+    return total;
+  }
+
+  // A gradient from its sums, zero where there are none.
+  static void give(W* gradient, const S* sums, int64_t count) {
+    if (!sums) return void(std::fill_n(gradient, count, W{}));
+    for (int64_t i = 0; i < count; i += N) {
+      const int n = static_cast<int>(std::min<int64_t>(N, count - i));
+      store(V::load(sums + i, n), gradient + i, n);
     }
   }
 };

@@ -108,7 +108,7 @@ struct bfloat16_pair {
   uint32_t bits;
 };
 
-// Numbers of another type in memory, as vecs of T; `n` as in vec::load.
+// Numbers of another type in memory, as vecs of T; `n` as in vec::load and store.
 template <class V, class T>
 FUSEDRNN_INLINE V load(const T* p) {
   return V::load(p);
@@ -179,6 +179,20 @@ FUSEDRNN_INLINE typename Bits<V::size>::Half upper_halves(typename Bits<V::size>
   return __builtin_convertvector(words >> 16, typename Bits<V::size>::Half);
 }
 
+template <class V, class T>
+FUSEDRNN_INLINE void store(V x, T* p, int n) {
+  x.store(p, n);
+}
+template <class V>
+FUSEDRNN_INLINE void store(V x, bfloat16* p, int n) {
+  const auto half = upper_halves<V>(to_bfloat16(x));
+  if (n == V::size) {
+    std::memcpy(p, &half, sizeof(half));
+    return;
+  }
+  for (int i = 0; i < n; ++i) p[i].bits = half[i];
+}
+
 #define FUSEDRNN_OPERATOR(op)                                       \
   template <class T, int N>                                         \
   FUSEDRNN_INLINE vec<T, N> operator op(vec<T, N> a, vec<T, N> b) { \
@@ -223,9 +237,10 @@ struct Twin {
   static FUSEDRNN_INLINE Twin load(const Scalar* p, int64_t next) { return {V::load(p), V::load(p + next)}; }
   FUSEDRNN_INLINE void store(Scalar* p, int64_t next) const { first.store(p), second.store(p + next); }
   // The first n numbers of one, and m of the other.
-  FUSEDRNN_INLINE void store(Scalar* p, int64_t next, int n, int m) const {
-    first.store(p, n);
-    if (next) second.store(p + next, m);
+  template <class T>
+  FUSEDRNN_INLINE void store(T* p, int64_t next, int n, int m) const {
+    fusedrnn::store(first, p, n);
+    if (next) fusedrnn::store(second, p + next, m);
   }
 };
 

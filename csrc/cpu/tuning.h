@@ -107,6 +107,9 @@ constexpr int64_t gradient_rows = 256;
 // Pairs of output vectors of a weight's gradient for which rows of x or h are copied side by side: with AVX2 256 KiB, half a
 // second-level cache.
 constexpr int64_t gradient_pairs = 16;
+// Rows of a gradient that are summed up at a time where they are then rounded to bfloat16: a multiple of every tile's height, with AVX2
+// 48 KiB.
+constexpr int64_t rounded_rows = 48;
 // A block of W_ih that is copied for dX, or for x·W_ih where a call has one chunk of so many rows that a copy is worth it: products
 // over so many k, for so many vectors of outputs; with AVX2 128 KiB. In tiles, which add up all products in their registers, over
 // all k. Against packing all of W_ih once (AVX2): training, LSTM and GRU of 128, B = 16, RNN of 256, LSTM of 512, B = 4: 1.03 to
