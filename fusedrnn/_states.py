@@ -115,7 +115,7 @@ def with_all(
     if _modes.active():
         _dispatch.warn_once("all cell states under torch.func come from the PyTorch reference")
         y, h_n, c_n, cells = _by_reference(x, hx, cx, weights, lengths, resets)
-        cells = cells.flatten(1, 2)
+        cells = cells.flatten(1, 2).to(weights[0].dtype)
         return [
             y,
             h_n,

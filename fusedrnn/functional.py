@@ -78,7 +78,7 @@ def stack(
         return rows.pad(y), h.index_select(1, rows.back), None if c is None else c.index_select(1, rows.back)
     dtype = x.dtype
     converted = implementation != "cuda" and dtype in CONVERTED_DTYPES
-    if converted:  # float32 inside: products, cell state and everything kept between steps
+    if converted:  # float32 inside: sums, cell state and everything kept between steps
         x, hx, cx = x.float(), hx.float(), None if cx is None else cx.float()
         if dtype != torch.bfloat16 or implementation != "cpu":
             weights = [w.float() for w in weights]  # the kernels take bfloat16 weights as they are

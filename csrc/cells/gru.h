@@ -27,6 +27,7 @@ struct GRU {
   static constexpr bool needs_previous = true;
 
   static constexpr FUSEDRNN_INLINE int hidden_gate(int k) { return k == 0 ? 2 : k - 1; }
+  static constexpr FUSEDRNN_INLINE bool saves_sigmoid(int k) { return k < 2; }
 
   template <class V>
   static FUSEDRNN_INLINE void activate(V (&a)[4]) {

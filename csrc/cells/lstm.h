@@ -23,6 +23,7 @@ struct LSTM {
   static constexpr bool needs_previous = false;
 
   static constexpr FUSEDRNN_INLINE int hidden_gate(int k) { return k; }
+  static constexpr FUSEDRNN_INLINE bool saves_sigmoid(int k) { return k != 2; }
 
   // Pre-activations to activated gates, in place.
   template <class V>

@@ -21,6 +21,8 @@ struct RNN {
 
   // The block of w_hh that goes to sum k.
   static constexpr FUSEDRNN_INLINE int hidden_gate(int) { return 0; }
+  // Whether saved value k is a sigmoid.
+  static constexpr FUSEDRNN_INLINE bool saves_sigmoid(int) { return false; }
 
   // A step is two calls, activate and forward, for the sake of processors: the long chains of a cell's functions then
   // overlap from row to row.

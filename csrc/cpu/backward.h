@@ -131,7 +131,7 @@ struct Backward : Recurrence<Cell, S, N> {
       const auto units = [&](int64_t panel, auto count) __attribute__((always_inline)) {
         const int64_t unit = panel * N, at = (b - job.row_begin) * padded_H + unit;
         V da[sums], gate[std::max(1, saved)], h = zero, h_next = zero, c = zero, c_next = zero, dc = zero;
-        for (int k = 0; k < saved; ++k) gate[k] = load<V>(gates_in + k * H + unit, count);
+        for (int k = 0; k < saved; ++k) gate[k] = from_saved<Cell, W>(k, load<V>(gates_in + k * H + unit, count));
         if constexpr (Cell::needs_previous) h = h_before.load(unit, count);
         if constexpr (Cell::needs_output) h_next = V::load(outputs + row * y_width + unit, count);
         if constexpr (Cell::has_cell) {

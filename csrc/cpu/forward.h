@@ -261,7 +261,8 @@ struct Forward : Recurrence<Cell, S, N> {
         const Twin<V> h = Cell::forward(a, Twin<V>::load(h_in + at + unit, next), c, gate);
         h.store(y + unit, next, first, second);
         if (gates_out)
-          for (int k = 0; k < Base::saved; ++k) gate[k].store(gates_out + k * H + unit, next, first, second);
+          for (int k = 0; k < Base::saved; ++k)
+            to_saved<Cell, W>(k, gate[k]).store(gates_out + k * H + unit, next, first, second);
         (reset ? zero : h).store(h_out + at + unit, next);
         if (last) h.store(static_cast<S*>(p.h_n) + this->state_at(job, b, unit), next, first, second);
         if constexpr (Cell::has_cell) {

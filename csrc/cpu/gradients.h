@@ -5,8 +5,8 @@
 //   dW_hh = Σ_n dgates[n] ⊗ h[before n]
 //   db    = Σ_n dgates[n]
 // They are taken chunk by chunk, while the chunk's dsums are still in cache. The members of a team share out the columns of
-// the weights. A team of its own for each direction adds where the gradients belong; teams that share a direction add up
-// for themselves first, so that no sum depends on who comes first.
+// the weights. A team of its own for each direction adds where the gradients belong, unless they are bfloat16; teams that share
+// a direction add up for themselves first, so that no sum depends on who comes first.
 #pragma once
 
 #include "recurrence.h"
@@ -358,12 +358,13 @@ struct Gradients {
     if (unit < end) vector(unit, static_cast<int>(end - unit));
   }
 
-  // What is left when all jobs are done: sums of several teams, padded rows, both directions' dX.
+  // What is left when all jobs are done: sums of several teams, padded rows, sums that are to be rounded, both directions' dX.
   void finish(const Threads& threads) {
     const int64_t rows = base.rows;
     for (int64_t d = 0; d < D; ++d) {
       const WeightGradients& wanted = p.gradients[d];
-      threads.parallel(gates * H, [&](int64_t begin, int64_t end) {
+      const bool left = ih_sums || hh_sums || rows == 0;
+      threads.parallel(left ? gates * H : 0, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
           if (wanted.w_ih) collect(static_cast<W*>(wanted.w_ih), ih_sums.get(), d, row, I, input_vectors * N);
           if (wanted.w_hh) collect(static_cast<W*>(wanted.w_hh), hh_sums.get(), d, row, H, hidden_vectors * N);

@@ -75,7 +75,8 @@ struct Step {
     if constexpr (Cell::has_cell) c.store(static_cast<S*>(p.c_n) + state, count);
     if (!p.gates && !p.cells) return;
     for (int k = 0; k < saved; ++k)
-      store(gate[k], static_cast<W*>(p.gates) + ((direction * B + b) * saved + k) * H + unit, count);
+      store(to_saved<Cell, W>(k, gate[k]), static_cast<W*>(p.gates) + ((direction * B + b) * saved + k) * H + unit,
+            count);
     if constexpr (Cell::has_cell) store(c, static_cast<W*>(p.cells) + state, count);
   }
 };
