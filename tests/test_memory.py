@@ -38,9 +38,10 @@ def run(script: str) -> list[int]:
 
 
 CASES = ("'LSTM', 32, 60, 64, 256", "'GRU', 64, 100, 128, 128", "'RNN', 16, 100, 256, 512", "'LSTM', 2, 2000, 32, 96")
+HALF = "'GRU', 1, 100, 256, 256, dtype='bfloat16'"
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, HALF])
 def test_a_training_step_needs_no_more_than_torch(case):
     ours, theirs = run(f"""
 case = Case("memory", {case})
