@@ -15,7 +15,7 @@ namespace fusedrnn {
 
 enum class CellKind { rnn_tanh, rnn_relu, lstm, gru };
 // float32_of_bfloat16: weights and biases, their gradients, gates and cells are bfloat16, all else is float32; on CPUs only, as the
-// next two are on GPUs only. Sigmoids are folded there (cpu/simd.h), for the digits near 1.
+// next two are on GPUs only.
 enum class ScalarKind { float32, float64, float32_of_bfloat16, float16, bfloat16 };
 
 // Where the rows of each step are, and which of them are there. Row b of step t is row start(t) + b of the

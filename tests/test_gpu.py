@@ -28,7 +28,7 @@ from cases import (
     sizes,
 )
 from hostcuda import Schedules
-from numerics import assert_all_as_good
+from numerics import assert_all_as_good, assert_long_memory
 from test_hostcuda import BEYOND, OPTIONS, SHAPES, WITHIN, calls
 from test_reference import Call, run_recurrence
 from test_reference import run_oracle as run_oracle_of_call
@@ -283,6 +283,13 @@ def test_recompute(kind, bidirectional, monkeypatch):
     monkeypatch.setattr(_recompute, "CHUNK", 4)
     case = Case(**kind, T=9, B=5, H=20, lengths=(2, 9, 4, 5, 1), bidirectional=bidirectional)
     assert_all_as_good(on_gpu(case, recompute=True), *expected(case), case.torch_dtype)
+
+
+@pytest.mark.parametrize("hidden", [8, 64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_long_memory(name, dtype, hidden):
+    assert_long_memory(fusedrnn, name, dtype, hidden, 60, "cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

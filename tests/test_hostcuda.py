@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases import CELLS, FEATURE, LOW_PRECISION, Case, expected, for_all_cells, leaf, make_data, run_module, sizes
 from hostcuda import Schedules
-from numerics import assert_all_as_good, assert_scenario
+from numerics import assert_all_as_good, assert_long_memory, assert_scenario
 from test_reference import Call, arguments, run_oracle, run_recurrence
 from test_states import scenario_of
 
@@ -61,6 +61,15 @@ def test_cell_states(monkeypatch, form, multiprocessors):
     monkeypatch.setattr(hostcuda, "multiprocessors", multiprocessors)
     monkeypatch.setattr(_dispatch, "choose", lambda *_: "cuda")
     assert_scenario(scenario_of("LSTM", form), fusedrnn)
+
+
+@pytest.mark.parametrize("schedules", Schedules, ids=lambda schedules: schedules.name.lower())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_long_memory(monkeypatch, name, dtype, schedules):
+    monkeypatch.setattr(hostcuda, "schedules", schedules)
+    monkeypatch.setattr(_dispatch, "choose", lambda *_: "cuda")
+    assert_long_memory(fusedrnn, name, dtype, 8, 60)
 
 
 # Odd and even sizes, and multiples of what a thread takes at once (4 units, 2 of float64); more units than a block has

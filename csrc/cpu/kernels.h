@@ -5,6 +5,7 @@
 #include "../cells/gru.h"
 #include "../cells/lstm.h"
 #include "../cells/rnn.h"
+#include "../cells/saved.h"
 #include "backward.h"
 #include "cpu.h"
 #include "forward.h"

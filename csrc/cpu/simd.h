@@ -278,7 +278,7 @@ template <class V>
 FUSEDRNN_INLINE Twin<V> relu(Twin<V> x) {
   return {relu(x.first), relu(x.second)};
 }
-// A number in [0, 1] in a form that keeps its digits near 1, too, when it is rounded: above a half, its distance from 1 with a minus.
+// As cells/saved.h has them.
 template <class T, int N>
 FUSEDRNN_INLINE vec<T, N> fold(vec<T, N> x) {
   const vec<T, N> one(T(1)), half(T(0.5));
@@ -292,18 +292,6 @@ FUSEDRNN_INLINE vec<T, N> unfold(vec<T, N> x) {
 template <class V>
 FUSEDRNN_INLINE Twin<V> fold(Twin<V> x) {
   return {fold(x.first), fold(x.second)};
-}
-// Value k of what a cell saves, as it is kept in a type W. In bfloat16 an f or z of 0.998 would be 1: a state that is kept for long
-// would have a gradient of zero, or one that is off by more at every step.
-template <class Cell, class W, class V>
-FUSEDRNN_INLINE V to_saved(int k, V x) {
-  if constexpr (sizeof(W) < sizeof(typename V::Scalar)) return Cell::saves_sigmoid(k) ? fold(x) : x;
-  return x;
-}
-template <class Cell, class W, class V>
-FUSEDRNN_INLINE V from_saved(int k, V x) {
-  if constexpr (sizeof(W) < sizeof(typename V::Scalar)) return Cell::saves_sigmoid(k) ? unfold(x) : x;
-  return x;
 }
 
 // Transposes an N×N square held in N registers: log2(N) rounds, each exchanging off-diagonal blocks.

@@ -5,6 +5,7 @@
 #include "cells/gru.h"
 #include "cells/lstm.h"
 #include "cells/rnn.h"
+#include "cells/saved.h"
 #include "places.h"
 #include "values.cuh"
 
@@ -202,7 +203,12 @@ FUSEDRNN_DEVICE void store_forward(const ForwardColumns<Cell, S>& columns, int r
     if (columns.gates) {
       S* const to = columns.gates.at(row, Cell::saved * columns.H);
 #pragma unroll
-      for (int k = 0; k < Cell::saved; ++k) store<width>(to + k * columns.H, made.saved[k]);
+      for (int k = 0; k < Cell::saved; ++k) {
+        auto saved = made.saved[k];
+#pragma unroll
+        for (int i = 0; i < width; ++i) saved[i] = to_saved<Cell, S>(k, saved[i]);
+        store<width>(to + k * columns.H, saved);
+      }
     }
   }
 }
@@ -338,7 +344,7 @@ FUSEDRNN_DEVICE void backward_units(ForBackward<Cell, S, width>& v, Values<A, wi
   for (int i = 0; i < width; ++i) {
     A gate[Cell::saved + 1], gradient[Cell::sums];
 #pragma unroll
-    for (int k = 0; k < Cell::saved; ++k) gate[k] = widen(v.gates[k].value[i]);
+    for (int k = 0; k < Cell::saved; ++k) gate[k] = from_saved<Cell, S>(k, widen(v.gates[k].value[i]));
     const auto of = [&](const Pack<S, width>& pack) { return widen(pack.value[i]); };
     dh[i] = Cell::backward(gate, of(v.c), of(v.c_next), of(v.h), of(v.output), dh[i], dc[i], gradient);
 #pragma unroll
