@@ -14,8 +14,8 @@
 namespace fusedrnn {
 
 enum class CellKind { rnn_tanh, rnn_relu, lstm, gru };
-// float32_of_bfloat16: weights and biases, their gradients, gates and cells are bfloat16, all else is float32; on CPUs only, as the
-// next two are on GPUs only.
+// float32_of_bfloat16: weights and biases, their gradients, gates and cells are bfloat16, what a Problem says may be, all else is
+// float32; on CPUs only, as the next two are on GPUs only.
 enum class ScalarKind { float32, float64, float32_of_bfloat16, float16, bfloat16 };
 
 // Where the rows of each step are, and which of them are there. Row b of step t is row start(t) + b of the
@@ -49,6 +49,8 @@ struct Problem {
   int64_t I, H;
   int directions;
   Weights weights[2];
+  bool narrow_sequence = false;  // of float32_of_bfloat16: whether x, y and their gradients are bfloat16, too
+  bool narrow_states = false;    // likewise the states before the first step and after the last, and their gradients
   bool tiles = false;  // whether the processor multiplies tiles (cpu/tiles.h); whoever runs a pass on a CPU sets it
 
   bool converts_weights() const { return scalar == ScalarKind::float32_of_bfloat16; }

@@ -16,7 +16,6 @@ from torch import Tensor
 from fusedrnn import _direct, _dispatch, _modes, _ops, _reference, _transforms
 
 Results = tuple[Tensor, Tensor, Tensor | None]
-Maybe = Tensor | None
 
 
 def recurrence(
@@ -31,11 +30,12 @@ def recurrence(
 ) -> Results:
     """:func:`fusedrnn._reference.recurrence` on the compiled kernels, without projection.
 
-    float32 or float64, on a GPU bfloat16 and float16 too; on a CPU the weights of a float32 x may be bfloat16.
+    float32, float64 or bfloat16, on a GPU float16 too. On a CPU x and the states may be float32 beside bfloat16
+    weights, each for themselves.
     """
     if _modes.recorded():
         if _modes.forward_mode_in_graph():
-            return by_reference(cell, x, hx, cx, weights, batch_sizes, lengths, resets)
+            return _reference.wide(cell, x, hx, cx, weights, batch_sizes, lengths, resets)
         results = _ops.recurrence_forward(
             cell, x, hx, cx, weights, batch_sizes, lengths, resets, False, _dispatch.use_tf32(x)
         )
@@ -52,7 +52,7 @@ def step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: list[Tensor
         results = _ops.step(cell, x, h, c, weights)
     else:
         x, h, c = _transforms.with_step(x, h, c)
-        _, *states = by_reference(cell, x, h, c, weights)
+        _, *states = _reference.wide(cell, x, h, c, weights)
         results = [state.squeeze(0) for state in states if state is not None]
     return results
 
@@ -84,7 +84,7 @@ def run(
 ) -> Results:
     if _modes.active():
         if _modes.needs_reference():
-            return by_reference(cell, x, hx, cx, weights, batch_sizes, lengths, resets)
+            return _reference.wide(cell, x, hx, cx, weights, batch_sizes, lengths, resets)
         y, h_n, *c_n = _transforms.Recurrence.apply(  # type: ignore[no-untyped-call]
             cell, tf32, batch_sizes, lengths, resets, x, hx, cx, *weights
         )
@@ -98,11 +98,6 @@ def run(
                 found = _ops.recurrence_forward(cell, x, hx, cx, weights, batch_sizes, lengths, resets, False, tf32)
         y, h_n, *c_n = found
     return y, h_n, c_n[0] if cx is not None else None
-
-
-def by_reference(cell: str, x: Tensor, hx: Tensor, cx: Maybe, weights: list[Tensor], *sequence: Maybe) -> Results:
-    weights = [w.to(x.dtype) for w in weights]  # bfloat16 weights may go with a float32 x
-    return _reference.recurrence(cell, x, hx, cx, weights, *sequence)
 
 
 def needs_gradient(x: Tensor, hx: Tensor, cx: Tensor | None, weights: list[Tensor]) -> bool:

@@ -29,8 +29,7 @@ def gradients(
         given = list(tensors)
         for i, source in zip(asked, sources, strict=True):
             given[i] = source
-        weights = [w.to(given[0].dtype) for w in given[states:]]  # bfloat16 ones go with a float32 x
-        outputs = _reference.recurrence(cell, given[0], given[1], None if cx is None else given[2], weights, *sequence)
+        outputs = _reference.wide(cell, given[0], given[1], None if cx is None else given[2], given[states:], *sequence)
         return tuple(o for o, c in zip(outputs, cotangents, strict=True) if o is not None and c is not None)
 
     _, pull = vjp(forward, *(tensors[i] for i in asked))

@@ -30,9 +30,9 @@ def _forward_shapes(
 ) -> list[Tensor]:
     directions, _, hidden = hx.shape
     rows = math.prod(x.shape[:-1])
-    results = [x.new_empty(*x.shape[:-1], directions * hidden), x.new_empty(hx.shape)]
+    results = [x.new_empty(*x.shape[:-1], directions * hidden), hx.new_empty(hx.shape)]
     if cx is not None:
-        results.append(x.new_empty(hx.shape))
+        results.append(hx.new_empty(hx.shape))
     if save and SAVED[cell]:
         results.append(weights[0].new_empty(directions, rows, SAVED[cell] * hidden))
     if save and cx is not None:

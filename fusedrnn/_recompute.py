@@ -29,6 +29,11 @@ def recurrence(
 
     Both directions of a batch with lengths are one chunk: the reverse one starts at another step in each row.
     """
+    # Between chunks states are float32 where kernels take them so.
+    if x.dtype == torch.bfloat16 and hx.dtype == x.dtype and x.is_cpu:
+        c = None if cx is None else cx.float()
+        y, h, c = recurrence(run, cell, x, hx.float(), c, weights, batch_sizes, lengths, resets)
+        return y, h.to(x.dtype), None if c is None else c.to(x.dtype)
 
     def part(d: int, whole: bool, reverse: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
         size = len(weights) // len(hx)

@@ -102,6 +102,29 @@ def recurrence(
         return _recurrence(cell, x, hx, cx, weights, batch_sizes, lengths, resets, cells)
 
 
+def wide(
+    cell: str,
+    x: Tensor,
+    hx: Tensor,
+    cx: Tensor | None,
+    weights: Sequence[Tensor],
+    *sequence: Tensor | None,
+    cells: list[Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """:func:`recurrence`, but in float32 where tensors are of 16 bits, as the kernels compute it; ``cells`` stay so."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    y, h, c = recurrence(
+        cell,
+        x.to(dtype),
+        hx.to(dtype),
+        None if cx is None else cx.to(dtype),
+        [w.to(dtype) for w in weights],
+        *sequence,
+        cells=cells,
+    )
+    return y.to(x.dtype), h.to(hx.dtype), None if c is None else c.to(hx.dtype)
+
+
 def _recurrence(
     cell: str,
     x: Tensor,

@@ -42,8 +42,7 @@ def _by_reference(
     x: Tensor, hx: Tensor, cx: Tensor, weights: list[Tensor], lengths: Tensor | None, resets: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     every: list[Tensor] = []
-    weights = [w.to(x.dtype) for w in weights]
-    return *_reference.recurrence("lstm", x, hx, cx, weights, None, lengths, resets, cells=every), every[0]
+    return *_reference.wide("lstm", x, hx, cx, weights, None, lengths, resets, cells=every), every[0]
 
 
 class AllCells(torch.autograd.Function):
@@ -95,9 +94,8 @@ def _differentiable(
     # A view of each, so that a tensor that is used twice gets the gradient of each use, not their sum twice.
     x, hx, cx, *weights = (t.view_as(t) for t in inputs)
     cells: list[Tensor] = []
-    wide = [w.to(x.dtype) for w in weights]
     outputs = (
-        *_reference.recurrence("lstm", x, hx, cx, wide, None, lengths, resets, cells=cells),
+        *_reference.wide("lstm", x, hx, cx, weights, None, lengths, resets, cells=cells),
         cells[0].flatten(1, 2).to(weights[0].dtype),
     )
     pairs = [(o, g) for o, g in zip(outputs, cotangents, strict=True) if o is not None and g is not None]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedrnn import _autograd, _modes, _ragged, _recompute, _reference, _states
-from fusedrnn._dispatch import CONVERTED_DTYPES, KERNEL_DTYPES
+from fusedrnn._dispatch import CONVERTED_DTYPES
 
 
 def step(
@@ -19,7 +19,7 @@ def step(
 
     ``cell``, ``weights`` and ``implementation`` are those of :func:`stack`.
     """
-    if implementation == "cpu" and x.dtype in KERNEL_DTYPES:
+    if implementation == "cpu" and x.dtype != torch.float16:
         h, *rest = _autograd.step(cell, x, h, c, weights)
         return h, rest[0] if rest else None
     _, h, c = stack(
@@ -77,11 +77,10 @@ def stack(
         )
         return rows.pad(y), h.index_select(1, rows.back), None if c is None else c.index_select(1, rows.back)
     dtype = x.dtype
-    converted = implementation != "cuda" and dtype in CONVERTED_DTYPES
+    taken = implementation == "cuda" or (implementation == "cpu" and dtype == torch.bfloat16)
+    converted = dtype in CONVERTED_DTYPES and not taken
     if converted:  # float32 inside: sums, cell state and everything kept between steps
-        x, hx, cx = x.float(), hx.float(), None if cx is None else cx.float()
-        if dtype != torch.bfloat16 or implementation != "cpu":
-            weights = [w.float() for w in weights]  # the kernels take bfloat16 weights as they are
+        x, hx, cx, weights = x.float(), hx.float(), None if cx is None else cx.float(), [w.float() for w in weights]
     recurrence = _reference.recurrence if implementation == "reference" else _autograd.recurrence
     has_gates = cell in ("lstm", "gru")  # an RNN keeps its output only, as it is
     if recompute and has_gates and _autograd.needs_gradient(x, hx, cx, weights) and not _traced():

@@ -17,6 +17,7 @@ from fusedrnn import _dispatch
 Value = Any  # a tensor of the ONNX graph
 op: Any = opset18  # its types know constants as tensors only
 
+_BFLOAT16 = onnxscript.BFLOAT16.dtype
 # Of torch's gates, in the order of ONNX's: LSTM i, o, f, c; GRU z, r, h (the operators' specification, opset 14).
 _GATES = {"rnn_tanh": (0,), "rnn_relu": (0,), "lstm": (0, 3, 1, 2), "gru": (1, 0, 2)}
 
@@ -28,6 +29,11 @@ def _in_order(cell: str, hidden: int, weight: Value) -> Value:
         return weight
     blocks = [op.Slice(weight, [g * hidden], [(g + 1) * hidden], [0]) for g in gates]
     return op.Concat(*blocks, axis=0)
+
+
+def _wide(tensor: Value) -> Value:
+    """A bfloat16 as float32: a node has one type, and onnxruntime has none for the other."""
+    return op.Cast(tensor, to=onnxscript.FLOAT.dtype) if tensor is not None and tensor.dtype == _BFLOAT16 else tensor
 
 
 def _joined(tensors: Sequence[Value]) -> Value:
@@ -48,7 +54,8 @@ def _node(
 ) -> list[Value]:
     """y ``[T, D, B, H]``, h_n and, for an LSTM, c_n ``[D, B, H]``."""
     each = len(weights) // directions
-    weights = [w if w.dtype == x.dtype else op.CastLike(w, x) for w in weights]  # a node has one type
+    dtypes = [t.dtype for t in (x, hx, cx) if t is not None]
+    x, hx, cx, *weights = (_wide(t) for t in (x, hx, cx, *weights))
     of_direction = [[_in_order(cell, hidden, w) for w in weights[d * each : (d + 1) * each]] for d in range(directions)]
     w_ih, w_hh = (_joined([w[i] for w in of_direction]) for i in range(2))
     bias = _joined([op.Concat(w[2], w[3], axis=0) for w in of_direction]) if each == 4 else None
@@ -58,11 +65,13 @@ def _node(
         "direction": "bidirectional" if directions == 2 else "forward",
     }
     if cell == "lstm":
-        return list(op.LSTM(x, w_ih, w_hh, bias, lengths, hx, cx, **options))
-    if cell == "gru":
-        return list(op.GRU(x, w_ih, w_hh, bias, lengths, hx, linear_before_reset=1, **options))
-    activations = ["Relu" if cell == "rnn_relu" else "Tanh"] * directions
-    return list(op.RNN(x, w_ih, w_hh, bias, lengths, hx, activations=activations, **options))
+        made = op.LSTM(x, w_ih, w_hh, bias, lengths, hx, cx, **options)
+    elif cell == "gru":
+        made = op.GRU(x, w_ih, w_hh, bias, lengths, hx, linear_before_reset=1, **options)
+    else:
+        activations = ["Relu" if cell == "rnn_relu" else "Tanh"] * directions
+        made = op.RNN(x, w_ih, w_hh, bias, lengths, hx, activations=activations, **options)
+    return [op.Cast(t, to=dtype) if dtype == _BFLOAT16 else t for t, dtype in zip(made, dtypes, strict=True)]
 
 
 def _recurrence(

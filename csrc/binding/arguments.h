@@ -26,8 +26,8 @@ using MaybeTensor = std::optional<Tensor>;
 
 // What differs between devices.
 struct Backend {
-  // The kernels for an input and weights of these dtypes; fails where there are none.
-  ScalarKind (*scalar)(ScalarType x, ScalarType weights);
+  // Says which kernels take an input, states and weights of these dtypes; fails where there are none.
+  void (*set_types)(Problem& p, ScalarType x, ScalarType states, ScalarType weights);
   // An uninitialised tensor of another's dtype and device.
   Tensor (*make)(const Tensor& like, const std::vector<int64_t>& sizes);
   // Whether the kernels run where this code does, and want to know a packed batch's lengths. On a device, lengths
@@ -114,6 +114,10 @@ inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes) {
   return new_empty_of(like, sizes, std::nullopt);
 }
 
+inline void expect_dtype(const char* name, ScalarType dtype, ScalarType found) {
+  FUSEDRNN_EXPECT(found == dtype, "expected ", name, " of dtype ", dtype_name(dtype), ", got ", dtype_name(found));
+}
+
 // Checks t, which lies where `like` does, and makes it contiguous where it is not.
 template <class Sizes = std::initializer_list<int64_t>>
 void check(Tensor& t, const char* name, const Tensor& like, ScalarType dtype, const Sizes& sizes) {
@@ -122,8 +126,7 @@ void check(Tensor& t, const char* name, const Tensor& like, ScalarType dtype, co
   for (int64_t size : sizes) same = same && t.size(i++) == size;
   FUSEDRNN_EXPECT(same, "expected ", name, " of shape ", to_string({sizes.begin(), sizes.end()}), ", got ",
                   to_string(shape(t)));
-  FUSEDRNN_EXPECT(t.scalar_type() == dtype, "expected ", name, " of dtype ", dtype_name(dtype), ", got ",
-                  dtype_name(t.scalar_type()));
+  expect_dtype(name, dtype, t.scalar_type());
   FUSEDRNN_EXPECT(t.device() == like.device(), "expected ", name, " on the device of x, got it elsewhere");
   if (!t.is_contiguous()) t = torch::stable::contiguous(t);
 }
@@ -193,9 +196,9 @@ class SequenceStorage {
 inline Problem make_problem(const CellInfo& cell, const Tensor& x, Tensor& hx, MaybeTensor& cx,
                             const Sequence& sequence) {
   FUSEDRNN_EXPECT(hx.size(0) == 1 || hx.size(0) == 2, "expected hx of 1 or 2 directions, got ", hx.size(0));
-  check(hx, "hx", x, x.scalar_type(), shape(hx));
+  check(hx, "hx", x, hx.scalar_type(), shape(hx));
   FUSEDRNN_EXPECT(cx.has_value() == cell.has_cell, "expected cx for lstm and for no other cell");
-  if (cx) check(*cx, "cx", x, x.scalar_type(), shape(hx));
+  if (cx) check(*cx, "cx", x, cx->scalar_type(), shape(hx));
   Problem p{};
   p.cell = cell.kind;
   p.sequence = sequence;
@@ -205,13 +208,15 @@ inline Problem make_problem(const CellInfo& cell, const Tensor& x, Tensor& hx, M
 }
 
 // Weights per direction: w_ih, w_hh and, with bias, b_ih and b_hh, all of one dtype. x gives I.
-inline void set_weights(const Backend& backend, Problem& p, const CellInfo& cell, const Tensor& x, Tensors& weights) {
+inline void set_weights(const Backend& backend, Problem& p, const CellInfo& cell, const Tensor& x, const Tensor& hx,
+                        const MaybeTensor& cx, Tensors& weights) {
   const int64_t D = p.directions, each = static_cast<int64_t>(weights.size()) / D;
   FUSEDRNN_EXPECT((each == 2 || each == 4) && each * D == static_cast<int64_t>(weights.size()),
                   "expected 2 weights (4 with bias) for each of ", D, " directions, got ", weights.size());
   p.I = x.size(x.dim() - 1);
   const ScalarType dtype = weights[0].scalar_type();
-  p.scalar = backend.scalar(x.scalar_type(), dtype);
+  backend.set_types(p, x.scalar_type(), hx.scalar_type(), dtype);
+  if (cx) expect_dtype("cx", hx.scalar_type(), cx->scalar_type());
   for (int64_t d = 0; d < D; ++d) {
     Tensor* w = &weights[d * each];
     check(w[0], "w_ih", x, dtype, {cell.gates * p.H, p.I});
@@ -245,9 +250,9 @@ Tensors forward(const Backend& backend, const std::string& cell_name, Tensor x, 
   const SequenceStorage storage(backend, x, hx.size(1), batch_sizes, lengths, resets);
   ForwardParams p{};
   static_cast<Problem&>(p) = make_problem(cell, x, hx, cx, storage.sequence);
-  set_weights(backend, p, cell, x, weights);
+  set_weights(backend, p, cell, x, hx, cx, weights);
   const int64_t D = p.directions, N = storage.rows();
-  Tensors results{backend.make(x, with_last(x, D * p.H)), backend.make(x, shape(hx))};
+  Tensors results{backend.make(x, with_last(x, D * p.H)), backend.make(hx, shape(hx))};
   p.x = x.const_data_ptr();
   p.hx = hx.const_data_ptr();
   p.cx = data(cx);
@@ -257,7 +262,7 @@ Tensors forward(const Backend& backend, const std::string& cell_name, Tensor x, 
     results.push_back(backend.make(like, sizes));
     return results.back().mutable_data_ptr();
   };
-  if (cell.has_cell) p.c_n = add(x, shape(hx));
+  if (cell.has_cell) p.c_n = add(hx, shape(hx));
   if (save && cell.saved) p.gates = add(weights[0], {D, N, cell.saved * p.H});
   if (save && cell.has_cell) p.cells = add(weights[0], {D, N, p.H});
   run(p);
@@ -277,7 +282,7 @@ Tensors backward(const Backend& backend, const std::string& cell_name, MaybeTens
   const SequenceStorage storage(backend, x, hx.size(1), batch_sizes, lengths, resets);
   BackwardParams p{};
   static_cast<Problem&>(p) = make_problem(cell, x, hx, cx, storage.sequence);
-  set_weights(backend, p, cell, x, weights);
+  set_weights(backend, p, cell, x, hx, cx, weights);
   const int64_t D = p.directions, H = p.H, N = storage.rows();
   check(y, "y", x, dtype, with_last(x, D * H));
   const ScalarType saved_dtype = weights[0].scalar_type();
@@ -292,9 +297,9 @@ Tensors backward(const Backend& backend, const std::string& cell_name, MaybeTens
     p.cells = saved[1].const_data_ptr();
   }
   if (dy) check(*dy, "dy", x, dtype, shape(y));
-  if (dh_n) check(*dh_n, "dh_n", x, dtype, shape(hx));
+  if (dh_n) check(*dh_n, "dh_n", x, hx.scalar_type(), shape(hx));
   FUSEDRNN_EXPECT(!dc_n || cell.has_cell, "expected dc_n for lstm and for no other cell");
-  if (dc_n) check(*dc_n, "dc_n", x, dtype, shape(hx));
+  if (dc_n) check(*dc_n, "dc_n", x, hx.scalar_type(), shape(hx));
   FUSEDRNN_EXPECT(!dcells || cell.has_cell, "expected dcells for lstm and for no other cell");
   if (dcells) check(*dcells, "dcells", x, saved_dtype, {D, N, H});
   const size_t states = cell.has_cell ? 3 : 2;  // x, hx and perhaps cx come before the weights

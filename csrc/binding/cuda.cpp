@@ -18,17 +18,22 @@ namespace py = pybind11;
 using namespace fusedrnn;
 using namespace fusedrnn::binding;
 
-ScalarKind scalar_kind(ScalarType x, ScalarType weights) {
-  FUSEDRNN_EXPECT(weights == x, "expected weights of dtype ", dtype_name(x), ", got ", dtype_name(weights));
+void set_types(Problem& p, ScalarType x, ScalarType states, ScalarType weights) {
+  expect_dtype("hx", x, states);
+  expect_dtype("weights", x, weights);
   switch (x) {
     case ScalarType::Float:
-      return ScalarKind::float32;
+      p.scalar = ScalarKind::float32;
+      break;
     case ScalarType::Double:
-      return ScalarKind::float64;
+      p.scalar = ScalarKind::float64;
+      break;
     case ScalarType::Half:
-      return ScalarKind::float16;
+      p.scalar = ScalarKind::float16;
+      break;
     case ScalarType::BFloat16:
-      return ScalarKind::bfloat16;
+      p.scalar = ScalarKind::bfloat16;
+      break;
     default:
       fail("expected float32, float64, float16 or bfloat16 tensors, got ", dtype_name(x));
   }
@@ -43,7 +48,7 @@ cuda::Limits limits_of(int device) {
   return limits;
 }
 
-constexpr Backend backend{&scalar_kind, &new_empty, false};
+constexpr Backend backend{&set_types, &new_empty, false};
 
 void* cublas_handle() {
   void* handle = nullptr;

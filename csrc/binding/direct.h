@@ -8,7 +8,6 @@
 
 #include <pybind11/pybind11.h>
 
-#include <bit>
 #include <memory>
 #include <string>
 #include <tuple>
@@ -36,7 +35,8 @@ struct Call {
   ForwardParams problem(int64_t layer) const {
     ForwardParams p{};
     p.cell = cell.kind;
-    p.scalar = scalar == ScalarKind::bfloat16 ? ScalarKind::float32_of_bfloat16 : scalar;
+    p.narrow_sequence = p.narrow_states = scalar == ScalarKind::bfloat16;
+    p.scalar = p.narrow_states ? ScalarKind::float32_of_bfloat16 : scalar;
     p.sequence.T = T;
     p.sequence.B = B;
     p.I = layer ? D * H : I;
@@ -91,8 +91,7 @@ inline std::optional<Call> call(const std::string& name, pybind11::handle x, pyb
 
 inline bool fits(const std::string& name, pybind11::handle x, pybind11::handle hx, pybind11::handle cx,
                  const pybind11::sequence& weights) {
-  const std::optional<Call> c = call(name, x, hx, cx, weights, 1);
-  return c && c->scalar != ScalarKind::bfloat16;
+  return call(name, x, hx, cx, weights, 1).has_value();
 }
 
 using Sizes = std::initializer_list<int64_t>;
@@ -118,41 +117,6 @@ inline std::pair<pybind11::object, void*> make_saved(pybind11::handle like, cons
                                                        : borrowed(c.scalar, {c.D, rows, width});
 }
 
-// bfloat16 is the upper half of a float.
-inline void widen(const void* from, float* to, int64_t count) {
-  const uint16_t* halves = static_cast<const uint16_t*>(from);
-  for (int64_t i = 0; i < count; ++i) to[i] = std::bit_cast<float>(static_cast<uint32_t>(halves[i]) << 16);
-}
-
-// To the nearest, ties to even; a NaN stays one.
-inline void narrow(const float* from, void* to, int64_t count) {
-  uint16_t* halves = static_cast<uint16_t*>(to);
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t bits = std::bit_cast<uint32_t>(from[i]);
-    halves[i] = from[i] != from[i] ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-  }
-}
-
-// forward where x, states and results are bfloat16 too: everything but the weights is float32 inside.
-inline void forward_of_bfloat16(const ForwardParams& p, bool has_cell) {
-  const int64_t states = p.directions * p.sequence.B * p.H, inputs = p.sequence.T * p.sequence.B * p.I,
-                outputs = p.sequence.T * states;
-  const size_t bytes = (inputs + 4 * states + outputs) * sizeof(float);  // x, hx, cx, h_n, c_n, y
-  const auto give_back = [=](float* room) { cpu::give_back(room, bytes); };
-  const std::unique_ptr<float, decltype(give_back)> room(static_cast<float*>(cpu::borrow(bytes)), give_back);
-  float *x = room.get(), *hx = x + inputs, *cx = hx + states, *h = cx + states, *c = h + states,
-        *y = p.y == p.h_n ? h : c + states;
-  widen(p.x, x, inputs);
-  widen(p.hx, hx, states);
-  if (has_cell) widen(p.cx, cx, states);
-  ForwardParams wide = p;
-  wide.x = x, wide.hx = hx, wide.cx = cx, wide.y = y, wide.h_n = h, wide.c_n = c;
-  cpu::kernels().forward(wide, threads());
-  narrow(h, p.h_n, states);
-  if (y != h) narrow(y, p.y, outputs);
-  if (has_cell) narrow(c, p.c_n, states);
-}
-
 // (y, h_n, c_n of an LSTM) and, with save, what backward asks for: gates and cells where the cell has them. y of a step is
 // h_n itself, but with save, where h_n may be written to before backward reads y. lengths and resets are addresses of what
 // params.h says, checked by the caller, or 0.
@@ -162,8 +126,6 @@ inline pybind11::object forward(const std::string& name, pybind11::handle x, pyb
   const std::optional<Call> given = call(name, x, hx, cx, weights, layers);
   if (!given) return pybind11::none();
   const Call& c = *given;
-  const bool half = c.scalar == ScalarKind::bfloat16;
-  if (half && (save || layers > 1)) return pybind11::none();  // the operators keep float32 between layers
   const auto state = [&] { return c.step ? make(x, c, {c.B, c.H}) : make(x, c, {layers * c.D, c.B, c.H}); };
   std::pair<pybind11::object, void*> y, h_n = state(), c_n, gates, cells;
   if (c.cell.has_cell) c_n = state();
@@ -185,10 +147,7 @@ inline pybind11::object forward(const std::string& name, pybind11::handle x, pyb
     p.gates = gates.second;
     p.cells = cells.second;
     const pybind11::gil_scoped_release unlocked;
-    if (half)
-      forward_of_bfloat16(p, c.cell.has_cell);
-    else
-      cpu::kernels().forward(p, threads());
+    cpu::kernels().forward(p, threads());
   }
   pybind11::list results;
   for (const auto& result : {y, h_n, c_n, gates, cells})
@@ -202,7 +161,7 @@ inline pybind11::object backward(const std::string& name, pybind11::handle dy, p
                                  pybind11::handle cx, const pybind11::sequence& saved,
                                  const pybind11::sequence& weights, const pybind11::sequence& wanted) {
   const std::optional<Call> given = call(name, x, hx, cx, weights, 1);
-  if (!given || given->scalar == ScalarKind::bfloat16) return pybind11::none();
+  if (!given) return pybind11::none();
   const Call& c = *given;
   bool fit = true;
   const auto read = [&](pybind11::handle tensor, Sizes sizes) -> const void* {

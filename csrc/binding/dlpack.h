@@ -102,7 +102,7 @@ inline std::optional<View> view(pybind11::handle object) {
   return {};
 }
 
-// A new float32 or float64 tensor of 3 dimensions whose memory is the kernels' (cpu::borrow) and goes back to them with it: large
+// A new tensor of 3 dimensions whose memory is the kernels' (cpu::borrow) and goes back to them with it: large
 // ones would have fresh pages every time, which the system clears first. Throws Python's error.
 inline std::pair<pybind11::object, void*> borrowed(ScalarKind scalar, std::initializer_list<int64_t> shape) {
   struct Borrowed {
@@ -118,10 +118,11 @@ inline std::pair<pybind11::object, void*> borrowed(ScalarKind scalar, std::initi
   own->strides[2] = 1;
   own->strides[1] = own->sizes[2];
   own->strides[0] = own->sizes[1] * own->sizes[2];
-  const int size = scalar == ScalarKind::float64 ? 8 : 4;
+  const int size = scalar == ScalarKind::float64 ? 8 : scalar == ScalarKind::float32 ? 4 : 2;
+  const uint8_t code = scalar == ScalarKind::bfloat16 ? is_bfloat : is_float;
   own->bytes = own->sizes[0] * own->strides[0] * size;
   void* const data = cpu::borrow(own->bytes);
-  own->managed.tensor = {data, on_host, 0, 3, is_float, static_cast<uint8_t>(8 * size), 1, own->sizes, own->strides, 0};
+  own->managed.tensor = {data, on_host, 0, 3, code, static_cast<uint8_t>(8 * size), 1, own->sizes, own->strides, 0};
   void* object = nullptr;
   // Where this fails nobody says who has the memory: better lost than freed twice.
   if (torch_types.exchange->object_from_managed(&own.release()->managed, &object)) throw pybind11::error_already_set();

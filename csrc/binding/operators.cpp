@@ -29,15 +29,23 @@ Tensor make(const Tensor& like, const std::vector<int64_t>& sizes) {
   return tensor;
 }
 
-ScalarKind scalar_kind(ScalarType x, ScalarType weights) {
-  if (x == ScalarType::Float && weights == ScalarType::BFloat16) return ScalarKind::float32_of_bfloat16;
-  FUSEDRNN_EXPECT(x == ScalarType::Float || x == ScalarType::Double, "expected float32 or float64 tensors, got ",
-                  dtype_name(x));
-  FUSEDRNN_EXPECT(weights == x, "expected weights of dtype ", dtype_name(x), ", got ", dtype_name(weights));
-  return x == ScalarType::Float ? ScalarKind::float32 : ScalarKind::float64;
+// Beside bfloat16 weights x and the states may be float32, each for themselves.
+void set_types(Problem& p, ScalarType x, ScalarType states, ScalarType weights) {
+  const auto either = [](ScalarType dtype) { return dtype == ScalarType::Float || dtype == ScalarType::BFloat16; };
+  if (weights == ScalarType::BFloat16 && either(x) && either(states)) {
+    p.scalar = ScalarKind::float32_of_bfloat16;
+    p.narrow_sequence = x == weights;
+    p.narrow_states = states == weights;
+    return;
+  }
+  FUSEDRNN_EXPECT(x == ScalarType::Float || x == ScalarType::Double || x == ScalarType::BFloat16,
+                  "expected float32, float64 or bfloat16 tensors, got ", dtype_name(x));
+  expect_dtype("hx", x, states);
+  expect_dtype("weights", x, weights);
+  p.scalar = x == ScalarType::Float ? ScalarKind::float32 : ScalarKind::float64;
 }
 
-constexpr Backend backend{&scalar_kind, &make, true};
+constexpr Backend backend{&set_types, &make, true};
 
 Tensors forward_on_cpu(std::string cell, Tensor x, Tensor hx, MaybeTensor cx, Tensors weights, MaybeTensor batch_sizes,
                        MaybeTensor lengths, MaybeTensor resets, bool save, bool) {
@@ -66,7 +74,7 @@ Tensors step(std::string cell_name, Tensor x, Tensor hx, MaybeTensor cx, Tensors
   p.sequence.B = x.size(0);
   p.H = hx.size(1);
   p.directions = 1;
-  set_weights(backend, p, cell, x, weights);
+  set_weights(backend, p, cell, x, hx, cx, weights);
   Tensors results{make(x, shape(hx))};
   if (cell.has_cell) results.push_back(make(x, shape(hx)));
   p.x = x.const_data_ptr();

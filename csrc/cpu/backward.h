@@ -17,6 +17,9 @@ struct Backward : Recurrence<Cell, S, N> {
       Base::plan;
   using typename Base::V;
 
+  using Given = Numbers<const S, const W>;
+  using Made = Numbers<S, W>;
+
   const BackwardParams& p;
   Columns<V, S, W> w_hh{H, gates, H, hidden_gates(), plan.packed, plan.tiled || B <= narrow_rows};
   Gradients<Cell, S, N, W> gradients{*this, p};
@@ -45,8 +48,8 @@ struct Backward : Recurrence<Cell, S, N> {
     S* dc = dc_carry.get() + team * block_rows * padded_H;
     const TileRegisters registers(plan.tiled);
     const TileRows<V> tiles = gradients.tiles_of(team);
-    exchange<true>(job, member, dh, static_cast<const S*>(p.dh_n));
-    if constexpr (Cell::has_cell) exchange<true>(job, member, dc, static_cast<const S*>(p.dc_n));
+    take(job, member, dh, Given::at(p.dh_n, p.narrow_states));
+    if constexpr (Cell::has_cell) take(job, member, dc, Given::at(p.dc_n, p.narrow_states));
     for (int64_t s_end = job.T; s_end > 0;) {
       const int64_t s_begin = std::max<int64_t>(0, s_end - plan.chunk), one = job.step(s_begin),
                     other = job.step(s_end - 1);
@@ -73,24 +76,25 @@ struct Backward : Recurrence<Cell, S, N> {
       member.meet();
       s_end = s_begin;
     }
-    if (p.dhx) exchange<false>(job, member, dh, static_cast<S*>(p.dhx));
+    if (p.dhx) give(job, member, dh, Made::at(p.dhx, p.narrow_states));
     if constexpr (Cell::has_cell)
-      if (p.dcx) exchange<false>(job, member, dc, static_cast<S*>(p.dcx));
+      if (p.dcx) give(job, member, dc, Made::at(p.dcx, p.narrow_states));
   }
 
-  // Between a [D, B, H] state (nullptr: zero) and the carried gradients of the member's units.
-  template <bool read, class State>
-  void exchange(const Job& job, const Member& member, S* carry, State* state) {
+  // The carried gradients of the member's units, from a [D, B, H] state, and to one.
+  void take(const Job& job, const Member& member, S* carry, Given state) const {
+    each_unit(job, member, [&](int64_t own, int64_t at, int count) {
+      state.template load_or_zero<V>(at, count).store(carry + own);
+    });
+  }
+  void give(const Job& job, const Member& member, const S* carry, Made state) const {
+    each_unit(job, member, [&](int64_t own, int64_t at, int count) { state.store(V::load(carry + own), at, count); });
+  }
+  template <class F>
+  void each_unit(const Job& job, const Member& member, const F& f) const {
     for (int64_t b = job.row_begin; b < job.row_end; ++b)
-      for (int64_t panel = member.begin; panel < member.end; ++panel) {
-        S* own = carry + (b - job.row_begin) * padded_H + panel * N;
-        State* other = state ? state + this->state_at(job, b, panel * N) : nullptr;
-        if constexpr (read) {
-          (other ? V::load(other, this->units(panel)) : V(S(0))).store(own);
-        } else {
-          V::load(own).store(other, this->units(panel));
-        }
-      }
+      for (int64_t panel = member.begin; panel < member.end; ++panel)
+        f((b - job.row_begin) * padded_H + panel * N, this->state_at(job, b, panel * N), this->units(panel));
   }
 
   // No gradient crosses a reset.
@@ -108,21 +112,20 @@ struct Backward : Recurrence<Cell, S, N> {
   void cell(const Chunk<S>& chunk, int64_t t, const Member& member, S* dh_carry, S* dc_carry) {
     const Job& job = chunk.job;
     const int64_t y_width = p.directions * H, y_at = job.direction * H;
-    const S* outputs = static_cast<const S*>(p.y) + y_at;
-    const W* all_cells = static_cast<const W*>(p.cells) + this->sequence_at(job, 0, H);
+    const Given outputs = Given::at(p.y, p.narrow_sequence) + y_at;
+    const Given all_cells = Given::at(p.cells, true) + this->sequence_at(job, 0, H);
     const V zero(S(0));
     const int64_t end = chunk.whole() ? job.rows_end(t) : job.row_end;
     for (int64_t b = job.row_begin; b < end; ++b) {
       const int64_t row = sequence.start(t) + b;
       S* dsums = chunk.at(t, b);
       const bool valid = t < sequence.length(b);
-      typename Base::template Before<S> h_before{};
-      typename Base::template Before<W> c_before{};
+      Given h_before, c_before;
       if (valid && Cell::needs_previous) h_before = this->before(job, t, b, outputs, y_width, p.hx);
       if (valid && Cell::has_cell) c_before = this->before(job, t, b, all_cells, H, p.cx);
       const W* gates_in = static_cast<const W*>(p.gates) + this->sequence_at(job, row, saved * H);
       const W* dcells = p.dcells ? static_cast<const W*>(p.dcells) + this->sequence_at(job, row, H) : nullptr;
-      const S* dy = p.dy ? static_cast<const S*>(p.dy) + row * y_width + y_at : nullptr;
+      const Given dy = Given::at(p.dy, p.narrow_sequence) + (row * y_width + y_at);
       if (!valid) {
         for (int k = 0; k < sums; ++k)
           std::fill(dsums + k * H + member.begin * N, dsums + k * H + std::min(member.end * N, H), S(0));
@@ -132,16 +135,16 @@ struct Backward : Recurrence<Cell, S, N> {
         const int64_t unit = panel * N, at = (b - job.row_begin) * padded_H + unit;
         V da[sums], gate[std::max(1, saved)], h = zero, h_next = zero, c = zero, c_next = zero, dc = zero;
         for (int k = 0; k < saved; ++k) gate[k] = from_saved<Cell, W>(k, load<V>(gates_in + k * H + unit, count));
-        if constexpr (Cell::needs_previous) h = h_before.load(unit, count);
-        if constexpr (Cell::needs_output) h_next = V::load(outputs + row * y_width + unit, count);
+        if constexpr (Cell::needs_previous) h = h_before.template load_or_zero<V>(unit, count);
+        if constexpr (Cell::needs_output) h_next = outputs.template load<V>(row * y_width + unit, count);
         if constexpr (Cell::has_cell) {
-          c = c_before.load(unit, count);
-          c_next = load<V>(all_cells + row * H + unit, count);
+          c = c_before.template load_or_zero<V>(unit, count);
+          c_next = all_cells.template load<V>(row * H + unit, count);
           dc = V::load(dc_carry + at);
           if (dcells) dc = dc + load<V>(dcells + unit, count);
         }
         V dh = V::load(dh_carry + at);
-        if (dy) dh = dh + V::load(dy + unit, count);
+        if (dy) dh = dh + dy.template load<V>(unit, count);
         const V passed = Cell::backward(gate, c, c_next, h, h_next, dh, dc, da);
         for (int k = 0; k < sums; ++k) da[k].store(dsums + k * H + unit, count);
         passed.store(dh_carry + at);  // the product adds to it what comes back through W_hh

@@ -14,6 +14,8 @@ struct Forward : Recurrence<Cell, S, N> {
   using Base::block_rows;
   using Base::gates, Base::sums, Base::sequence, Base::B, Base::H, Base::panels, Base::padded_H, Base::plan;
   using typename Base::V;
+  using Given = Numbers<const S, const W>;
+  using Made = Numbers<S, W>;
 
   const ForwardParams& p;
   const int64_t I = p.I;
@@ -44,6 +46,9 @@ struct Forward : Recurrence<Cell, S, N> {
                 x_size = TileRows<V>::size(tiled_input ? x_rows : 0, blocks_of(I));
   Scratch<uint16_t> h_tiles = scratch<uint16_t>(plan.groups * 2 * h_size);
   Scratch<uint16_t> x_tiles = scratch<uint16_t>(plan.groups * plan.slices * x_size);
+  // Or else of these rows of x, where it is bfloat16.
+  const int64_t wide_size = p.narrow_sequence && !tiled_input ? x_rows * I : 0;
+  Scratch<S> wide_x = scratch<S>(plan.groups * plan.slices * wide_size);
 
   // Rows to be multiplied; where weights are tiles, the same for them.
   struct Rows {
@@ -53,7 +58,7 @@ struct Forward : Recurrence<Cell, S, N> {
     int64_t capacity;
 
     Rows from(int64_t row) const {
-      return {first + row * stride, stride, K, tiles ? tiles + row * 32 : nullptr, capacity};
+      return {first ? first + row * stride : nullptr, stride, K, tiles ? tiles + row * 32 : nullptr, capacity};
     }
   };
 
@@ -76,13 +81,13 @@ struct Forward : Recurrence<Cell, S, N> {
       for (int64_t panel = member.begin; panel < member.end; ++panel) {
         const int64_t state = this->state_at(job, b, panel * N), at = (b - job.row_begin) * padded_H + panel * N;
         const int count = this->units(panel);
-        const V h0 = V::load(static_cast<const S*>(p.hx) + state, count), zero(S(0));
+        const V h0 = Given::at(p.hx, p.narrow_states).template load<V>(state, count), zero(S(0));
         for (int half = 0; half < 2; ++half) (reset ? zero : h0).store(h + half * block_rows * padded_H + at);
-        if (empty) h0.store(static_cast<S*>(p.h_n) + state, count);
+        if (empty) Made::at(p.h_n, p.narrow_states).store(h0, state, count);
         if constexpr (Cell::has_cell) {
-          const V c0 = V::load(static_cast<const S*>(p.cx) + state, count);
+          const V c0 = Given::at(p.cx, p.narrow_states).template load<V>(state, count);
           (reset ? zero : c0).store(c + at);
-          if (empty) c0.store(static_cast<S*>(p.c_n) + state, count);
+          if (empty) Made::at(p.c_n, p.narrow_states).store(c0, state, count);
         }
       }
     }
@@ -95,11 +100,16 @@ struct Forward : Recurrence<Cell, S, N> {
         to.fill(h, padded_H, count, 0, 0, member.begin * N, std::min(member.end * N, H), H);
   }
 
-  Rows input(int64_t row, int64_t count, const TileRows<V>& to) const {
-    const S* x = static_cast<const S*>(p.x) + row * I;
+  Rows input(int64_t row, int64_t count, const TileRows<V>& to, S* wide) const {
+    const Given x = Given::at(p.x, p.narrow_sequence) + row * I;
     if constexpr (takes_tiles<V, W>)
-      if (tiled_input) to.fill(x, I, count, 0, 0, 0, I, I);
-    return {x, I, I, tiled_input ? to.memory : nullptr, to.capacity};
+      if (tiled_input) {
+        x.narrow ? to.fill(x.narrow, I, count, 0, 0, 0, I, I) : to.fill(x.wide, I, count, 0, 0, 0, I, I);
+        return {nullptr, I, I, to.memory, to.capacity};
+      }
+    if (!wide_size) return {x.wide, I, I, nullptr, 0};
+    widen<V>(x, count * I, wide);
+    return {wide, I, I, nullptr, 0};
   }
 
   void steps(const Job& job, Member& member, int64_t team, int64_t slice) {
@@ -110,6 +120,7 @@ struct Forward : Recurrence<Cell, S, N> {
     S* h = h_state.get() + team * 2 * block_rows * padded_H;
     S* c = c_state.get() + team * block_rows * padded_H;
     S* a = pre_activations.get() + slice * panels_kept * capacity * sums * N;
+    S* own_wide = wide_x.get() + slice * wide_size;
     start(job, member, h, c);
     for (const TileRows<V>& rows : h_rows) fill_tiles(member, h, job.row_end - job.row_begin, rows);
     member.meet_in_step();
@@ -125,11 +136,12 @@ struct Forward : Recurrence<Cell, S, N> {
           const int64_t t_end = job.step(std::min(s + plan.chunk, job.T) - 1);
           kept_row = sequence.start(std::min(t, t_end));
           const int64_t rows = sequence.start(std::max(t, t_end) + 1) - kept_row;
-          project(job, member.begin, n, input(kept_row, rows, own_x), rows, a, copies.get() + slice * copy_size);
+          project(job, member.begin, n, input(kept_row, rows, own_x, own_wide), rows, a,
+                  copies.get() + slice * copy_size);
         }
         step(job, t, member.begin, n, job.row_begin, count, a + (row - kept_row) * sums * N, h_in, h_out, c, s % 2);
       } else {
-        const Rows x = input(row, count, own_x);
+        const Rows x = input(row, count, own_x, own_wide);
         for (int64_t panel = member.begin; panel < member.end; panel += panels_at_once)
           for (int64_t r = 0; r < count; r += capacity) {
             const int64_t n = std::min<int64_t>(panels_at_once, member.end - panel),
@@ -240,16 +252,18 @@ struct Forward : Recurrence<Cell, S, N> {
   void cell(const Job& job, int64_t t, int64_t panel, int64_t n, int64_t begin, int64_t end, const S* sum,
             const S* h_in, S* h_out, S* c_state) {
     const int64_t y_width = p.directions * H, panel_stride = capacity * sums * N;
+    const Made y = Made::at(p.y, p.narrow_sequence), h_n = Made::at(p.h_n, p.narrow_states),
+               c_n = Made::at(p.c_n, p.narrow_states);
     const Twin<V> zero(S(0));
     for (int64_t b = begin; b < end; ++b, sum += sums * N) {
       const int64_t row = sequence.start(t) + b, at = (b - job.row_begin) * padded_H;
       const bool valid = t < sequence.length(b), last = t == job.last_step(b),
                  reset = valid && !last && job.reset_at(job.next(t), b);
-      S* y = static_cast<S*>(p.y) + row * y_width + job.direction * H;
+      const int64_t y_at = row * y_width + job.direction * H;
       W* gates_out = p.gates ? static_cast<W*>(p.gates) + this->sequence_at(job, row, Base::saved * H) : nullptr;
       W* cells = p.cells ? static_cast<W*>(p.cells) + this->sequence_at(job, row, H) : nullptr;
       if (!valid) {
-        std::fill(y + panel * N, y + std::min((panel + n) * N, H), S(0));
+        y.clear(y_at + panel * N, std::min(n * N, H - panel * N));
         continue;
       }
       const auto units = [&](int64_t i, int64_t more, auto first, auto second) __attribute__((always_inline)) {
@@ -259,16 +273,16 @@ struct Forward : Recurrence<Cell, S, N> {
         for (int k = 0; k < sums; ++k) a[k] = Twin<V>::load(own_sums + k * N, more * panel_stride);
         if constexpr (Cell::has_cell) c = Twin<V>::load(c_state + at + unit, next);
         const Twin<V> h = Cell::forward(a, Twin<V>::load(h_in + at + unit, next), c, gate);
-        h.store(y + unit, next, first, second);
+        y.store(h, y_at + unit, next, first, second);
         if (gates_out)
           for (int k = 0; k < Base::saved; ++k)
             to_saved<Cell, W>(k, gate[k]).store(gates_out + k * H + unit, next, first, second);
         (reset ? zero : h).store(h_out + at + unit, next);
-        if (last) h.store(static_cast<S*>(p.h_n) + this->state_at(job, b, unit), next, first, second);
+        if (last) h_n.store(h, this->state_at(job, b, unit), next, first, second);
         if constexpr (Cell::has_cell) {
           if (cells) c.store(cells + unit, next, first, second);
           (reset ? zero : c).store(c_state + at + unit, next);
-          if (last) c.store(static_cast<S*>(p.c_n) + this->state_at(job, b, unit), next, first, second);
+          if (last) c_n.store(c, this->state_at(job, b, unit), next, first, second);
         }
       };
       constexpr std::integral_constant<int, N> whole;

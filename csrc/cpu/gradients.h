@@ -38,6 +38,9 @@ struct Gradients {
   using V = typename Base::V;
   static constexpr int gates = Base::gates, sums = Base::sums;
 
+  using Given = Numbers<const S, const W>;
+  using Made = Numbers<S, W>;
+
   const Base& base;
   const BackwardParams& p;
   const Sequence& sequence = p.sequence;
@@ -46,7 +49,7 @@ struct Gradients {
   const bool shared = base.plan.row_blocks > 1;  // whether several teams work on one direction
   const int64_t teams = shared ? base.plan.groups : 1;
   const bool tiled = base.plan.tiled;
-  Scratch<S> dx_reverse = scratch<S>(p.dx && D == 2 ? base.rows * I : 0);
+  Scratch<S> dx_reverse = scratch<S>(!p.dx || D == 1 ? 0 : p.narrow_sequence ? (base.rows * I + 1) / 2 : base.rows * I);
   Scratch<S> ih_sums, hh_sums, bias_sums = scratch<S>(teams * D * sums * H);
   // A slice's own: a copy of some rows in pairs of vectors (see weight), or in tiles beside the dsums of 16 units; or of some of
   // W_ih (see input), beside a last vector of dX that sticks out of its row.
@@ -63,6 +66,9 @@ struct Gradients {
   const int64_t input_room = block_columns * copied_column;
   const int64_t slice_room = std::max(p.dx ? input_room + chunk_rows * N : 0, copy_room + sums_room);
   Scratch<S> room = scratch<S>(base.plan.groups * base.plan.slices * slice_room);
+  // The dX of a team's chunk, where it is to be rounded.
+  const int64_t dx_size = p.dx && p.narrow_sequence ? chunk_rows * I : 0;
+  Scratch<S> wide_dx = scratch<S>(base.plan.groups * dx_size);
   // The dsums of a team's chunk for tiles.
   const int64_t tiles_size = TileRows<V>::size(tiled ? chunk_rows : 0, blocks_of(H) * sums);
   Scratch<uint16_t> dsums_tiles = scratch<uint16_t>(base.plan.groups * tiles_size);
@@ -90,7 +96,7 @@ struct Gradients {
   // A member's part of one chunk.
   void add(const Chunk<S>& chunk, Member& member, int64_t team, int64_t slice) {
     S* own_room = room.get() + slice * slice_room;
-    if (p.dx) input(chunk, member, tiles_of(team), own_room);
+    if (p.dx) input(chunk, member, tiles_of(team), wide_dx.get() + team * dx_size, own_room);
     const int64_t direction = chunk.job.direction, set = (shared ? team : 0) * D + direction;
     const WeightGradients& wanted = p.gradients[direction];
     const bool first = !member.started[direction];
@@ -113,25 +119,44 @@ struct Gradients {
   }
 
   // dX of the chunk's rows: a member's share of the columns, or of the rows where there are few columns.
-  void input(const Chunk<S>& chunk, const Member& member, const TileRows<V>& tiles, S* memory) {
+  void input(const Chunk<S>& chunk, const Member& member, const TileRows<V>& tiles, S* wide, S* memory) {
     const bool by_columns = input_vectors >= member.slices;  // by rows everyone copies all of W_ih
     const auto [begin, end] = by_columns ? member.share(input_vectors) : std::pair<int64_t, int64_t>(0, input_vectors);
     const int64_t first_copied = base.plan.packed ? begin : std::clamp(I / N, begin, end);
     const W* w_ih = static_cast<const W*>(p.weights[chunk.job.direction].w_ih);
     if (begin < first_copied)
-      each_run(chunk, member, by_columns, [&](int64_t row, S* dx, int64_t rows) {
+      each_run(chunk, member, by_columns, [&](int64_t row, int64_t at, int64_t rows) {
+        S* dx = sums_of_input(chunk, row, at, wide);
         multiply<V, S, W>({w_ih + begin * N, N, I, first_copied - begin, input_sums(chunk, row), chunk.stride,
                            gates * H, rows, dx + begin * N, I, N, true});
       });
     for (int64_t vector = first_copied; vector < end; vector += block_columns)
       for (int64_t k = 0; k == 0 || k < gates * H; k += block_k)
-        input_block(chunk, member, by_columns, tiles, w_ih, vector, std::min(block_columns, end - vector), k, memory);
+        input_block(chunk, member, by_columns, tiles, w_ih, vector, std::min(block_columns, end - vector), k, wide,
+                    memory);
+    if (!p.narrow_sequence) return;
+    const int64_t from = begin * N, width = std::min(end * N, I) - from;
+    each_run(chunk, member, by_columns, [&](int64_t row, int64_t at, int64_t rows) {
+      for (int64_t i = 0; i < rows; ++i)
+        each_vector(width, [&](int64_t v, auto n) {
+          dx_of(chunk).store(V::load(wide + (row + i) * I + from + v, n), (at + i) * I + from + v, n);
+        });
+    });
+  }
+
+  // Where the dX of a chunk's direction goes in the end, and where its products are made: for row `row` of the chunk, row `at` of
+  // the sequence.
+  Made dx_of(const Chunk<S>& chunk) const {
+    return Made::at(chunk.job.direction == 0 ? p.dx : dx_reverse.get(), p.narrow_sequence);
+  }
+  S* sums_of_input(const Chunk<S>& chunk, int64_t row, int64_t at, S* wide) const {
+    return p.narrow_sequence ? wide + row * I : dx_of(chunk).wide + at * I;
   }
 
   // What a block of W_ih adds to dX: `count` vectors of columns, rows from k on. It is copied, and meets all rows before the next
   // one does: no copy of all of W_ih is needed.
   void input_block(const Chunk<S>& chunk, const Member& member, bool by_columns, const TileRows<V>& tiles,
-                   const W* w_ih, int64_t vector, int64_t count, int64_t k, S* copy) {
+                   const W* w_ih, int64_t vector, int64_t count, int64_t k, S* wide, S* copy) {
     const int64_t size = std::min(block_k, gates * H - k), whole = std::min(count, I / N - vector);
     const int left = static_cast<int>(std::min(count * N, I - vector * N) - whole * N);  // columns of a last vector
     copy_weights(w_ih + k * I + vector * N, whole * N + left, size, copy);
@@ -145,8 +170,8 @@ struct Gradients {
       multiply<V, S>({W_block, copied_column, N, vectors, input_sums(chunk, row) + k, chunk.stride, size, rows, C, ldc,
                       N, k == 0});
     };
-    each_run(chunk, member, by_columns, [&](int64_t row, S* dx, int64_t rows) {
-      S* to = dx + vector * N;
+    each_run(chunk, member, by_columns, [&](int64_t row, int64_t at, int64_t rows) {
+      S* to = sums_of_input(chunk, row, at, wide) + vector * N;
       if (whole) product(0, whole, row, rows, to, I);
       if (!left) return;
       S* last = copy + input_room + row * N;
@@ -156,14 +181,13 @@ struct Gradients {
     });
   }
 
-  // f(row of the chunk, its row of dX, rows) for a member's rows that are next to each other.
+  // f(row of the chunk, its row of the sequence, rows) for a member's rows that are next to each other.
   template <class F>
   void each_run(const Chunk<S>& chunk, const Member& member, bool by_columns, const F& f) {
-    S* dx = chunk.job.direction == 0 ? static_cast<S*>(p.dx) : dx_reverse.get();
     for (int64_t t = chunk.t_begin; t < chunk.t_end; t = chunk.whole() ? chunk.t_end : t + 1) {
       const int64_t count = chunk.whole() ? chunk.rows() : chunk.job.rows_end(t) - chunk.job.row_begin;
       const auto [begin, end] = by_columns ? std::pair<int64_t, int64_t>(0, count) : member.share(count);
-      if (begin < end) f(chunk.row(t) + begin, dx + (sequence.start(t) + chunk.job.row_begin + begin) * I, end - begin);
+      if (begin < end) f(chunk.row(t) + begin, sequence.start(t) + chunk.job.row_begin + begin, end - begin);
     }
   }
 
@@ -283,26 +307,20 @@ struct Gradients {
       units == N ? square(k, std::integral_constant<int, N>()) : square(k, units);
   }
 
-  // Row k of the chunk of x or of the state before; nullptr past a row's end, where the gradient is zero, but x may be NaN.
+  // Row k of the chunk of x or of the state before; none past a row's end, where the gradient is zero, but x may be NaN.
   template <bool recurrent, class F>
   void each_row(const Chunk<S>& chunk, int64_t begin, int64_t end, const F& f) const {
     const Job& job = chunk.job;
-    const S* outputs = static_cast<const S*>(p.y) + job.direction * H;
+    const Given x = Given::at(p.x, p.narrow_sequence), outputs = Given::at(p.y, p.narrow_sequence) + job.direction * H;
     for (int64_t t = chunk.t_begin; t < chunk.t_end; ++t) {
       const int64_t first = chunk.row(t);
       if (first >= end) break;
       for (int64_t b = std::max(job.row_begin, job.row_begin + begin - first); b < job.row_end; ++b) {
         const int64_t k = first + b - job.row_begin;
         if (k >= end || (chunk.whole() && b >= sequence.rows_at(t))) break;
-        const S* from = nullptr;
-        if (t < sequence.length(b)) {
-          if constexpr (recurrent) {
-            const auto before = base.before(job, t, b, outputs, D * H, p.hx);
-            from = before.initial ? before.initial : before.later;
-          } else {
-            from = static_cast<const S*>(p.x) + (sequence.start(t) + b) * I;
-          }
-        }
+        Given from;
+        if (t < sequence.length(b))
+          from = recurrent ? base.before(job, t, b, outputs, D * H, p.hx) : x + (sequence.start(t) + b) * I;
         f(k - begin, from);
       }
     }
@@ -312,15 +330,12 @@ struct Gradients {
   template <bool recurrent>
   void copy(const Chunk<S>& chunk, int64_t begin, int64_t end, int64_t vector, int64_t count, S* pairs) const {
     const int64_t K = end - begin, columns = recurrent ? H : I, whole = std::min(count, columns / N - vector);
-    each_row<recurrent>(chunk, begin, end, [&](int64_t k, const S* from) {
+    each_row<recurrent>(chunk, begin, end, [&](int64_t k, const Given& row) {
       const auto to = [&](int64_t v) { return pairs + ((v / 2 * K + k) * 2 + v % 2) * N; };
-      if (from) {
-        from += vector * N;
-        for (int64_t v = 0; v < whole; ++v) V::load(from + v * N).store(to(v));
-        if (whole < count) V::load(from + whole * N, static_cast<int>(columns % N)).store(to(whole));
-      } else {
-        for (int64_t v = 0; v < count; ++v) V(S(0)).store(to(v));
-      }
+      const Given from = row + vector * N;
+      constexpr std::integral_constant<int, N> all;
+      for (int64_t v = 0; v < whole; ++v) from.template load_or_zero<V>(v * N, all).store(to(v));
+      if (whole < count) from.template load_or_zero<V>(whole * N, static_cast<int>(columns % N)).store(to(whole));
     });
   }
 
@@ -329,13 +344,13 @@ struct Gradients {
   void copy_to_tiles(const Chunk<S>& chunk, int64_t row, int64_t K, int64_t vector, int64_t count,
                      bfloat16_pair* tiles) const {
     const int64_t columns = recurrent ? H : I, end = padded<bfloat16_pair>(K);
-    std::array<const S*, gradient_rows> rows{};  // a multiple of 32
-    each_row<recurrent>(chunk, row, row + K, [&](int64_t k, const S* from) { rows[k] = from; });
+    std::array<Given, gradient_rows> rows{};  // a multiple of 32
+    each_row<recurrent>(chunk, row, row + K, [&](int64_t k, const Given& from) { rows[k] = from; });
     for (int64_t v = 0; v < count; ++v, tiles += end / 2 * N) {
       const int64_t column = (vector + v) * N;
       const int width = static_cast<int>(std::min<int64_t>(N, columns - column));
       const auto rounded = [&](int64_t k) {
-        return V((typename V::Register)to_bfloat16(rows[k] ? V::load(rows[k] + column, width) : V(S(0))));
+        return V((typename V::Register)to_bfloat16(rows[k].template load_or_zero<V>(column, width)));
       };
       for (int64_t k = 0; k < end; k += 2) store_pairs(rounded(k), rounded(k + 1), tiles + k / 2 * N);
     }
@@ -353,9 +368,7 @@ struct Gradients {
       }
       all.store(total + unit, n);
     };
-    int64_t unit = begin;
-    for (; unit + N <= end; unit += N) vector(unit, std::integral_constant<int, N>());
-    if (unit < end) vector(unit, static_cast<int>(end - unit));
+    each_vector(end - begin, [&](int64_t unit, auto n) { vector(begin + unit, n); });
   }
 
   // What is left when all jobs are done: sums of several teams, padded rows, sums that are to be rounded, both directions' dX.
@@ -380,11 +393,11 @@ struct Gradients {
     }
     if (dx_reverse && rows)
       threads.parallel(rows, [&](int64_t begin, int64_t end) {
-        S* dx = static_cast<S*>(p.dx);
-        for (int64_t i = begin * I; i < end * I; i += N) {
-          const int n = static_cast<int>(std::min<int64_t>(N, end * I - i));
-          (V::load(dx + i, n) + V::load(dx_reverse.get() + i, n)).store(dx + i, n);
-        }
+        const Made one = Made::at(p.dx, p.narrow_sequence), other = Made::at(dx_reverse.get(), p.narrow_sequence);
+        each_vector((end - begin) * I, [&](int64_t v, auto n) {
+          const int64_t i = begin * I + v;
+          one.store(one.template load<V>(i, n) + other.template load<V>(i, n), i, n);
+        });
       });
   }
 
@@ -405,10 +418,8 @@ struct Gradients {
         total = from;
         continue;
       }
-      for (int64_t i = 0; i < count; i += N) {
-        const int n = static_cast<int>(std::min<int64_t>(N, count - i));
-        (V::load(total + i, n) + V::load(from + i, n)).store(total + i, n);
-      }
+      each_vector(count,
+                  [&](int64_t i, auto n) { (V::load(total + i, n) + V::load(from + i, n)).store(total + i, n); });
     }
     return total;
   }
@@ -416,10 +427,15 @@ struct Gradients {
   // A gradient from its sums, zero where there are none.
   static void give(W* gradient, const S* sums, int64_t count) {
     if (!sums) return void(std::fill_n(gradient, count, W{}));
-    for (int64_t i = 0; i < count; i += N) {
-      const int n = static_cast<int>(std::min<int64_t>(N, count - i));
-      store(V::load(sums + i, n), gradient + i, n);
-    }
+    each_vector(count, [&](int64_t i, auto n) { store(V::load(sums + i, n), gradient + i, n); });
+  }
+
+  // f(first, count) for each vec of n numbers.
+  template <class F>
+  static void each_vector(int64_t n, const F& f) {
+    int64_t i = 0;
+    for (; i + N <= n; i += N) f(i, std::integral_constant<int, N>());
+    if (i < n) f(i, static_cast<int>(n - i));
   }
 };
 

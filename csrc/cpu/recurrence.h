@@ -139,22 +139,13 @@ struct Recurrence {
   int64_t state_at(const Job& job, int64_t b, int64_t unit) const { return (job.direction * B + b) * H + unit; }
   int64_t sequence_at(const Job& job, int64_t row, int64_t width) const { return (job.direction * rows + row) * width; }
 
-  // The state before step t of row b: the initial one, the step before's, or neither for zero after a reset.
+  // The state before step t of row b: the initial one, the step before's, or none after a reset, where it is zero.
   // `outputs` has one row of `width` for every row of the sequence.
-  template <class T>
-  struct Before {
-    const S* initial;
-    const T* later;
-
-    FUSEDRNN_INLINE V load(int64_t unit, int count) const {
-      return initial ? V::load(initial + unit, count) : later ? fusedrnn::load<V>(later + unit, count) : V(S(0));
-    }
-  };
-  template <class T>
-  Before<T> before(const Job& job, int64_t t, int64_t b, const T* outputs, int64_t width, const void* initial) const {
+  template <class Given>
+  Given before(const Job& job, int64_t t, int64_t b, Given outputs, int64_t width, const void* initial) const {
     if (job.reset_at(t, b)) return {};
-    if (t == job.first_step(b)) return {static_cast<const S*>(initial) + state_at(job, b, 0), nullptr};
-    return {nullptr, outputs + (sequence.start(job.previous(t)) + b) * width};
+    if (t == job.first_step(b)) return Given::at(initial, problem.narrow_states) + state_at(job, b, 0);
+    return outputs + (sequence.start(job.previous(t)) + b) * width;
   }
 };
 

@@ -3,6 +3,7 @@
 // addition becomes one fused instruction where there is one (-ffp-contract=fast).
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -243,6 +244,46 @@ struct Twin {
     if (next) fusedrnn::store(second, p + next, m);
   }
 };
+template <class V, class T>
+FUSEDRNN_INLINE void store(Twin<V> x, T* p, int64_t next, int n, int m) {
+  x.store(p, next, n, m);
+}
+
+// Numbers in memory that are of S or, where `narrow` is set, of W, both of which may be const; none where neither is set. Where S
+// and W are one type, they are `wide`.
+template <class S, class W>
+struct Numbers {
+  S* wide = nullptr;
+  W* narrow = nullptr;
+  static constexpr bool alike = std::is_same_v<S, W>;
+
+  static Numbers at(std::conditional_t<std::is_const_v<S>, const void*, void*> first, bool is_narrow) {
+    if (!alike && is_narrow) return {nullptr, static_cast<W*>(first)};
+    return {static_cast<S*>(first), nullptr};
+  }
+  FUSEDRNN_INLINE explicit operator bool() const { return wide || (!alike && narrow); }
+  FUSEDRNN_INLINE Numbers operator+(int64_t n) const {
+    return {wide ? wide + n : nullptr, narrow ? narrow + n : nullptr};
+  }
+  template <class V, class Count>
+  FUSEDRNN_INLINE V load(int64_t at, Count n) const {
+    return !alike && narrow ? fusedrnn::load<V>(narrow + at, n) : V::load(wide + at, n);
+  }
+  template <class V, class Count>
+  FUSEDRNN_INLINE V load_or_zero(int64_t at, Count n) const {
+    return *this ? load<V>(at, n) : V(typename V::Scalar(0));
+  }
+  // Counts are those of a vec or of a Twin.
+  template <class V, class... Counts>
+  FUSEDRNN_INLINE void store(V x, int64_t at, Counts... n) const {
+    if constexpr (!alike)
+      if (narrow) return fusedrnn::store(x, narrow + at, n...);
+    fusedrnn::store(x, wide + at, n...);
+  }
+  void clear(int64_t at, int64_t n) const {
+    !alike&& narrow ? void(std::fill_n(narrow + at, n, W{})) : void(std::fill_n(wide + at, n, S{}));
+  }
+};
 
 #define FUSEDRNN_OPERATOR(op)                                 \
   template <class V>                                          \
@@ -292,6 +333,15 @@ FUSEDRNN_INLINE vec<T, N> unfold(vec<T, N> x) {
 template <class V>
 FUSEDRNN_INLINE Twin<V> fold(Twin<V> x) {
   return {fold(x.first), fold(x.second)};
+}
+
+// n numbers as S.
+template <class V, class S, class W>
+void widen(const Numbers<const S, const W>& from, int64_t n, S* to) {
+  int64_t i = 0;
+  for (; i + V::size <= n; i += V::size) from.template load<V>(i, std::integral_constant<int, V::size>()).store(to + i);
+  const int left = static_cast<int>(n - i);
+  if (left) from.template load<V>(i, left).store(to + i, left);
 }
 
 // Transposes an N×N square held in N registers: log2(N) rounds, each exchanging off-diagonal blocks.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "gemm.h"
+#include "memory.h"
 #include "team.h"
 
 namespace fusedrnn::cpu {
@@ -24,6 +25,19 @@ struct Step {
 
   const ForwardParams& p;
   const int64_t B = p.sequence.B, I = p.I, H = p.H, panels = (H + N - 1) / N;
+  // Of x and hx where they are bfloat16.
+  Scratch<S> wide_x = scratch<S>(p.narrow_sequence ? B * I : 0),
+             wide_h = scratch<S>(p.narrow_states ? p.directions * B * H : 0);
+  const S *const x = widened(p.x, p.narrow_sequence, B* I, wide_x.get()), *const hx = widened(p.hx, p.narrow_states,
+                                                                                              p.directions * B * H,
+                                                                                              wide_h.get());
+
+  static const S* widened(const void* from, bool narrow, int64_t n, S* to) {
+    const auto numbers = Numbers<const S, const W>::at(from, narrow);
+    if (!numbers.narrow) return numbers.wide;
+    widen<V>(numbers, n, to);
+    return to;
+  }
 
   Step(const ForwardParams& params, const Threads& threads) : p(params) {
     (step_needs_team(p, gates) ? threads : Threads{1, nullptr})
@@ -48,16 +62,15 @@ struct Step {
     }
     for (int64_t b = 0; b < B; ++b)
       for (int k = 0; k < sums; ++k) start[k].store(a + (b * sums + k) * N);
-    const S* hx = static_cast<const S*>(p.hx) + direction * B * H;
     for (int k = 0; k < sums; ++k) {
       const bool of_x = k >= Cell::input_sum, of_h = k < gates;
-      const Dots<S, W> x{static_cast<const W*>(w.w_ih) + (std::max(k - Cell::input_sum, 0) * H + unit) * I,
-                         static_cast<const S*>(p.x), I, I},
-          h{static_cast<const W*>(w.w_hh) + (Cell::hidden_gate(k) * H + unit) * H, hx, H, H};
+      const Dots<S, W> input{static_cast<const W*>(w.w_ih) + (std::max(k - Cell::input_sum, 0) * H + unit) * I, x, I,
+                             I},
+          hidden{static_cast<const W*>(w.w_hh) + (Cell::hidden_gate(k) * H + unit) * H, hx + direction * B * H, H, H};
       if (of_x && of_h) {
-        multiply_unpacked<V, S, W, 2>({{x, h}}, count, B, a + k * N, sums * N, H);
+        multiply_unpacked<V, S, W, 2>({{input, hidden}}, count, B, a + k * N, sums * N, H);
       } else {
-        multiply_unpacked<V, S, W, 1>({{of_x ? x : h}}, count, B, a + k * N, sums * N, H);
+        multiply_unpacked<V, S, W, 1>({{of_x ? input : hidden}}, count, B, a + k * N, sums * N, H);
       }
     }
     for (int64_t b = 0; b < B; ++b) cell(direction, b, unit, count, a + b * sums * N);
@@ -67,12 +80,14 @@ struct Step {
     const int64_t state = (direction * B + b) * H + unit;
     V a[sums], gate[std::max(1, saved)], c(S(0));
     for (int k = 0; k < sums; ++k) a[k] = V::load(sum + k * N);
-    if constexpr (Cell::has_cell) c = V::load(static_cast<const S*>(p.cx) + state, count);
+    using Made = Numbers<S, W>;
+    if constexpr (Cell::has_cell)
+      c = Numbers<const S, const W>::at(p.cx, p.narrow_states).template load<V>(state, count);
     Cell::activate(a);
-    const V h = Cell::forward(a, V::load(static_cast<const S*>(p.hx) + state, count), c, gate);
-    h.store(static_cast<S*>(p.y) + b * p.directions * H + direction * H + unit, count);
-    if (p.h_n != p.y) h.store(static_cast<S*>(p.h_n) + state, count);
-    if constexpr (Cell::has_cell) c.store(static_cast<S*>(p.c_n) + state, count);
+    const V h = Cell::forward(a, V::load(hx + state, count), c, gate);
+    Made::at(p.y, p.narrow_sequence).store(h, (b * p.directions + direction) * H + unit, count);
+    if (p.h_n != p.y) Made::at(p.h_n, p.narrow_states).store(h, state, count);
+    if constexpr (Cell::has_cell) Made::at(p.c_n, p.narrow_states).store(c, state, count);
     if (!p.gates && !p.cells) return;
     for (int k = 0; k < saved; ++k)
       store(to_saved<Cell, W>(k, gate[k]), static_cast<W*>(p.gates) + ((direction * B + b) * saved + k) * H + unit,

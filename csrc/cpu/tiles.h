@@ -35,12 +35,13 @@ struct TileRows {
     std::memcpy(at(first + k / 32, row) + k % 32, &half, sizeof(half));
   }
   // Columns [begin, end) of n rows that have `columns`. Whoever has the last one fills its block with zeros.
-  void fill(const float* from, int64_t stride, int64_t n, int64_t first, int64_t row, int64_t begin, int64_t end,
+  template <class T>
+  void fill(const T* from, int64_t stride, int64_t n, int64_t first, int64_t row, int64_t begin, int64_t end,
             int64_t columns) const {
     for (int64_t b = 0; b < n; ++b, from += stride) {
       int64_t k = begin;
-      for (; k + 16 <= end; k += 16) store(first, row + b, k, V::load(from + k));
-      if (k < end) store(first, row + b, k, V::load(from + k, static_cast<int>(end - k))), k += 16;
+      for (; k + 16 <= end; k += 16) store(first, row + b, k, load<V>(from + k));
+      if (k < end) store(first, row + b, k, load<V>(from + k, static_cast<int>(end - k))), k += 16;
       if (end == columns && k % 32) store(first, row + b, k, V(0.0f));
     }
   }
