@@ -3,8 +3,9 @@
 // Letters: T steps, B rows of the batch, N rows of the sequence (T*B when padded, the sum of all lengths when
 // packed), I inputs, H hidden units, D directions (1 or 2). All arrays are dense, row-major, of the scalar
 // type that the params name, and owned by the caller. Weights, their gradients, and what is saved for backward may be of another
-// type (ScalarKind). For a GPU they lie there, but for offsets. Nothing may alias anything else, but y and h_n may be
-// one array when there is a single step and direction, being the same numbers then.
+// type (ScalarKind), and then so may be x, y, the states and their gradients (narrow_sequence, narrow_states). For a GPU they lie
+// there, but for offsets. Nothing may alias anything else, but y and h_n may be one array when there is a single step and direction,
+// being the same numbers then.
 #pragma once
 
 #include <cstdint>

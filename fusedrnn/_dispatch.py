@@ -70,8 +70,8 @@ extension, why_no_extension = _load()
 cuda_extension, why_no_cuda = _load_cuda()
 
 
-KERNEL_DTYPES = (torch.float32, torch.float64)
-CONVERTED_DTYPES = (torch.bfloat16, torch.float16)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # on CPUs
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _warned: set[str] = set()
@@ -127,11 +127,11 @@ def implementation_for(device: torch.device, dtype: torch.dtype, projected: bool
     if device.type == "cuda":
         if dtype in CUDA_DTYPES:
             return Explanation("cuda", f"fused {name} kernels")
-    elif dtype in KERNEL_DTYPES:
-        return Explanation("cpu", f"fused {name} kernels")
-    elif dtype in CONVERTED_DTYPES:
+    elif dtype in HALF_DTYPES:
         weights = "bfloat16 weights" if dtype == torch.bfloat16 else "weights converted at every call"
         return Explanation("cpu", f"fused float32 kernels, {weights}; {name} outside")
+    elif dtype in KERNEL_DTYPES:
+        return Explanation("cpu", f"fused {name} kernels")
     return Explanation("torch", f"there are no kernels for {name}")
 
 

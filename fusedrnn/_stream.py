@@ -53,13 +53,13 @@ class Stream:
         self._implementation = _dispatch.choose(weight, module.proj_size > 0, True, stacklevel=5)
         kernels = self._implementation == "cpu"
         # The kernels keep float32 between steps whatever comes in and goes out.
-        state_dtype = torch.float32 if kernels and weight.dtype in _dispatch.CONVERTED_DTYPES else weight.dtype
+        state_dtype = torch.float32 if kernels and weight.dtype in _dispatch.HALF_DTYPES else weight.dtype
         sizes = [module.proj_size or module.hidden_size, module.hidden_size][: 2 if module.mode == "LSTM" else 1]
         shapes = [(module.num_layers, batch_size, size) for size in sizes]
         with torch.inference_mode(False):  # a tensor of inference mode could not be written to outside it
             self._states = [torch.zeros(shape, dtype=state_dtype, device=weight.device) for shape in shapes]
         self._step, self._step_out = (batch_size, module.input_size), (batch_size, sizes[0])
-        self._kept = weight.dtype if weight.dtype == state_dtype else None  # what the kernels take as it is
+        self._kept = None if weight.dtype == torch.float16 else weight.dtype  # what the kernels take as it is
         self._stack: Any = None
         if kernels:
             assert _dispatch.extension is not None
@@ -148,7 +148,7 @@ class Stream:
                 raise RuntimeError(
                     f"{self._name}: expected no torch.jit.trace of a stream, whose call it would not see"
                 )
-            x = x.to(self._states[0].dtype).contiguous().resolve_neg()
+            x = (x if self._kept else x.float()).contiguous().resolve_neg()
             y = x.new_empty(steps, *self._step_out)
             if steps:
                 resets = None if resets is None else resets.contiguous()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedrnn import _autograd, _modes, _ragged, _recompute, _reference, _states
-from fusedrnn._dispatch import CONVERTED_DTYPES
+from fusedrnn._dispatch import HALF_DTYPES, KERNEL_DTYPES
 
 
 def step(
@@ -19,7 +19,7 @@ def step(
 
     ``cell``, ``weights`` and ``implementation`` are those of :func:`stack`.
     """
-    if implementation == "cpu" and x.dtype != torch.float16:
+    if implementation == "cpu" and x.dtype in KERNEL_DTYPES:
         h, *rest = _autograd.step(cell, x, h, c, weights)
         return h, rest[0] if rest else None
     _, h, c = stack(
@@ -61,7 +61,7 @@ def stack(
         states: given a padded x, is given each layer's hidden and cell states ``[D, T, B, R]`` and ``[D, T, B, H]``.
 
     Returns:
-        y ``[T, B, D*R]`` or ``[N, D*R]``, h_n like hx and c_n like cx, of x's dtype.
+        y ``[T, B, D*R]`` or ``[N, D*R]``, h_n like hx and c_n like cx.
     """
     if (
         lengths is not None
@@ -77,8 +77,8 @@ def stack(
         )
         return rows.pad(y), h.index_select(1, rows.back), None if c is None else c.index_select(1, rows.back)
     dtype = x.dtype
-    taken = implementation == "cuda" or (implementation == "cpu" and dtype == torch.bfloat16)
-    converted = dtype in CONVERTED_DTYPES and not taken
+    taken = implementation == "cuda" or (implementation == "cpu" and dtype in KERNEL_DTYPES)
+    converted = dtype in HALF_DTYPES and not taken
     if converted:  # float32 inside: sums, cell state and everything kept between steps
         x, hx, cx, weights = x.float(), hx.float(), None if cx is None else cx.float(), [w.float() for w in weights]
     recurrence = _reference.recurrence if implementation == "reference" else _autograd.recurrence

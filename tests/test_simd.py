@@ -10,7 +10,7 @@ import fusedrnn
 
 extension = pytest.importorskip("fusedrnn._C", exc_type=ImportError)
 
-# Largest error in units in the last place, as csrc/cpu/simd.h states it.
+# Largest error in units in the last place, as csrc/cpu/functions.h states it.
 BOUNDS = {"sigmoid": 2.5, "tanh": 2.6}
 WIDER = {np.dtype(np.float32): np.float64, np.dtype(np.float64): np.longdouble}
 SAMPLES = 200_000

@@ -22,22 +22,29 @@ inline ScalarKind scalar_named(const std::string& dtype) {
 
 class Stack {
  public:
-  // dtype is that of the weights; of bfloat16 ones, all else is float32. h and c (lstm) are addresses of [layers, B, H],
-  // which every call reads and writes.
+  // dtype is that of the weights, x and y; the states are float32 beside bfloat16 ones. h and c (lstm) are addresses of
+  // [layers, B, H], which every call reads and writes.
   Stack(const std::string& cell_name, const std::string& dtype, int64_t B, int64_t I, int64_t H, int64_t layers,
         uintptr_t h, uintptr_t c)
-      : kernels_(cpu::kernels()), element_(dtype == "float64" ? 8 : 4), layers_(layers), memory_(layers) {
+      : kernels_(cpu::kernels()),
+        element_(dtype == "float64"    ? 8
+                 : dtype == "bfloat16" ? 2
+                                       : 4),
+        layers_(layers),
+        memory_(layers) {
     const CellInfo cell = cell_info(cell_name);
+    const int64_t layer_states = B * H * std::max<int64_t>(element_, sizeof(float));
     for (int64_t layer = 0; layer < layers; ++layer) {
       ForwardParams& p = layers_[layer];
       p = {};
       p.cell = cell.kind;
       p.scalar = scalar_named(dtype);
+      p.narrow_sequence = dtype == "bfloat16";
       p.sequence.B = B;
       p.I = layer ? H : I;
       p.H = H;
       p.directions = 1;
-      char* state = reinterpret_cast<char*>(h) + layer * B * H * element_;
+      char* state = reinterpret_cast<char*>(h) + layer * layer_states;
       p.hx = p.h_n = state;
       if (cell.has_cell) p.cx = p.c_n = state - reinterpret_cast<char*>(h) + reinterpret_cast<char*>(c);
     }
@@ -90,7 +97,7 @@ class Stack {
   using Memory = std::unique_ptr<void, Return>;
 
   const cpu::Kernels& kernels_;  // of the instruction set for which the weights are packed
-  int64_t element_;
+  int64_t element_;              // of x and y
   std::vector<ForwardParams> layers_;
   std::vector<Memory> memory_;
 };

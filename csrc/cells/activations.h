@@ -1,6 +1,6 @@
 // Activations and their derivatives, the derivatives in terms of the output (so that backward needs no
 // pre-activation). A cell calls sigmoid, tanh and relu unqualified: scalars find the ones here, SIMD vectors
-// those of cpu/simd.h.
+// those of cpu/functions.h.
 #pragma once
 
 #include <cmath>

@@ -7,7 +7,7 @@
 
 namespace fusedrnn {
 
-// Scalars find these, SIMD vectors those of cpu/simd.h.
+// Scalars find these, SIMD vectors those of cpu/functions.h.
 FUSEDRNN_INLINE float fold(float x) { return x > 0.5f ? -(1.0f - x) : x; }
 FUSEDRNN_INLINE float unfold(float x) { return x + (0.5f - ::copysignf(0.5f, x)); }  // by the sign, which 1 has as -0
 

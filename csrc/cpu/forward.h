@@ -46,9 +46,9 @@ struct Forward : Recurrence<Cell, S, N> {
                 x_size = TileRows<V>::size(tiled_input ? x_rows : 0, blocks_of(I));
   Scratch<uint16_t> h_tiles = scratch<uint16_t>(plan.groups * 2 * h_size);
   Scratch<uint16_t> x_tiles = scratch<uint16_t>(plan.groups * plan.slices * x_size);
-  // Or else of these rows of x, where it is bfloat16.
+  // Or else these rows of x for a team, where it is bfloat16.
   const int64_t wide_size = p.narrow_sequence && !tiled_input ? x_rows * I : 0;
-  Scratch<S> wide_x = scratch<S>(plan.groups * plan.slices * wide_size);
+  Scratch<S> wide_x = scratch<S>(plan.groups * wide_size);
 
   // Rows to be multiplied; where weights are tiles, the same for them.
   struct Rows {
@@ -100,7 +100,8 @@ struct Forward : Recurrence<Cell, S, N> {
         to.fill(h, padded_H, count, 0, 0, member.begin * N, std::min(member.end * N, H), H);
   }
 
-  Rows input(int64_t row, int64_t count, const TileRows<V>& to, S* wide) const {
+  // Rows of x as they are multiplied; the members of a team share out what there is to do for all of them.
+  Rows input(Member& member, int64_t row, int64_t count, const TileRows<V>& to, S* wide) const {
     const Given x = Given::at(p.x, p.narrow_sequence) + row * I;
     if constexpr (takes_tiles<V, W>)
       if (tiled_input) {
@@ -108,7 +109,9 @@ struct Forward : Recurrence<Cell, S, N> {
         return {nullptr, I, I, to.memory, to.capacity};
       }
     if (!wide_size) return {x.wide, I, I, nullptr, 0};
-    widen<V>(x, count * I, wide);
+    const auto [begin, end] = member.share(count * I);
+    widen<V>(x + begin, end - begin, wide + begin);
+    member.meet_in_step();
     return {wide, I, I, nullptr, 0};
   }
 
@@ -120,13 +123,14 @@ struct Forward : Recurrence<Cell, S, N> {
     S* h = h_state.get() + team * 2 * block_rows * padded_H;
     S* c = c_state.get() + team * block_rows * padded_H;
     S* a = pre_activations.get() + slice * panels_kept * capacity * sums * N;
-    S* own_wide = wide_x.get() + slice * wide_size;
+    S* own_wide = wide_x.get() + team * wide_size;
     start(job, member, h, c);
     for (const TileRows<V>& rows : h_rows) fill_tiles(member, h, job.row_end - job.row_begin, rows);
     member.meet_in_step();
     int64_t kept_row = 0;  // the sequence row of the first row of pre-activations kept
     for (int64_t s = 0; s < job.T; ++s) {
-      const int64_t t = job.step(s), row = sequence.start(t) + job.row_begin, count = job.rows_end(t) - job.row_begin;
+      const int64_t t = job.step(s), row = sequence.start(t) + job.row_begin,
+                    count = std::max<int64_t>(job.rows_end(t) - job.row_begin, 0);
       const Rows h_in{h + (s % 2) * block_rows * padded_H, padded_H, H, tiled ? h_rows[s % 2].memory : nullptr,
                       block_rows};
       S* h_out = h + ((s + 1) % 2) * block_rows * padded_H;
@@ -136,12 +140,12 @@ struct Forward : Recurrence<Cell, S, N> {
           const int64_t t_end = job.step(std::min(s + plan.chunk, job.T) - 1);
           kept_row = sequence.start(std::min(t, t_end));
           const int64_t rows = sequence.start(std::max(t, t_end) + 1) - kept_row;
-          project(job, member.begin, n, input(kept_row, rows, own_x, own_wide), rows, a,
+          project(job, member.begin, n, input(member, kept_row, rows, own_x, own_wide), rows, a,
                   copies.get() + slice * copy_size);
         }
         step(job, t, member.begin, n, job.row_begin, count, a + (row - kept_row) * sums * N, h_in, h_out, c, s % 2);
       } else {
-        const Rows x = input(row, count, own_x, own_wide);
+        const Rows x = input(member, row, count, own_x, own_wide);
         for (int64_t panel = member.begin; panel < member.end; panel += panels_at_once)
           for (int64_t r = 0; r < count; r += capacity) {
             const int64_t n = std::min<int64_t>(panels_at_once, member.end - panel),

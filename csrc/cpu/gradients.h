@@ -6,7 +6,8 @@
 //   db    = Σ_n dgates[n]
 // They are taken chunk by chunk, while the chunk's dsums are still in cache. The members of a team share out the columns of
 // the weights. A team of its own for each direction adds where the gradients belong, unless they are bfloat16; teams that share
-// a direction add up for themselves first, so that no sum depends on who comes first.
+// a direction add up for themselves first, so that no sum depends on who comes first. A bfloat16 dX is rounded chunk by chunk, and
+// of two directions each, and their sum.
 #pragma once
 
 #include "recurrence.h"

@@ -9,6 +9,7 @@
 #include "backward.h"
 #include "cpu.h"
 #include "forward.h"
+#include "functions.h"
 #include "roofline.h"
 #include "step.h"
 

@@ -1,5 +1,5 @@
 // One step of a few rows, as streams and rollouts take them: weights are read where they are, once, by dot products, and
-// nothing is copied or kept. Threads share out the hidden units and need not meet.
+// nothing is kept, and nothing copied but a bfloat16 x and state. Threads share out the hidden units and need not meet.
 #pragma once
 
 #include "gemm.h"
@@ -28,9 +28,8 @@ struct Step {
   // Of x and hx where they are bfloat16.
   Scratch<S> wide_x = scratch<S>(p.narrow_sequence ? B * I : 0),
              wide_h = scratch<S>(p.narrow_states ? p.directions * B * H : 0);
-  const S *const x = widened(p.x, p.narrow_sequence, B* I, wide_x.get()), *const hx = widened(p.hx, p.narrow_states,
-                                                                                              p.directions * B * H,
-                                                                                              wide_h.get());
+  const S* const x = widened(p.x, p.narrow_sequence, B* I, wide_x.get());
+  const S* const hx = widened(p.hx, p.narrow_states, p.directions * B * H, wide_h.get());
 
   static const S* widened(const void* from, bool narrow, int64_t n, S* to) {
     const auto numbers = Numbers<const S, const W>::at(from, narrow);
