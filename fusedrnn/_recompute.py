@@ -29,11 +29,6 @@ def recurrence(
 
     Both directions of a batch with lengths are one chunk: the reverse one starts at another step in each row.
     """
-    # Between chunks states are float32 where kernels take them so.
-    if x.dtype == torch.bfloat16 and hx.dtype == x.dtype and x.is_cpu:
-        c = None if cx is None else cx.float()
-        y, h, c = recurrence(run, cell, x, hx.float(), c, weights, batch_sizes, lengths, resets)
-        return y, h.to(x.dtype), None if c is None else c.to(x.dtype)
 
     def part(d: int, whole: bool, reverse: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
         size = len(weights) // len(hx)
@@ -52,6 +47,20 @@ def recurrence(
     (y, h, c), (y_reverse, h_reverse, c_reverse) = part(0, False), part(1, False, True)
     c_n = None if c is None or c_reverse is None else torch.cat([c, c_reverse])
     return torch.cat([y, y_reverse], -1), torch.cat([h, h_reverse]), c_n
+
+
+def with_float32_states(
+    run: Recurrence,
+    cell: str,
+    x: Tensor,
+    hx: Tensor,
+    cx: Tensor | None,
+    weights: list[Tensor],
+    *sequence: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """:func:`recurrence` of a bfloat16 x with states that are float32 between chunks, as ``run`` must take them."""
+    y, h, c = recurrence(run, cell, x, hx.float(), None if cx is None else cx.float(), weights, *sequence)
+    return y, h.to(hx.dtype), None if c is None else c.to(hx.dtype)
 
 
 class Chunks:

@@ -84,7 +84,8 @@ def stack(
     recurrence = _reference.recurrence if implementation == "reference" else _autograd.recurrence
     has_gates = cell in ("lstm", "gru")  # an RNN keeps its output only, as it is
     if recompute and has_gates and _autograd.needs_gradient(x, hx, cx, weights) and not _traced():
-        recurrence = partial(_recompute.recurrence, recurrence)
+        wide = implementation == "cpu" and dtype == torch.bfloat16
+        recurrence = partial(_recompute.with_float32_states if wide else _recompute.recurrence, recurrence)
     sequence = (batch_sizes, lengths, resets)
     if states is not None:
         recurrence = partial(_with_states, recurrence, implementation != "reference", dtype, states)

@@ -100,7 +100,7 @@ struct Forward : Recurrence<Cell, S, N> {
         to.fill(h, padded_H, count, 0, 0, member.begin * N, std::min(member.end * N, H), H);
   }
 
-  // Rows of x as they are multiplied; the members of a team share out what there is to do for all of them.
+  // Rows of x as they are multiplied. A team's members widen bfloat16 ones together.
   Rows input(Member& member, int64_t row, int64_t count, const TileRows<V>& to, S* wide) const {
     const Given x = Given::at(p.x, p.narrow_sequence) + row * I;
     if constexpr (takes_tiles<V, W>)
