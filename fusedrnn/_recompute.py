@@ -58,7 +58,7 @@ def with_float32_states(
     weights: list[Tensor],
     *sequence: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """:func:`recurrence` of a bfloat16 x with states that are float32 between chunks, as ``run`` must take them."""
+    """:func:`recurrence` of an x of 16 bits with states that are float32 between chunks, as ``run`` must take them."""
     y, h, c = recurrence(run, cell, x, hx.float(), None if cx is None else cx.float(), weights, *sequence)
     return y, h.to(hx.dtype), None if c is None else c.to(hx.dtype)
 

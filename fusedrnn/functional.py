@@ -77,14 +77,13 @@ def stack(
         )
         return rows.pad(y), h.index_select(1, rows.back), None if c is None else c.index_select(1, rows.back)
     dtype = x.dtype
-    taken = implementation == "cuda" or (implementation == "cpu" and dtype in KERNEL_DTYPES)
-    converted = dtype in HALF_DTYPES and not taken
+    converted = implementation == "cpu" and dtype not in KERNEL_DTYPES
     if converted:  # float32 inside: sums, cell state and everything kept between steps
         x, hx, cx, weights = x.float(), hx.float(), None if cx is None else cx.float(), [w.float() for w in weights]
-    recurrence = _reference.recurrence if implementation == "reference" else _autograd.recurrence
+    recurrence = _reference.wide if implementation == "reference" else _autograd.recurrence
     has_gates = cell in ("lstm", "gru")  # an RNN keeps its output only, as it is
     if recompute and has_gates and _autograd.needs_gradient(x, hx, cx, weights) and not _traced():
-        wide = implementation == "cpu" and dtype == torch.bfloat16
+        wide = implementation != "cuda" and dtype in HALF_DTYPES
         recurrence = partial(_recompute.with_float32_states if wide else _recompute.recurrence, recurrence)
     sequence = (batch_sizes, lengths, resets)
     if states is not None:

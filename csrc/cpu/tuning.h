@@ -52,7 +52,7 @@ constexpr int64_t rows_at_once(int64_t sums, bool tiles) { return tiles ? 64 : 1
 constexpr int64_t projection_rows = 48, projection_rows_of_large = 256;
 constexpr int64_t large_weights(int64_t vector) { return vector >= 16 ? 1 << 19 : 3'000'000; }
 // Packed, bfloat16 weights take twice the room: so many of W_ih are rather copied by blocks (see input_rows), where all rows are one
-// chunk (AVX2, training, T = 50, B = 4: LSTM of 512 13 MB at its peak instead of 16, GRU 10.5 instead of 11.4, both 1.03 times as
+// chunk (AVX2, training, T = 50, B = 4: LSTM of 512 13 to 14 MB at its peak instead of 16, GRU 10.5 instead of 11.4, both 1.03 times as
 // fast; inference 0.97 and 0.98).
 constexpr int64_t large_if_converted = 1 << 19;
 
