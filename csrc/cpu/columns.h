@@ -73,8 +73,8 @@ struct Columns {
       panels += (direction * (vectors - first_packed) + in_place - first_packed) * gates * size;
       for (int64_t g = 0; g < blocks; ++g)
         cpu::multiply<V, S, Stored>({panels + g * size, gates * size, N, end - in_place, A + g * H, lda,
-                                     gates / blocks * H, rows, C + (in_place - begin) * N, ldc, N, false, 0,
-                                     backwards});
+                                     gates / blocks * H, rows, C + (in_place - begin) * N, ldc, N, false, 0, backwards,
+                                     (end - in_place) * gates * H * N > far_weights});
     };
     narrow ? packed(reinterpret_cast<Packed<W>*>(panels)) : packed(panels);
   }

@@ -22,10 +22,12 @@ struct Forward : Recurrence<Cell, S, N> {
   // Pre-activations are kept for the steps of a chunk and all panels, or else for some rows of a few panels.
   // A stream takes all panels of a step at a time, too.
   const bool chunked = plan.chunk > 1 || (p.prepared && plan.row_blocks == 1 && B <= projection_rows);
-  const int64_t capacity =
-      chunked ? block_rows * plan.chunk : std::min(block_rows, rows_at_once(sums, in_tiles(p)));  // rows a panel
-  const int64_t panels_kept = chunked ? panels : panels_at_once;
+  const Together at_once =
+      chunked ? Together{block_rows * plan.chunk, panels} : together(block_rows, gates, sums, sizeof(V), in_tiles(p));
+  const int64_t capacity = at_once.rows;  // rows a panel
+  const int64_t panels_kept = std::min(panels, at_once.panels);
   const bool copied_input = plan.copied_input && !p.prepared;
+  const bool far = gates * H * (I + H) / plan.slices > far_weights;
   PackedWeights<Cell, S, N, W> weights{p, (plan.packed_input && !copied_input) || p.prepared,
                                        plan.packed || p.prepared};
   // As large as what backward packs, so that both passes of a step take turns in one block.
@@ -146,10 +148,9 @@ struct Forward : Recurrence<Cell, S, N> {
         step(job, t, member.begin, n, job.row_begin, count, a + (row - kept_row) * sums * N, h_in, h_out, c, s % 2);
       } else {
         const Rows x = input(member, row, count, own_x, own_wide);
-        for (int64_t panel = member.begin; panel < member.end; panel += panels_at_once)
+        for (int64_t panel = member.begin; panel < member.end; panel += panels_kept)
           for (int64_t r = 0; r < count; r += capacity) {
-            const int64_t n = std::min<int64_t>(panels_at_once, member.end - panel),
-                          rows = std::min(capacity, count - r);
+            const int64_t n = std::min(panels_kept, member.end - panel), rows = std::min(capacity, count - r);
             project(job, panel, n, x.from(r), rows, a);
             step(job, t, panel, n, job.row_begin + r, rows, a, h_in, h_out, c);
           }
@@ -225,7 +226,7 @@ struct Forward : Recurrence<Cell, S, N> {
       const int64_t size = packed_size<Stored>(K) * N;
       multiply<V, S, Stored, gates>({packed + (job.direction * panels + panel) * gates * size, size, N, n * gates, A,
                                      lda, K, count, sum, sums * N, gates == 1 ? panel_stride : N, false, panel_stride,
-                                     backwards});
+                                     backwards, far});
       return;
     }
     for (int64_t i = 0; i < n; ++i, sum += panel_stride)

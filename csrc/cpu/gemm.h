@@ -44,6 +44,7 @@ struct Product {
   bool fresh = false;        // C holds nothing yet: = in place of +=
   int64_t group_stride = 0;  // where multiply takes groups of vectors: from one to the next in C
   bool backwards = false;    // the last vectors first
+  bool far = false;          // see far_weights; only of packed W
 
   // Where NV vectors from `vector` on are in a row of C.
   template <int group, int NV>
@@ -57,15 +58,14 @@ struct Product {
   }
 };
 
-// Whether tiles ask for the weights of the next ones (multiply_vectors). With 32 registers there is one for their address; with
-// 16, tiles of three vectors took 13 % longer for it, and others gained 2 % at most.
+// Whether tiles that ask for the next tile's weights (multiply_vectors) do so in every step of k. With 32 registers there is one for
+// their address; with 16, tiles of three vectors took 13 % longer for it.
 template <class V>
-constexpr bool fetches_ahead = sizeof(V) == 64;
+constexpr bool asks_in_steps = sizeof(V) == 64;
 
 // An element's sum has one order, that of k, whatever tile it falls into: a step alone gives the same bits as among others.
-// Vector v of the tile belongs at place[v] of a row of C. Tiles of three rows and more bring K vecs from `ahead` on into the
-// second-level cache, where tiles do that.
-template <class V, class S, class Stored, int MB, int NV, bool transposed>
+// Vector v of the tile belongs at place[v] of a row of C. A tile that asks brings K vecs from `ahead` on into the second-level cache.
+template <class V, class S, class Stored, int MB, int NV, bool transposed, bool asks>
 __attribute__((noinline)) void tile(const Product<S, Stored>& p, int64_t row, int64_t vector, const int64_t* place,
                                     const Stored* ahead) {
   // A lone fused multiply-add waits four cycles for the one before: few accumulators are split over several k, where nobody
@@ -89,7 +89,7 @@ __attribute__((noinline)) void tile(const Product<S, Stored>& p, int64_t row, in
   };
   // The smaller side of the tile stays in registers, beside one value of the other: with 12 accumulators that is 16.
   const auto step = [&](int64_t k, int s, auto half) __attribute__((always_inline)) {
-    if constexpr (fetches_ahead<V> && !transposed && MB > 2) __builtin_prefetch(ahead + k * k_stride, 0, 2);
+    if constexpr (asks && asks_in_steps<V>) __builtin_prefetch(ahead + k * k_stride, 0, 2);
     if constexpr (NV <= MB) {
       V w[NV];
 #pragma GCC unroll 8
@@ -126,13 +126,28 @@ __attribute__((noinline)) void tile(const Product<S, Stored>& p, int64_t row, in
       for (int b = 0; b < MB; ++b)
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) sum[s][b][v] = V(S(0));
-    if constexpr (in_pairs<Stored>)
-      for (; k + 2 <= end; k += 2) step(k, 0, First()), step(k + 1, 0, Second());
-    else
-      for (; k + split <= end; k += split) {
+    constexpr int at_once = in_pairs<Stored> ? 2 : split;
+    const auto steps = [&](int64_t stop) __attribute__((always_inline)) {
+      do {
+        if constexpr (in_pairs<Stored>) {
+          step(k, 0, First());
+          step(k + 1, 0, Second());
+        } else {
 #pragma GCC unroll 8
-        for (int s = 0; s < split; ++s) step(k + s, s, First());
+          for (int s = 0; s < split; ++s) step(k + s, s, First());
+        }
+        k += at_once;
+      } while (k + at_once <= stop);
+    };
+    if constexpr (asks && !asks_in_steps<V>)
+      while (k + at_once <= end) {
+        const char* const next = reinterpret_cast<const char*>(ahead + k * V::size);
+#pragma GCC unroll 16
+        for (size_t i = 0; i < asking_loop * sizeof(V); i += 64) __builtin_prefetch(next + i, 0, 2);
+        steps(std::min(k + asking_loop, end));
       }
+    else if (k + at_once <= end)
+      steps(end);
     for (; k < end; ++k) step(k, 0, First());
 #pragma GCC unroll 16
     for (int b = 0; b < MB; ++b)
@@ -152,19 +167,33 @@ using Tile = void (*)(const Product<S, Stored>&, int64_t row, int64_t vector, co
                       const Stored* ahead);
 
 // Tiles of 1, 2 … sizeof...(MB) rows.
-template <class V, class S, class Stored, int NV, bool transposed, int... MB>
+template <class V, class S, class Stored, int NV, bool transposed, bool asks, int... MB>
 constexpr auto tile_table(std::integer_sequence<int, MB...>) {
-  return std::array<Tile<S, Stored>, sizeof...(MB)>{&tile<V, S, Stored, MB + 1, NV, transposed>...};
+  return std::array<Tile<S, Stored>, sizeof...(MB)>{&tile<V, S, Stored, MB + 1, NV, transposed, asks>...};
 }
+
+// n things in as few parts of at most `most` as can be, of which none has two more than another.
+struct Cut {
+  int64_t count, least, larger;  // the first `larger` parts have one more than the others
+
+  Cut(int64_t n, int64_t most)
+      : count((n + most - 1) / most), least(count ? n / count : 0), larger(n - least * count) {}
+  int64_t begin(int64_t part) const { return part * least + std::min(part, larger); }
+  int64_t size(int64_t part) const { return least + (part < larger); }
+};
 
 // A block of k for all rows, then the next: its weights are in the first-level cache from the second tile on, and meanwhile
 // those of the next block, or of the vectors that follow, come into the second, one vector during each of the first tiles.
 template <class V, class S, class Stored, int group, int NV>
 void multiply_vectors(const Product<S, Stored>& p, int64_t vector, int64_t following) {
   constexpr int most = tile_rows(NV, sizeof(V));
-  static constexpr auto tiles = tile_table<V, S, Stored, NV, false>(std::make_integer_sequence<int, most>());
-  const int64_t count =
-      (p.rows + most - 1) / most;  // tiles of even height: a last one of a single row would waste its time
+  // Where only far weights are asked for, by the tiles that most of them meet.
+  constexpr bool can_ask = asks_in_steps<V> || (NV == 3 && std::is_same_v<S, Stored>);
+  constexpr std::make_integer_sequence<int, most> heights;
+  static constexpr auto tiles = tile_table<V, S, Stored, NV, false, asks_in_steps<V>>(heights),
+                        asking = tile_table<V, S, Stored, NV, false, can_ask>(heights);
+  const Cut cut(p.rows, most);  // tiles of even height: a last one of a single row would waste its time
+  const bool asks = asks_in_steps<V> || (p.far && cut.count > 1);
   const int64_t step = (in_pairs<Stored> ? summation_block / 2 : summation_block) * p.k_stride;
   const auto place = p.template places<group, NV>(vector);
   Product<S, Stored> block = p;
@@ -172,9 +201,10 @@ void multiply_vectors(const Product<S, Stored>& p, int64_t vector, int64_t follo
     block.K = std::min(summation_block, p.K - k);
     const Stored *weights = block.W + vector * p.w_stride,
                  *next = k + summation_block < p.K ? weights + step : p.W + following * p.w_stride;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t begin = p.rows * i / count, end = p.rows * (i + 1) / count;
-      tiles[end - begin - 1](block, begin, vector, place.data(), i < NV ? next + i * p.w_stride : weights);
+    for (int64_t i = 0; i < cut.count; ++i) {
+      const bool ask = asks && i < NV;
+      (ask ? asking : tiles)[cut.size(i) - 1](block, cut.begin(i), vector, place.data(),
+                                              ask ? next + i * p.w_stride : weights);
     }
     block.W += step;
     block.A += summation_block;
@@ -185,13 +215,13 @@ void multiply_vectors(const Product<S, Stored>& p, int64_t vector, int64_t follo
 // One or two rows: as many vectors together as a fused multiply-add has cycles to wait for the one before.
 template <class V, class S, class Stored, int MB, int group, int... NV>
 void multiply_few(const Product<S, Stored>& p, std::integer_sequence<int, NV...>) {
-  static constexpr std::array<Tile<S, Stored>, sizeof...(NV)> tiles = {&tile<V, S, Stored, MB, NV + 1, false>...};
+  static constexpr std::array<Tile<S, Stored>, sizeof...(NV)> tiles = {
+      &tile<V, S, Stored, MB, NV + 1, false, false>...};
   constexpr int most = sizeof...(NV);
-  const int64_t count = (p.vectors + most - 1) / most;
-  for (int64_t j = 0; j < count; ++j) {
-    const int64_t i = p.backwards ? count - 1 - j : j;
-    const int64_t begin = p.vectors * i / count, end = p.vectors * (i + 1) / count;
-    tiles[end - begin - 1](p, 0, begin, p.template places<group, most>(begin).data(), nullptr);
+  const Cut cut(p.vectors, most);
+  for (int64_t j = 0; j < cut.count; ++j) {
+    const int64_t i = p.backwards ? cut.count - 1 - j : j, begin = cut.begin(i);
+    tiles[cut.size(i) - 1](p, 0, begin, p.template places<group, most>(begin).data(), nullptr);
   }
 }
 
@@ -203,12 +233,11 @@ template <class V, class S, class Stored = S, int group = 1>
 void multiply(const Product<S, Stored>& p) {
   if (p.rows == 1) return multiply_few<V, S, Stored, 1, group>(p, std::make_integer_sequence<int, 8>());
   if (p.rows == 2) return multiply_few<V, S, Stored, 2, group>(p, std::make_integer_sequence<int, 6>());
-  const int64_t most = tile_vectors(p.rows, sizeof(V));
-  const int64_t count = (p.vectors + most - 1) / most;
-  for (int64_t j = 0; j < count; ++j) {
-    const int64_t i = p.backwards ? count - 1 - j : j, vector = p.vectors * i / count,
-                  following = p.vectors * (p.backwards ? std::max<int64_t>(i - 1, 0) : i + 1) / count;
-    switch (p.vectors * (i + 1) / count - vector) {
+  const Cut cut(p.vectors, tile_vectors(p.rows, sizeof(V)));
+  for (int64_t j = 0; j < cut.count; ++j) {
+    const int64_t i = p.backwards ? cut.count - 1 - j : j, vector = cut.begin(i),
+                  following = cut.begin(p.backwards ? std::max<int64_t>(i - 1, 0) : i + 1);
+    switch (cut.size(i)) {
       case 1:
         multiply_vectors<V, S, Stored, group, 1>(p, vector, following);
         break;
@@ -234,12 +263,12 @@ constexpr int64_t transposed_overrun = (tile_rows(2, sizeof(V)) - 1) / V::size *
 template <class V, class S>
 void multiply_transposed(const Product<S>& p, int64_t pair) {
   constexpr int most = tile_rows(2, sizeof(V));
-  static constexpr auto pairs = tile_table<V, S, S, 2, true>(std::make_integer_sequence<int, most>());
-  static constexpr auto singles = tile_table<V, S, S, 1, true>(std::make_integer_sequence<int, most>());
+  static constexpr auto pairs = tile_table<V, S, S, 2, true, false>(std::make_integer_sequence<int, most>());
+  static constexpr auto singles = tile_table<V, S, S, 1, true, false>(std::make_integer_sequence<int, most>());
   alignas(64) S copy[gradient_rows * most + V::size];
-  const int64_t count = (p.rows + most - 1) / most;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t begin = p.rows * i / count, end = p.rows * (i + 1) / count;
+  const Cut cut(p.rows, most);
+  for (int64_t i = 0; i < cut.count; ++i) {
+    const int64_t begin = cut.begin(i);
     Product<S> part = p;
     part.A += begin;
     part.C += begin * p.ldc;
@@ -251,7 +280,7 @@ void multiply_transposed(const Product<S>& p, int64_t pair) {
     }
     const auto place = p.template places<1, 2>(0);
     for (int64_t vector = 0; vector < p.vectors; vector += 2, part.W += pair, part.C += 2 * p.c_stride)
-      (vector + 1 < p.vectors ? pairs : singles)[end - begin - 1](part, 0, 0, place.data(), nullptr);
+      (vector + 1 < p.vectors ? pairs : singles)[cut.size(i) - 1](part, 0, 0, place.data(), nullptr);
   }
 }
 
@@ -343,7 +372,7 @@ __attribute__((noinline)) void dot_tile(const std::array<Dots<S, Stored>, terms>
     const int64_t lda = d.lda;
     const Stored* next = W[0] + ahead * d.K;
     const auto step = [&](int64_t k, int width) __attribute__((always_inline)) {
-      if constexpr (fetches_ahead<V> && MB > 2) __builtin_prefetch(next + k, 0, 2);
+      if constexpr (asks_in_steps<V> && MB > 2) __builtin_prefetch(next + k, 0, 2);
       V a[MB];
 #pragma GCC unroll 8
       for (int b = 0; b < MB; ++b) a[b] = V::load(A + b * lda + k, width);
