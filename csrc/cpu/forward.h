@@ -1,5 +1,5 @@
 // The forward time loop on a CPU, for any cell, scalar type and vector width. A step is, for some panels: pre-activations =
-// bias + x·W_ih + h·W_hh (registers, then a buffer that stays in the first-level cache), then the cell, row by row.
+// bias + x·W_ih + h·W_hh (registers, then a buffer that stays in the caches of its core), then the cell, row by row.
 #pragma once
 
 #include "recurrence.h"
@@ -19,7 +19,7 @@ struct Forward : Recurrence<Cell, S, N> {
 
   const ForwardParams& p;
   const int64_t I = p.I;
-  // Pre-activations are kept for the steps of a chunk and all panels, or else for some rows of a few panels.
+  // Pre-activations are kept for the steps of a chunk and all panels, or else for some rows of some panels.
   // A stream takes all panels of a step at a time, too.
   const bool chunked = plan.chunk > 1 || (p.prepared && plan.row_blocks == 1 && B <= projection_rows);
   const Together at_once =
@@ -27,7 +27,6 @@ struct Forward : Recurrence<Cell, S, N> {
   const int64_t capacity = at_once.rows;  // rows a panel
   const int64_t panels_kept = std::min(panels, at_once.panels);
   const bool copied_input = plan.copied_input && !p.prepared;
-  const bool far = gates * H * (I + H) / plan.slices > far_weights;
   PackedWeights<Cell, S, N, W> weights{p, (plan.packed_input && !copied_input) || p.prepared,
                                        plan.packed || p.prepared};
   // As large as what backward packs, so that both passes of a step take turns in one block.
@@ -223,6 +222,8 @@ struct Forward : Recurrence<Cell, S, N> {
         return;
       }
     if (packed) {
+      // A step reads both weights, unless x·W_ih is there for all steps of a chunk.
+      const bool far = gates * H * (chunked ? K : I + H) / plan.slices > far_weights;
       const int64_t size = packed_size<Stored>(K) * N;
       multiply<V, S, Stored, gates>({packed + (job.direction * panels + panel) * gates * size, size, N, n * gates, A,
                                      lda, K, count, sum, sums * N, gates == 1 ? panel_stride : N, false, panel_stride,

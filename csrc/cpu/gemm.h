@@ -44,7 +44,7 @@ struct Product {
   bool fresh = false;        // C holds nothing yet: = in place of +=
   int64_t group_stride = 0;  // where multiply takes groups of vectors: from one to the next in C
   bool backwards = false;    // the last vectors first
-  bool far = false;          // see far_weights; only of packed W
+  bool far = false;          // see far_weights; only where k_stride is N
 
   // Where NV vectors from `vector` on are in a row of C.
   template <int group, int NV>
@@ -58,10 +58,10 @@ struct Product {
   }
 };
 
-// Whether tiles that ask for the next tile's weights (multiply_vectors) do so in every step of k. With 32 registers there is one for
-// their address; with 16, tiles of three vectors took 13 % longer for it.
+// Whether all tiles ask for the next tile's weights (multiply_vectors), in every step of k. With 32 registers there is one for their
+// address; with 16, tiles of three vectors took 13 % longer for it, and some ask for far weights, between short loops over k.
 template <class V>
-constexpr bool asks_in_steps = sizeof(V) == 64;
+constexpr bool always_asks = sizeof(V) == 64;
 
 // An element's sum has one order, that of k, whatever tile it falls into: a step alone gives the same bits as among others.
 // Vector v of the tile belongs at place[v] of a row of C. A tile that asks brings K vecs from `ahead` on into the second-level cache.
@@ -89,7 +89,7 @@ __attribute__((noinline)) void tile(const Product<S, Stored>& p, int64_t row, in
   };
   // The smaller side of the tile stays in registers, beside one value of the other: with 12 accumulators that is 16.
   const auto step = [&](int64_t k, int s, auto half) __attribute__((always_inline)) {
-    if constexpr (asks && asks_in_steps<V>) __builtin_prefetch(ahead + k * k_stride, 0, 2);
+    if constexpr (asks && always_asks<V>) __builtin_prefetch(ahead + k * k_stride, 0, 2);
     if constexpr (NV <= MB) {
       V w[NV];
 #pragma GCC unroll 8
@@ -139,7 +139,7 @@ __attribute__((noinline)) void tile(const Product<S, Stored>& p, int64_t row, in
         k += at_once;
       } while (k + at_once <= stop);
     };
-    if constexpr (asks && !asks_in_steps<V>)
+    if constexpr (asks && !always_asks<V>)
       while (k + at_once <= end) {
         const char* const next = reinterpret_cast<const char*>(ahead + k * V::size);
 #pragma GCC unroll 16
@@ -166,13 +166,14 @@ template <class S, class Stored>
 using Tile = void (*)(const Product<S, Stored>&, int64_t row, int64_t vector, const int64_t* place,
                       const Stored* ahead);
 
-// Tiles of 1, 2 … sizeof...(MB) rows.
+// Tiles of 1, 2 … sizeof...(MB) rows. Those that ask have three at least (see multiply).
 template <class V, class S, class Stored, int NV, bool transposed, bool asks, int... MB>
 constexpr auto tile_table(std::integer_sequence<int, MB...>) {
-  return std::array<Tile<S, Stored>, sizeof...(MB)>{&tile<V, S, Stored, MB + 1, NV, transposed, asks>...};
+  return std::array<Tile<S, Stored>, sizeof...(MB)>{
+      &tile < V, S, Stored, MB + 1, NV, transposed, asks && (MB > 1) > ...};
 }
 
-// n things in as few parts of at most `most` as can be, of which none has two more than another.
+// n things in as few parts of at most `most` as can be, of which no two differ by more than one.
 struct Cut {
   int64_t count, least, larger;  // the first `larger` parts have one more than the others
 
@@ -182,18 +183,18 @@ struct Cut {
   int64_t size(int64_t part) const { return least + (part < larger); }
 };
 
-// A block of k for all rows, then the next: its weights are in the first-level cache from the second tile on, and meanwhile
-// those of the next block, or of the vectors that follow, come into the second, one vector during each of the first tiles.
+// A block of k for all rows, then the next: its weights are in the first-level cache from the second tile on. Those of the next block,
+// or of the vectors that follow, meanwhile come into the second where tiles ask, one vector during each of the first ones.
 template <class V, class S, class Stored, int group, int NV>
 void multiply_vectors(const Product<S, Stored>& p, int64_t vector, int64_t following) {
   constexpr int most = tile_rows(NV, sizeof(V));
-  // Where only far weights are asked for, by the tiles that most of them meet.
-  constexpr bool can_ask = asks_in_steps<V> || (NV == 3 && std::is_same_v<S, Stored>);
+  // Where not all do, those of three vectors, which far weights mostly meet.
+  constexpr bool can_ask = always_asks<V> || (NV == 3 && std::is_same_v<S, Stored>);
   constexpr std::make_integer_sequence<int, most> heights;
-  static constexpr auto tiles = tile_table<V, S, Stored, NV, false, asks_in_steps<V>>(heights),
+  static constexpr auto tiles = tile_table<V, S, Stored, NV, false, always_asks<V>>(heights),
                         asking = tile_table<V, S, Stored, NV, false, can_ask>(heights);
   const Cut cut(p.rows, most);  // tiles of even height: a last one of a single row would waste its time
-  const bool asks = asks_in_steps<V> || (p.far && cut.count > 1);
+  const bool asks = always_asks<V> || (p.far && cut.count > 1);
   const int64_t step = (in_pairs<Stored> ? summation_block / 2 : summation_block) * p.k_stride;
   const auto place = p.template places<group, NV>(vector);
   Product<S, Stored> block = p;
@@ -372,7 +373,7 @@ __attribute__((noinline)) void dot_tile(const std::array<Dots<S, Stored>, terms>
     const int64_t lda = d.lda;
     const Stored* next = W[0] + ahead * d.K;
     const auto step = [&](int64_t k, int width) __attribute__((always_inline)) {
-      if constexpr (asks_in_steps<V> && MB > 2) __builtin_prefetch(next + k, 0, 2);
+      if constexpr (always_asks<V> && MB > 2) __builtin_prefetch(next + k, 0, 2);
       V a[MB];
 #pragma GCC unroll 8
       for (int b = 0; b < MB; ++b) a[b] = V::load(A + b * lda + k, width);

@@ -33,20 +33,20 @@ constexpr int tile_vectors(int64_t rows, int vector_bytes) {
 constexpr int64_t summation_block = 128;
 
 // Numbers from which on the weights that a member multiplies with in a step are far: tiles ask for those of the next tile, some before
-// each loop over so many k (AVX2, 2 threads, LSTM of 640 to 1024, GRU of 1024, RNN of 1760: 1.01 to 1.06 times as fast; weights that
-// a second- or third-level cache gives anyway, LSTM, GRU and RNN of 128 to 256: 0.91 to 0.98; of 512: 0.95 to 1.03).
+// each loop over so many k (AVX2, inference, 2 threads, LSTM of 640 to 1024, GRU of 1024, RNN of 1760: 1.01 to 1.06 times as fast;
+// weights that a second- or third-level cache gives anyway, LSTM, GRU and RNN of 128 to 256: 0.91 to 0.98; of 512: 0.95 to 1.03).
 constexpr int64_t far_weights = 1 << 20, asking_loop = 16;
 
-// Rows and panels of a step that are taken together. Panels are a multiple of those that a tile of any cell needs (four vectors of a
-// GRU's gates span panels), and of the two that gates take at a time; rows are one of every tile's height.
+// Most rows and panels of a step that are taken together. Panels are a multiple of those that a tile of any cell needs (four vectors of
+// a GRU's gates span panels), and of the two that gates take at a time; rows of most tiles' heights.
 struct Together {
   int64_t rows, panels;
 };
 
-// With 16 registers tiles take three vectors: 24 of them for up to 144 rows, 48 for up to 36. Times as fast as with four panels and up
-// to 144/sums rows (AVX2, inference, 2 threads, medians on a shared machine): RNN of 256, 16 rows: 1.31; of 128, 256 rows: 1.16; LSTM
-// and GRU of 64, 256 rows: 1.12 and 1.13; of 128, 32 to 256 rows: 0.99 to 1.06; of 256 to 1024: 1.00 to 1.05.
-// With 32 registers four panels, whose pre-activations, `sums` vectors each, stay near the core. Emerald Rapids, inference, times as
+// Tiles of three vectors, with 16 registers: 24 vectors of weights for up to 144 rows, 48 for up to 36. Times as fast as with four
+// panels and up to 144/sums rows (AVX2, inference, 2 threads, medians on a shared machine): RNN of 256, 16 rows: 1.31; of 128, 256
+// rows: 1.16; LSTM and GRU of 64, 256 rows: 1.12 and 1.13; of 128, 32 to 256 rows: 0.99 to 1.06; of 256 to 1024: 1.00 to 1.05.
+// AVX-512: four panels, whose pre-activations, `sums` vectors each, stay near the core. Emerald Rapids, inference, times as
 // fast as with one panel and 64 rows: LSTM of 128, B = 128: 1.05; of 64, B = 256: 1.04; of 18, B = 16: 1.2 to 1.3; GRU of 128 and 64:
 // 1.13 and 1.21. With 18, 24, 36 and 48 rows, LSTM of 64: 1, 1.03, 1.05, 1.07; GRU of 64: 1, 1.15, 1.19, 1.19. Tiles (tiles.h) take
 // 32 rows: bfloat16, LSTM of 200, with 36, 32, 64 and 96 rows: 1, 1.15, 1.18, 1.19; of 128: 1, 1.10, 1.14, 1.11; GRU of 128: 1,
