@@ -128,7 +128,7 @@ __attribute__((noinline)) void tile(const Product<S, Stored>& p, int64_t row, in
         for (int v = 0; v < NV; ++v) sum[s][b][v] = V(S(0));
     constexpr int at_once = in_pairs<Stored> ? 2 : split;
     const auto steps = [&](int64_t stop) __attribute__((always_inline)) {
-      do {
+      for (; k + at_once <= stop; k += at_once)
         if constexpr (in_pairs<Stored>) {
           step(k, 0, First());
           step(k + 1, 0, Second());
@@ -136,8 +136,6 @@ __attribute__((noinline)) void tile(const Product<S, Stored>& p, int64_t row, in
 #pragma GCC unroll 8
           for (int s = 0; s < split; ++s) step(k + s, s, First());
         }
-        k += at_once;
-      } while (k + at_once <= stop);
     };
     if constexpr (asks && !always_asks<V>)
       while (k + at_once <= end) {
@@ -146,7 +144,7 @@ __attribute__((noinline)) void tile(const Product<S, Stored>& p, int64_t row, in
         for (size_t i = 0; i < asking_loop * sizeof(V); i += 64) __builtin_prefetch(next + i, 0, 2);
         steps(std::min(k + asking_loop, end));
       }
-    else if (k + at_once <= end)
+    else
       steps(end);
     for (; k < end; ++k) step(k, 0, First());
 #pragma GCC unroll 16
@@ -167,10 +165,12 @@ using Tile = void (*)(const Product<S, Stored>&, int64_t row, int64_t vector, co
                       const Stored* ahead);
 
 // Tiles of 1, 2 … sizeof...(MB) rows. Those that ask have three at least (see multiply).
+template <bool asks, int rows>
+constexpr bool asks_with = asks && rows > 2;
 template <class V, class S, class Stored, int NV, bool transposed, bool asks, int... MB>
 constexpr auto tile_table(std::integer_sequence<int, MB...>) {
   return std::array<Tile<S, Stored>, sizeof...(MB)>{
-      &tile < V, S, Stored, MB + 1, NV, transposed, asks && (MB > 1) > ...};
+      &tile<V, S, Stored, MB + 1, NV, transposed, asks_with<asks, MB + 1>>...};
 }
 
 // n things in as few parts of at most `most` as can be, of which no two differ by more than one.
