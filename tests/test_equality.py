@@ -36,6 +36,17 @@ def test_regular_sizes_run_on_the_kernels(case):
     assert fusedrnn.explain(case.module(fusedrnn), make_data(case).x).implementation == "cpu"
 
 
+@pytest.mark.usefixtures("isa")
+def test_weights_are_fetched_ahead():
+    """W_hh is more than far_weights of csrc/cpu/tuning.h, and neither its vectors nor loops over k are whole."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        check(Case("rnn", T=2, B=13, I=3, H=1101))
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("case", FEATURE + ZERO, ids=str)
 def test_options(case):
     check(case)
