@@ -81,14 +81,6 @@ def resources(cubin: Path) -> dict[str, dict[str, int]]:
 
 
 @cache
-def instructions(cubin: Path) -> dict[str, list[str]]:
-    """Opcodes by kernel."""
-    parts = re.split(r"Function : (?:void )?(.+)\n", dump(cubin, "--dump-sass"))[1:]
-    pairs = zip(parts[::2], parts[1::2], strict=True)
-    return {name: re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z][\w.]+)", text) for name, text in pairs}
-
-
-@cache
 def scheduled(cubin: Path) -> dict[str, list[tuple[str, int, int]]]:
     """By kernel every opcode, the barrier that its result raises (7: none), and a bit for each that it waits for."""
     found = {}
@@ -99,6 +91,11 @@ def scheduled(cubin: Path) -> dict[str, list[tuple[str, int, int]]]:
         control = [(opcode, int(high, 16) >> 41) for opcode, high in re.findall(encoded, text)]
         found[name] = [(opcode, bits >> 5 & 7, bits >> 11 & 63) for opcode, bits in control]
     return found
+
+
+def instructions(cubin: Path) -> dict[str, list[str]]:
+    """Opcodes by kernel."""
+    return {name: [opcode for opcode, _, _ in steps] for name, steps in scheduled(cubin).items()}
 
 
 def kernels(name: str) -> list[tuple[str, int]]:
