@@ -52,6 +52,9 @@ def _load() -> tuple[ModuleType | None, str]:
     return _C, ""
 
 
+WITHOUT_GRID = 1 | 2  # the schedules of a block and of a cluster, as csrc/cuda/tuning.h numbers them
+
+
 def _load_cuda() -> tuple[ModuleType | None, str]:
     if extension is None:
         return None, why_no_extension
@@ -63,6 +66,11 @@ def _load_cuda() -> tuple[ModuleType | None, str]:
         return None, "this build of fusedrnn has no CUDA kernels"
     except ImportError as error:
         return None, f"the CUDA kernels cannot be loaded ({error})"
+    grid = os.environ.get("FUSEDRNN_GRID", "")
+    if grid not in ("", "0", "1"):
+        raise ValueError(f"FUSEDRNN_GRID: expected 0, 1 or nothing, got {grid!r}")
+    if grid == "0":
+        _cuda.use_schedules(WITHOUT_GRID)
     return _cuda, ""
 
 

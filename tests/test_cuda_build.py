@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 ARCHITECTURES = ("sm_80", "sm_90")
-CELLS = {"rnn": ("RNN<false>", "RNN<true>"), "lstm": ("LSTM",), "gru": ("GRU",)}
+CELLS = {"rnn_tanh": "RNN<false>", "rnn_relu": "RNN<true>", "lstm": "LSTM", "gru": "GRU"}  # by source file
 SCALARS = {"float": 4, "double": 2, "fusedrnn::cuda::float16": 4, "fusedrnn::cuda::bfloat16": 4}  # units at once
 each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 each_file = pytest.mark.parametrize("name", CELLS)
@@ -100,20 +100,18 @@ def instructions(cubin: Path) -> dict[str, list[str]]:
 
 def kernels(name: str) -> list[tuple[str, int]]:
     """The kernels of a source file, and how many units a thread takes at once."""
-    found = []
-    for cell in CELLS[name]:
-        for scalar, widest in SCALARS.items():
-            for width in (widest, 1):
-                for kernel in ("forward_step", "backward_step"):
-                    found.append((f"fusedrnn::cuda::{kernel}<fusedrnn::{cell}, {scalar}, {width}>(", width))
-    return found
+    return [
+        (f"fusedrnn::cuda::{kernel}<fusedrnn::{CELLS[name]}, {scalar}, {width}>(", width)
+        for scalar, widest in SCALARS.items()
+        for width in (widest, 1)
+        for kernel in ("forward_step", "backward_step")
+    ]
 
 
 def blocks(name: str) -> list[str]:
     """The kernels of the block schedule."""
     return [
-        f"fusedrnn::cuda::{kernel}<fusedrnn::{cell}, {scalar}, {rows}>("
-        for cell in CELLS[name]
+        f"fusedrnn::cuda::{kernel}<fusedrnn::{CELLS[name]}, {scalar}, {rows}>("
         for scalar in SCALARS
         if scalar != "double"
         for rows in (1, 2, 4)
@@ -124,8 +122,7 @@ def blocks(name: str) -> list[str]:
 def lone_steps(name: str) -> list[str]:
     """The kernels of lone steps."""
     return [
-        f"fusedrnn::cuda::lone_step<fusedrnn::{cell}, {scalar}, {rows}, {width}>("
-        for cell in CELLS[name]
+        f"fusedrnn::cuda::lone_step<fusedrnn::{CELLS[name]}, {scalar}, {rows}, {width}>("
         for scalar in SCALARS
         if scalar != "double"
         for rows in (1, 4)
@@ -137,13 +134,12 @@ def residents(name: str, architecture: str) -> list[tuple[str, str]]:
     """The kernels of the resident schedules, and what multiplies in them; a GPU before sm_90 has no clusters."""
     multipliers = {f"TensorCores<{scalar}>": "HMMA" for scalar in SCALARS if scalar != "double"} | {"Fma": "FFMA"}
     found = []
-    for cell in CELLS[name]:
-        for multiplier, opcode in multipliers.items():
-            compact = ["false", "true"] if opcode == "HMMA" else ["false"]
-            teams = ("cluster", "grid") if architecture >= "sm_90" else ("grid",)
-            for team, side, of in product(teams, ("forward", "backward"), compact):
-                kernel = f"{team}_{side}<fusedrnn::{cell}, fusedrnn::cuda::{multiplier}, {of}>("
-                found.append((f"fusedrnn::cuda::{kernel}", opcode))
+    for multiplier, opcode in multipliers.items():
+        compact = ["false", "true"] if opcode == "HMMA" else ["false"]
+        teams = ("cluster", "grid") if architecture >= "sm_90" else ("grid",)
+        for team, side, of in product(teams, ("forward", "backward"), compact):
+            kernel = f"{team}_{side}<fusedrnn::{CELLS[name]}, fusedrnn::cuda::{multiplier}, {of}>("
+            found.append((f"fusedrnn::cuda::{kernel}", opcode))
     return found
 
 
@@ -200,7 +196,7 @@ def test_nothing_is_spilled_and_accesses_are_wide(folder, name, architecture):
         in_grid, has_clusters = "cuda::grid_" in kernel, architecture >= "sm_90"
         assert bool([opcode for opcode in opcodes if re.match(r"LDGSTS.*BYPASS.*\b128\b", opcode)]) == in_grid, kernel
         # Shares of sums go as they lie in registers: of FMAs, in pairs of columns.
-        width = 64 if "cuda::cluster_backward" in kernel and "Fma" in kernel and name != "rnn" else 128
+        width = 64 if "cuda::cluster_backward" in kernel and "Fma" in kernel and "RNN" not in kernel else 128
         sent = [opcode for opcode in opcodes if opcode.startswith("STAS")]
         assert bool(sent) == (not in_grid or ("backward<" in kernel and has_clusters)), kernel
         assert all(re.search(rf"\b{width}\b", opcode) for opcode in sent), (kernel, sent)

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from torch.nn.utils.rnn import PackedSequence
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
@@ -28,7 +29,7 @@ from cases import (
     sizes,
 )
 from hostcuda import Schedules
-from numerics import assert_all_as_good, assert_long_memory
+from numerics import FAST, assert_all_as_good, assert_long_memory
 from test_hostcuda import BEYOND, OPTIONS, SHAPES, WITHIN, calls
 from test_reference import Call, run_recurrence
 from test_reference import run_oracle as run_oracle_of_call
@@ -178,7 +179,7 @@ def test_gradcheck(kind, bidirectional):
         return (y, *last) if isinstance(last, tuple) else (y, last)
 
     weights = [p.detach().clone().requires_grad_() for p in layer.parameters()]
-    assert torch.autograd.gradcheck(run, (x, *weights), fast_mode=True)
+    assert torch.autograd.gradcheck(run, (x, *weights), **FAST)
 
 
 @for_each_cell
@@ -190,7 +191,8 @@ def test_bit_equal_from_run_to_run(kind, dtype):
 
 
 def layer_and_input(kind: dict, **options) -> tuple[torch.nn.Module, torch.Tensor]:
-    case = Case(**kind, T=6, B=5, I=12, H=20, **options)
+    """Of as many steps as every schedule takes."""
+    case = Case(**kind, **{"T": 12, "B": 5, "I": 12, "H": 20} | options)
     return case.module(fusedrnn).cuda(), make_data(case).x.cuda()
 
 
@@ -201,9 +203,13 @@ def test_cuda_graph(kind):
     layer, x = layer_and_input(kind, layers=2, bidirectional=True)
     fixed = x.clone().requires_grad_()
 
+    batch_sizes = torch.tensor([5] * 4 + [3] * 5 + [1] * 3)
+
     def step():
         y, _ = layer(fixed)
-        return y, *torch.autograd.grad(y.square().sum(), [fixed, *layer.parameters()])
+        packed, _ = layer(PackedSequence(fixed.flatten(0, 1)[: batch_sizes.sum()], batch_sizes))
+        loss = y.square().sum() + packed.data.square().sum()
+        return y, packed.data, *torch.autograd.grad(loss, [fixed, *layer.parameters()])
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -247,10 +253,25 @@ def test_side_stream(kind):
     assert torch.equal(y, wanted)
 
 
+def test_layers_on_several_streams():
+    """Each by itself may fill the GPU."""
+    layer, x = layer_and_input({"cell": "lstm"}, T=100, B=16, H=1024, dtype="bfloat16")
+    with torch.no_grad():
+        wanted, _ = layer(x)
+        torch.cuda.synchronize()
+        streams, ys = [torch.cuda.Stream() for _ in range(3)], []
+        for _ in range(4):
+            for stream in streams:
+                with torch.cuda.stream(stream):
+                    ys.append(layer(x)[0])
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, wanted) for y in ys)
+
+
 @for_each_cell
 def test_nothing_waits_for_the_gpu(kind):
     layer, x = layer_and_input(kind, bidirectional=True)
-    packed = torch.nn.utils.rnn.pack_padded_sequence(x, torch.tensor([6, 5, 5, 2, 1]))
+    packed = torch.nn.utils.rnn.pack_padded_sequence(x, torch.tensor([12, 9, 9, 4, 1]))
     torch.cuda.set_sync_debug_mode("error")
     try:
         for given in (x, packed):
@@ -296,7 +317,7 @@ def test_long_memory(name, dtype, hidden):
 @for_each_cell
 def test_autocast(kind, dtype):
     layer, x = layer_and_input(kind)
-    theirs = Case(**kind, T=6, B=5, I=12, H=20).module(torch.nn).cuda()
+    theirs = Case(**kind, I=12, H=20).module(torch.nn).cuda()
     with torch.autocast("cuda", dtype):
         y, _ = layer(x)
         assert y.dtype == dtype
@@ -319,13 +340,13 @@ def test_many_steps(case):
 def test_explain(schedule):
     layer, x = layer_and_input({"cell": "lstm"})
     assert fusedrnn.explain(layer, x).implementation == "cuda"
-    assert "step schedule" in fusedrnn.explain(layer, x).reason
+    assert "step schedule" in fusedrnn.explain(layer, x[:6]).reason
     chosen = {Schedules.ALL: "block", Schedules.SPLIT_GRID: "backward by the grid"}.get(schedule, schedule.name.lower())
-    assert f"{chosen} schedule" in fusedrnn.explain(layer, x.repeat(2, 1, 1)).reason
+    assert f"{chosen} schedule" in fusedrnn.explain(layer, x).reason
     assert "lone step" in fusedrnn.explain(layer, x[:1]).reason
     lengths = torch.ones(x.size(1), dtype=torch.int64, device="cuda")
     assert "step schedule" in fusedrnn.explain(layer, x[:1], lengths=lengths).reason
-    assert "step schedule" in fusedrnn.explain(layer.double(), x.double().repeat(2, 1, 1)).reason
+    assert "step schedule" in fusedrnn.explain(layer.double(), x.double()).reason
 
 
 def test_mixed_devices_are_refused():

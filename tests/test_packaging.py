@@ -11,6 +11,7 @@ import subprocess
 import sys
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -197,6 +198,20 @@ def test_unknown_instruction_set_is_refused_in_one_sentence():
     offered = ", ".join(_dispatch.extension.instruction_sets())
     sentence = f"expected an instruction set of this processor ({offered}), got 'nonsense'"
     assert done.stderr.splitlines()[-1].endswith(sentence), done.stderr
+
+
+@needs_extension
+def test_layers_may_be_kept_from_the_grid_schedule(monkeypatch):
+    used = []
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(fusedrnn, "_cuda", SimpleNamespace(use_schedules=used.append), raising=False)
+    for given in "", "1", "0":
+        monkeypatch.setenv("FUSEDRNN_GRID", given)
+        assert _dispatch._load_cuda() == (fusedrnn._cuda, "")
+    assert used == [1 + 2]  # block and cluster
+    monkeypatch.setenv("FUSEDRNN_GRID", "none")
+    with pytest.raises(ValueError, match="FUSEDRNN_GRID: expected 0, 1 or nothing, got 'none'"):
+        _dispatch._load_cuda()
 
 
 @pytest.mark.parametrize(

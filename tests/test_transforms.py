@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from numerics import FAST
 from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module_state, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
@@ -60,7 +61,7 @@ def test_gradgradcheck(name, options):
     def call(x, *parameters):
         return functional_call(ours, dict(zip(dict(ours.named_parameters()), parameters, strict=True)), (x,))[0]
 
-    assert torch.autograd.gradgradcheck(call, (x, *ours.parameters()), fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, (x, *ours.parameters()), **FAST)
 
 
 def test_gradgradcheck_packed():
@@ -70,7 +71,7 @@ def test_gradgradcheck_packed():
     def call(data, *_):
         return layer(PackedSequence(data, packed.batch_sizes))[0].data
 
-    assert torch.autograd.gradgradcheck(call, (packed.data.requires_grad_(), *layer.parameters()), fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, (packed.data.requires_grad_(), *layer.parameters()), **FAST)
 
 
 def penalty(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:

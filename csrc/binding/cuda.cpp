@@ -39,7 +39,7 @@ void set_types(Problem& p, ScalarType x, ScalarType states, ScalarType weights) 
   }
 }
 
-// For tests.
+// Besides the step schedule, which runs anything.
 std::atomic<unsigned> allowed_schedules{cuda::all_schedules};
 
 cuda::Limits limits_of(int device) {
@@ -118,8 +118,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "fusedrnn's GPU kernels: importing it gives torch.ops.fusedrnn its implementations for CUDA tensors.";
   m.def(
       "use_schedules", [](unsigned which) { allowed_schedules = which; }, py::arg("which"),
-      "For tests: which schedules may run besides the step schedule (block 1, cluster 2, grid 4, split grid 8, added "
-      "up).");
+      "Which schedules may run besides the step schedule (block 1, cluster 2, grid 4, split grid 8, added up).");
   m.def("schedule", &schedule, py::arg("cell"), py::arg("dtype"), py::arg("T"), py::arg("B"), py::arg("H"),
         py::arg("directions"), py::arg("has_lengths"), py::arg("device"), py::arg("tf32"), py::arg("backward"),
         "How the time steps of a layer would be run.");

@@ -59,7 +59,8 @@ FUSEDRNN_DEVICE void expect_bytes(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
-// Of the block's scope: what arrives is in its own shared memory. A cluster's would empty the L1.
+// Of the block's scope, for the bytes that are counted lie in its own shared memory. The memory model asks for the cluster's, whose
+// acquire empties the L1; relaxed, with a fence for shared memory only, every load that is on its way would be waited for.
 FUSEDRNN_DEVICE bool phase_is_over(uint64_t* barrier, int parity) {
   uint32_t over;
   asm volatile(

@@ -27,7 +27,7 @@ from torch import Tensor
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 COMPILER = os.environ.get("CXX", "g++")  # GCC: Clang calls the access functions by other names
-KERNELS = (Path("rnn.cu"), Path("lstm.cu"), Path("gru.cu"))  # of csrc/cuda
+KERNELS = tuple(Path(f"{cell}.cu") for cell in ("lstm", "gru", "rnn_tanh", "rnn_relu"))  # of csrc/cuda
 FEW_KERNELS = (HERE / "few.cu",)  # GRU in bfloat16, LSTM in float32
 ONE_KERNEL = (HERE / "one.cu",)  # GRU in bfloat16
 

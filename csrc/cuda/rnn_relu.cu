@@ -2,7 +2,6 @@
 
 namespace fusedrnn::cuda {
 
-template struct RecurrenceOf<RNN<false>>;
 template struct RecurrenceOf<RNN<true>>;
 
 }  // namespace fusedrnn::cuda

@@ -1,0 +1,7 @@
+#include "recurrence.cuh"
+
+namespace fusedrnn::cuda {
+
+template struct RecurrenceOf<RNN<false>>;
+
+}  // namespace fusedrnn::cuda
