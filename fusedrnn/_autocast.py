@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusedrnn import _casts
+
 
 def dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast wants for recurrent layers on x's device; None outside autocast and for float64."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 
@@ -21,15 +23,24 @@ def cast(
     dtype: torch.dtype,
     implementation: str,
     keeps_state: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """x, states and weights as autocast makes them.
+    one_step: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor], torch.dtype]:
+    """x, states and weights as autocast makes them, and the dtype of what they give.
 
     ``keeps_state``: on a CPU torch composes this module of operations, of which those with weights are rounded and
-    those with the state are not.
+    those with the state are not. ``one_step``: weights that a CPU reads once stay as they are, for a copy in another
+    dtype would take longer than the step.
     """
-    x, weights = x.to(dtype), [w.to(dtype) for w in weights]
-    if not keeps_state or implementation == "cuda" or any(s.dtype != torch.float32 for s in states):
-        return x, [s.to(dtype) for s in states], weights
+    x = x.to(dtype)
+    keeps_state = keeps_state and implementation != "cuda" and all(s.dtype == torch.float32 for s in states)
+    if not keeps_state:
+        states = [s.to(dtype) for s in states]
+    given = torch.float32 if keeps_state else dtype
+    if one_step and implementation == "cpu" and all(w.dtype == torch.float32 for w in weights):
+        return x.float(), [s.float() for s in states], weights, given
+    weights = [_casts.cast(w, dtype) for w in weights]
+    if not keeps_state:
+        return x, states, weights, given
     if dtype != torch.bfloat16 or implementation != "cpu":
-        weights = [w.float() for w in weights]  # the kernels take bfloat16 weights as they are
-    return x.float(), states, weights
+        weights = [_casts.cast(w, torch.float32) for w in weights]  # the kernels take bfloat16 weights as they are
+    return x.float(), states, weights, given

@@ -44,6 +44,8 @@ def can_be_read(tensor: Tensor) -> bool:
         and tensor.is_cpu
         and not torch.compiler.is_compiling()
         and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
     )
 
 

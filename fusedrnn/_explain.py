@@ -28,7 +28,11 @@ def explain(
     """
     if isinstance(module, modules.FUSED):
         data = input.data if isinstance(input, PackedSequence) else input
-        dtype = _autocast.dtype(data) or data.dtype
+        autocast = _autocast.dtype(data)
+        dtype = autocast or data.dtype
+        one_step = data.is_cpu and not isinstance(input, PackedSequence) and _call(module, input)[1] == 1
+        if autocast and one_step and next(module.parameters()).dtype == torch.float32:
+            dtype = torch.float32  # it leaves these weights as they are
         found = _dispatch.implementation_for(data.device, dtype, bool(getattr(module, "proj_size", 0)))
         if lengths is not None or resets is not None:
             found = _dispatch.instead_of_torch(found)

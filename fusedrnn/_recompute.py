@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedrnn import _casts, _transforms
+
 # Steps whose gates are there at a time: enough that packing the weights once more for each chunk is little beside them.
 CHUNK = 256
 
@@ -132,7 +134,8 @@ class Recomputed(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # What says where rows begin and end, too: so a change in place before backward is seen.
         sequence = (chunks.batch_sizes, chunks.lengths, chunks.resets)
-        ctx.save_for_backward(*sequence, x, *weights, *(s for kept in starts for s in kept[:-1]))
+        own, ctx.dtypes = _casts.sources(weights)
+        ctx.save_for_backward(*sequence, x, *own, *(s for kept in starts for s in kept[:-1]))
         return y, *(kept[-1] for kept in starts)
 
     @staticmethod
@@ -140,11 +143,13 @@ class Recomputed(torch.autograd.Function):
         chunks, wanted = ctx.chunks, ctx.needs_input_grad[1:]
         _, _, _, x, *rest = ctx.saved_tensors
         count = len(wanted) - 3
-        weights, starts = rest[:count], rest[count:]
+        kept, starts = rest[:count], rest[count:]
         places = chunks.places(x)
         starts = [starts[k * len(places) : (k + 1) * len(places)] for k in range(ctx.states)]
-        if torch.is_grad_enabled():  # create_graph=True: the gradients will be differentiated themselves
-            return (None, *_differentiable(ctx, x, [kept[0] for kept in starts], weights, (dy, *cotangents)))
+        # With create_graph=True the gradients will be differentiated themselves; by is_grads_batched they are many.
+        if torch.is_grad_enabled() or _transforms.batched((dy, *cotangents)):
+            return (None, *_by_one_graph(ctx, x, [states[0] for states in starts], kept, (dy, *cotangents)))
+        weights = _casts.again(kept, ctx.dtypes)
         dstates = [torch.zeros_like(s[0]) if g is None else g.clone() for s, g in zip(starts, cotangents, strict=True)]
 
         def gradients(i: int) -> list[Any]:
@@ -200,14 +205,15 @@ def _gradients(outputs: Any, sources: list[Tensor], cotangents: Any, differentia
     return [next(found) if s.requires_grad else None for s in sources]
 
 
-def _differentiable(ctx: Any, x: Tensor, states: list[Tensor], weights: list[Tensor], cotangents: Any) -> list[Any]:
+def _by_one_graph(ctx: Any, x: Tensor, states: list[Tensor], kept: list[Tensor], cotangents: Any) -> list[Any]:
     """The gradients by running the layer as a whole, with what its Function keeps for gradients of its own."""
-    whole = Chunks(**{**vars(ctx.chunks), "steps": None})
-    # A view of each, so that a tensor that is used twice gets the gradient of each use, not their sum twice.
-    x, *rest = (t.view_as(t) for t in (x, *states, *weights))
-    states, weights = rest[: len(states)], rest[len(states) :]
-    outputs = whole.one(whole.places(x)[0], x, states[0], states[1] if len(states) == 2 else None, weights)
+    whole, differentiable = Chunks(**{**vars(ctx.chunks), "steps": None}), torch.is_grad_enabled()
+    with torch.enable_grad():
+        # A view of each, so that a tensor that is used twice gets the gradient of each use, not their sum twice.
+        x, *rest = (t.view_as(t) for t in (x, *states, *_casts.again(kept, ctx.dtypes)))
+        states, weights = rest[: len(states)], rest[len(states) :]
+        outputs = whole.one(whole.places(x)[0], x, states[0], states[1] if len(states) == 2 else None, weights)
     if all(g is None for g in cotangents):
         return [None] * (3 + len(weights))
-    found = _gradients(outputs, [x, *states, *weights], cotangents, differentiable=True)
+    found = _gradients(outputs, [x, *states, *weights], cotangents, differentiable)
     return found if len(states) == 2 else [*found[:2], None, *found[2:]]

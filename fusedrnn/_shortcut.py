@@ -5,6 +5,7 @@ What gets None here takes the long way, whose checks say what is wrong, if anyth
 
 from __future__ import annotations
 
+from operator import is_not
 from typing import Any
 
 import torch
@@ -54,6 +55,8 @@ def layer(module: torch.nn.RNNBase, name: str, x: Tensor, hx: Any, lengths: Any 
     shape = rows, x.shape[1], module.hidden_size
     h, c = _states(name, x, hx, shape)
     weights = [module._parameters.get(key) for key in module._flat_weights_names]
+    if any(map(is_not, weights, module._flat_weights)):
+        return None  # other weights than its parameters, perhaps
     if device == "cuda":
         found = _run_on_gpu(name, x, h, c, weights, shape)
     elif not ragged:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedrnn import _autograd, _dispatch, _modes, _ops, _reference, _transforms
+from fusedrnn import _autograd, _casts, _dispatch, _modes, _ops, _reference, _transforms
 
 
 def recurrence(
@@ -58,21 +58,24 @@ class AllCells(torch.autograd.Function):
             )
         ctx.tf32 = tf32
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(lengths, resets, x, hx, cx, y, gates, cells, *weights)
+        kept, ctx.dtypes = _casts.sources(weights)
+        ctx.save_for_backward(lengths, resets, x, hx, cx, y, gates, cells, *kept)
         ctx.mark_non_differentiable(gates)
         return y, h_n, c_n, gates, cells
 
     @staticmethod
     def backward(ctx: Any, dy: Any, dh_n: Any, dc_n: Any, _: Any, dcells: Any) -> Any:
-        lengths, resets, x, hx, cx, y, gates, cells, *weights = ctx.saved_tensors
+        lengths, resets, x, hx, cx, y, gates, cells, *kept = ctx.saved_tensors
         wanted = ctx.needs_input_grad[3:]
-        inputs = (x, hx, cx, *weights)
         cotangents = (dy, dh_n, dc_n, dcells)
         # With create_graph=True the gradients will be differentiated themselves.
-        if torch.is_grad_enabled() or _transforms.batched(cotangents):
+        differentiable = torch.is_grad_enabled()
+        if differentiable or _transforms.batched(cotangents):
             with torch.enable_grad():
-                found = _differentiable(inputs, wanted, lengths, resets, cotangents)
+                inputs = (x, hx, cx, *_casts.again(kept, ctx.dtypes))
+                found = _by_reference_again(inputs, wanted, lengths, resets, cotangents, differentiable)
         else:
+            weights = _casts.again(kept, ctx.dtypes)
             with _ops.below_autograd():
                 found = iter(
                     _ops.recurrence_backward(
@@ -83,12 +86,13 @@ class AllCells(torch.autograd.Function):
         return (None,) * 3 + tuple(next(found) if want else None for want in wanted)
 
 
-def _differentiable(
+def _by_reference_again(
     inputs: tuple[Tensor, ...],
     wanted: tuple[bool, ...],
     lengths: Tensor | None,
     resets: Tensor | None,
     cotangents: tuple[Tensor | None, ...],
+    differentiable: bool,
 ) -> Iterator[Tensor]:
     """The gradients that are wanted, by running the reference again."""
     # A view of each, so that a tensor that is used twice gets the gradient of each use, not their sum twice.
@@ -101,7 +105,7 @@ def _differentiable(
     pairs = [(o, g) for o, g in zip(outputs, cotangents, strict=True) if o is not None and g is not None]
     sources = [t for t, want in zip((x, hx, cx, *weights), wanted, strict=True) if want]
     found = torch.autograd.grad(
-        [o for o, _ in pairs], sources, [g for _, g in pairs], create_graph=True, materialize_grads=True
+        [o for o, _ in pairs], sources, [g for _, g in pairs], create_graph=differentiable, materialize_grads=True
     )
     return iter(found)
 

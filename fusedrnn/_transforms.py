@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedrnn import _derivatives, _direct, _dispatch, _modes, _ops, _vmap
+from fusedrnn import _casts, _derivatives, _direct, _dispatch, _modes, _ops, _vmap
 
 Maybe = Tensor | None
 _is_old_batch = torch._C._functorch.is_legacy_batchedtensor  # of is_grads_batched=True
@@ -16,7 +17,7 @@ _is_old_batch = torch._C._functorch.is_legacy_batchedtensor  # of is_grads_batch
 
 def batched(cotangents: Sequence[Maybe]) -> bool:
     """Whether some are many at once, by is_grads_batched, which sees through plain PyTorch only."""
-    return any(c is not None and _is_old_batch(c) for c in cotangents)
+    return not torch.compiler.is_compiling() and any(c is not None and _is_old_batch(c) for c in cotangents)
 
 
 def _followed(tensors: Sequence[Maybe]) -> tuple[bool, ...] | None:
@@ -30,7 +31,8 @@ def save(ctx: Any, cell: str, tf32: bool, inputs: Sequence[Maybe], y: Tensor, sa
     """Keeps for :func:`gradients` what forward was given, from batch_sizes on, and what it gave."""
     ctx.cell, ctx.tf32, ctx.weights, ctx.followed = cell, tf32, len(inputs) - 6, None
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs, y, *saved)
+    weights, ctx.dtypes = _casts.sources(inputs[6:])  # type: ignore[arg-type]
+    ctx.save_for_backward(*inputs[:6], *weights, y, *saved)
 
 
 def with_step(*tensors: Maybe) -> Any:
@@ -41,7 +43,7 @@ def with_step(*tensors: Maybe) -> Any:
 def gradients(ctx: Any, dy: Maybe, dh_n: Maybe = None, dc_n: Maybe = None, *_: Maybe) -> tuple[Maybe, ...]:
     """The backward pass of both Functions of a layer: what they return for each argument."""
     batch_sizes, lengths, resets, x, hx, cx, *rest = ctx.saved_tensors
-    weights, y, saved = rest[: ctx.weights], rest[ctx.weights], rest[ctx.weights + 1 :]
+    weights, y, saved = _casts.again(rest[: ctx.weights], ctx.dtypes), rest[ctx.weights], rest[ctx.weights + 1 :]
     step = hx.dim() == 2
     if step:
         dy, dh_n, dc_n = None, dy, dh_n
@@ -49,8 +51,10 @@ def gradients(ctx: Any, dy: Maybe, dh_n: Maybe = None, dc_n: Maybe = None, *_: M
     if all(c is None for c in cotangents):
         return (None,) * (8 + len(weights))
     wanted = ctx.needs_input_grad[5:] if ctx.followed is None else ctx.followed
-    seen = batched(cotangents) or (_modes.active() and _modes.needs_reference())
-    differentiable = torch.is_grad_enabled() or _modes.active()  # the gradients will be so themselves, or are batched
+    compiling = torch.compiler.is_compiling()  # by compiled autograd, in a graph that knows the operators
+    seen = batched(cotangents) or (not compiling and _modes.active() and _modes.needs_reference())
+    # The gradients will be so themselves, or are batched.
+    differentiable = not compiling and (torch.is_grad_enabled() or _modes.active())
     sequence = (batch_sizes, lengths, resets)
     if not (seen or differentiable) and batch_sizes is None and lengths is None and resets is None:
         direct = _direct.backward(ctx.cell, cotangents, x, y, hx, cx, saved, weights, wanted)
@@ -67,7 +71,7 @@ def gradients(ctx: Any, dy: Maybe, dh_n: Maybe = None, dc_n: Maybe = None, *_: M
             ctx.cell, ctx.tf32, asked, len(weights), *sequence, *cotangents, x, hx, cx, *weights, y, *saved
         )
     else:
-        with _ops.below_autograd():
+        with contextlib.nullcontext() if compiling else _ops.below_autograd():
             found = _ops.recurrence_backward(
                 ctx.cell, *cotangents, x, y, hx, cx, saved, weights, *sequence, asked, ctx.tf32
             )

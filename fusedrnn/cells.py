@@ -33,9 +33,11 @@ class _Cell(torch.nn.RNNCellBase):
         if autocast is not None:
             keeps_state = not isinstance(self, torch.nn.RNNCell)
             states = [h] if c is None else [h, c]
-            x, states, weights = _autocast.cast(x, states, weights, autocast, implementation, keeps_state)
+            x, states, weights, dtype = _autocast.cast(x, states, weights, autocast, implementation, keeps_state, True)
             h, c = states if len(states) == 2 else (states[0], None)
         h, c = functional.step(self._mode(), x, h, c, weights, implementation)
+        if autocast is not None:
+            h, c = h.to(dtype), c if c is None else c.to(dtype)
         if input.dim() == 1:
             h, c = h.squeeze(0), c if c is None else c.squeeze(0)
         return h if c is None else (h, c)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedrnn import _autograd, _modes, _ragged, _recompute, _reference, _states
+from fusedrnn import _autograd, _casts, _modes, _ragged, _recompute, _reference, _states
 from fusedrnn._dispatch import HALF_DTYPES, KERNEL_DTYPES
 
 
@@ -19,8 +19,12 @@ def step(
 
     ``cell``, ``weights`` and ``implementation`` are those of :func:`stack`.
     """
-    if implementation == "cpu" and x.dtype in KERNEL_DTYPES:
-        h, *rest = _autograd.step(cell, x, h, c, weights)
+    if implementation == "cpu":
+        dtype = x.dtype
+        if dtype not in KERNEL_DTYPES:
+            x, h, c = x.float(), h.float(), None if c is None else c.float()
+            weights = [_casts.cast(w, torch.float32) for w in weights]
+        h, *rest = (state.to(dtype) for state in _autograd.step(cell, x, h, c, weights))
         return h, rest[0] if rest else None
     _, h, c = stack(
         cell, x.unsqueeze(0), h.unsqueeze(0), None if c is None else c.unsqueeze(0), weights, implementation
@@ -79,7 +83,8 @@ def stack(
     dtype = x.dtype
     converted = implementation == "cpu" and dtype not in KERNEL_DTYPES
     if converted:  # float32 inside: sums, cell state and everything kept between steps
-        x, hx, cx, weights = x.float(), hx.float(), None if cx is None else cx.float(), [w.float() for w in weights]
+        x, hx, cx = x.float(), hx.float(), None if cx is None else cx.float()
+        weights = [_casts.cast(w, torch.float32) for w in weights]
     recurrence = _reference.wide if implementation == "reference" else _autograd.recurrence
     has_gates = cell in ("lstm", "gru")  # an RNN keeps its output only, as it is
     if recompute and has_gates and _autograd.needs_gradient(x, hx, cx, weights) and not _traced():

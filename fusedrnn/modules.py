@@ -9,12 +9,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import _autocast, _dispatch, _dynamo, _modes, _shortcut, functional
-from fusedrnn._checks import as_pair, check_like_input, parameters, reset_mask, row_lengths
+from fusedrnn._checks import as_pair, can_be_read, check_like_input, reset_mask, row_lengths
 from fusedrnn._stream import Stream
+from fusedrnn._weights import FlatWeights
 from fusedrnn.cells import GRUCell, LSTMCell, RNNCell
 
 
-class _Layer(torch.nn.RNNBase):
+class _Layer(FlatWeights):
     """What the three layers share. ``hx`` is a tensor, or for the LSTM the pair (h_0, c_0).
 
     ``recompute``, an argument of the constructor and an attribute, makes a training step keep each layer's input and
@@ -94,13 +95,15 @@ class _Layer(torch.nn.RNNBase):
                     f"{self.mode}: expected a padded input with lengths, resets or all states, got a PackedSequence"
                 )
             _, batch_sizes, sorted_indices, unsorted_indices = input
+            if can_be_read(batch_sizes) and len(batch_sizes) and not batch_sizes[-1]:
+                batch_sizes = batch_sizes[batch_sizes > 0]  # torch.nn takes last steps without a row, too
             states = self._states(x, int(batch_sizes[0]), hx, 3, weights, autocast)
             if hx is not None and sorted_indices is not None:
                 states = [s.index_select(1, sorted_indices) for s in states]
             y, states = self._run(x, states, weights, implementation, batch_sizes, autocast)
             if unsorted_indices is not None:
                 states = [s.index_select(1, unsorted_indices) for s in states]
-            output: Any = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
+            output: Any = PackedSequence(y, input.batch_sizes, sorted_indices, unsorted_indices)
         else:
             rank = x.dim()
             if rank not in (2, 3):
@@ -178,14 +181,6 @@ class _Layer(torch.nn.RNNBase):
             check_like_input(state, name, x, any_dtype=autocast is not None)
         return [s.unsqueeze(1) for s in states] if rank == 2 else states
 
-    def _weights(self) -> list[Tensor]:
-        """The flat list of weights."""
-        weights = parameters(self, self._flat_weights_names)
-        for name, weight in zip(self._flat_weights_names, weights, strict=True):
-            if weight is None:
-                raise TypeError(f"{self.mode}: expected {name} to be a tensor, got None")
-        return weights
-
     def _run(
         self,
         x: Tensor,
@@ -200,13 +195,18 @@ class _Layer(torch.nn.RNNBase):
     ) -> tuple[Tensor, list[Tensor]]:
         if autocast is not None:
             keeps_state = self.mode == "GRU" or (self.mode == "LSTM" and batch_sizes is not None)
-            x, states, weights = _autocast.cast(x, states, weights, autocast, implementation, keeps_state)
+            one_step = batch_sizes is None and x.size(0) == 1 and every is None
+            x, states, weights, dtype = _autocast.cast(
+                x, states, weights, autocast, implementation, keeps_state, one_step
+            )
         h, c = states if len(states) == 2 else (states[0], None)
         dropout = self.dropout if self.training else 0.0
         y, h, c = functional.stack(
             self.mode.lower(), x, h, c, weights, implementation, self.num_layers, dropout,
             batch_sizes, lengths, resets, self.recompute, every,
         )  # fmt: skip
+        if autocast is not None:
+            y, h, c = y.to(dtype), h.to(dtype), c if c is None else c.to(dtype)
         return y, [h] if c is None else [h, c]
 
 

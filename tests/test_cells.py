@@ -168,3 +168,9 @@ def test_an_infinite_gradient_stays_away_from_a_dead_unit():
     y[-1].backward(torch.full_like(y[-1], torch.inf))
     assert torch.equal(x.grad, torch.zeros_like(x))
     assert torch.equal(layer.weight_ih_l0.grad, torch.zeros(9, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_state_can_be_detached_in_place(dtype):
+    cell, x = fusedrnn.GRUCell(4, 7, dtype=dtype), torch.randn(3, 4, dtype=dtype)
+    assert cell(x).detach_().is_leaf

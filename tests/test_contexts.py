@@ -82,10 +82,54 @@ def test_autocast_keeps_float64(name):
 def test_autocast_rounds_inputs_and_nothing_else(name):
     _, ours = pair(name)
     x = make_input(name)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        under_autocast = first(ours(x))
-    rounded = copy.deepcopy(ours).bfloat16()
-    assert torch.equal(under_autocast.bfloat16(), first(rounded(x.bfloat16())))
+    for given in (x,) if name.endswith("Cell") else (x, x[:1]):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            under_autocast = first(ours(given))
+        if name.endswith("Cell") or len(given) == 1:  # whose weights are left as they are
+            expected = first(ours(given.bfloat16().float())).bfloat16()
+        else:
+            expected = first(copy.deepcopy(ours).bfloat16()(given.bfloat16()))
+        assert torch.equal(under_autocast.bfloat16(), expected)
+
+
+@pytest.mark.parametrize("under_autocast", [True, False], ids=["autocast", "module"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*((name, {}) for name in LAYERS + CELLS), ("GRU", {"recompute": True}), ("LSTM", {"return_all_states": True})],
+)
+def test_no_call_keeps_a_copy_of_the_weights(name, options, dtype, under_autocast):
+    """A loop over steps would keep one for each of them."""
+    _, ours = pair(name)
+    options = dict(options)
+    ours.recompute = options.pop("recompute", False)
+    x, kept = make_input(name), []
+    inputs = [x] if name in CELLS else [x, x[:1]]
+    exact = [torch.autograd.grad(first(ours(given)).square().sum(), [*ours.parameters()]) for given in inputs]
+    if not under_autocast:
+        ours, inputs = ours.to(dtype), [given.to(dtype) for given in inputs]
+    shapes, places = [p.shape for p in ours.parameters()], [p.data_ptr() for p in ours.parameters()]
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.extend([tensor] if tensor.shape in shapes else [])
+        return tensor
+
+    for given, expected in zip(inputs, exact, strict=True):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            with torch.autocast("cpu", dtype=dtype, enabled=under_autocast):
+                y = first(ours(given, **options))
+            assert len(kept) >= 4
+            assert all(tensor.data_ptr() in places for tensor in kept)
+        many = torch.autograd.grad(
+            y, [*ours.parameters()], torch.stack([y, 2 * y]), retain_graph=True, is_grads_batched=True
+        )
+        for mine, other in zip(many, expected, strict=True):
+            assert not mine.requires_grad
+            torch.testing.assert_close(mine[1].float(), other, rtol=0, atol=0.02 * float(other.abs().max()))
+        loss = y.float().square().sum()
+        for keeps in {"retain_graph": True}, {"create_graph": True}:
+            for mine, other in zip(torch.autograd.grad(loss, [*ours.parameters()], **keeps), expected, strict=True):
+                torch.testing.assert_close(mine.float(), other, rtol=0, atol=0.02 * float(other.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

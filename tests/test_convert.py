@@ -118,6 +118,12 @@ def test_a_subclass_is_left_alone_and_named(name):
     assert type(model["outer"][1]) is theirs
 
 
+def test_what_torch_makes_a_subclass_of_is_to_be_converted_before():
+    layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.LSTM(4, 7), "weight_hh_l0")
+    with pytest.warns(UserWarning, match=r"left the model alone: it is parametrized \(convert first\)"):
+        fusedrnn.convert(layer)
+
+
 def test_a_subclass_of_ours_is_not_reverted():
     class Mine(fusedrnn.LSTM):
         pass
@@ -162,6 +168,13 @@ def test_explain_takes_packed_and_unbatched_input():
 def test_explain_says_what_autocast_makes_of_a_call():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert "bfloat16 weights" in fusedrnn.explain(fusedrnn.LSTM(4, 7), torch.randn(5, 3, 4)).reason
+        one_step = torch.randn(1, 3, 4)
+        for given in one_step, one_step.bfloat16(), one_step[0]:
+            layer = fusedrnn.LSTM(4, 7) if given.dim() == 3 else fusedrnn.LSTMCell(4, 7)
+            assert "bfloat16" not in fusedrnn.explain(layer, given).reason
+            assert "bfloat16 weights" in fusedrnn.explain(layer.bfloat16(), given).reason
+        packed = pack_padded_sequence(one_step, torch.ones(3))
+        assert "bfloat16 weights" in fusedrnn.explain(fusedrnn.LSTM(4, 7), packed).reason
 
 
 def test_explain_refuses_what_is_no_input():

@@ -9,8 +9,9 @@ import pickle
 
 import pytest
 import torch
-from numerics import assert_as_good
-from torch.nn.utils.rnn import pack_padded_sequence
+from numerics import FAST, assert_as_good
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fusedrnn
 
@@ -235,7 +236,7 @@ def test_output_changed_in_place_is_refused_or_right(name):
 def check_gradients(check, module, x, state) -> None:
     inputs = (x, *flat(state), *module.parameters())
     # The check perturbs its inputs in place, so the function may read them where they live.
-    assert check(lambda *_: tuple(flat(module(x, state))), inputs)
+    assert check(lambda *_: tuple(flat(module(x, state))), inputs, **(FAST if check is gradgradcheck else {}))
 
 
 def random_state(name: str, *shape: int):
@@ -254,10 +255,10 @@ def random_state(name: str, *shape: int):
         ("LSTM", {"proj_size": 2, "num_layers": 2}),
     ],
 )
-@pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
+@pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
 def test_gradcheck_layers(name, options, check):
     # Twice differentiated, the smallest shape that has two rows, two steps and two units will do.
-    B, hidden = (2, 3) if check is torch.autograd.gradcheck else (2, 2 + ("proj_size" in options))
+    B, hidden = (2, 3) if check is gradcheck else (2, 2 + ("proj_size" in options))
     module = make(name, 2, hidden, dtype=torch.float64, **options)
     rows = options.get("num_layers", 1) * (1 + options.get("bidirectional", False))
     x = torch.randn(3, B, 2, dtype=torch.float64, requires_grad=True)
@@ -267,7 +268,7 @@ def test_gradcheck_layers(name, options, check):
     check_gradients(check, module, x, state)
 
 
-@pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
+@pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
 @every_layer
 def test_gradcheck_lengths(name, check):
     module = make(name, 2, 2, bidirectional=True, dtype=torch.float64)
@@ -278,7 +279,17 @@ def test_gradcheck_lengths(name, check):
         y, last = module(pack_padded_sequence(x, torch.tensor([2, 3, 1]), enforce_sorted=False), state)
         return (y.data, *flat(last))
 
-    assert check(packed, (x, *flat(state), *module.parameters()))
+    assert check(packed, (x, *flat(state), *module.parameters()), **(FAST if check is gradgradcheck else {}))
+
+
+@every_layer
+def test_last_steps_of_a_packed_batch_without_a_row(name):
+    ours, theirs = make(name, 4, 7), getattr(torch.nn, name)(4, 7)
+    theirs.load_state_dict(ours.state_dict())
+    packed = PackedSequence(torch.randn(6, 4), torch.tensor([3, 2, 1, 0, 0]))
+    (y, states), (expected, expected_states) = ours(packed), theirs(packed)
+    torch.testing.assert_close([y.data, *flat(states)], [expected.data, *flat(expected_states)])
+    assert torch.equal(y.batch_sizes, packed.batch_sizes)
 
 
 # --- dropout ------------------------------------------------------------------------------------
@@ -339,4 +350,4 @@ def test_gradients_through_dropout(name):
         torch.manual_seed(3)
         return tuple(flat(module(x)))
 
-    assert torch.autograd.gradcheck(same_mask, (x, *module.parameters()))
+    assert gradcheck(same_mask, (x, *module.parameters()))

@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import Case, expected, for_all_cells, make_data, run_module
-from numerics import assert_all_as_good
+from numerics import FAST, assert_all_as_good
 from test_ragged import flat, loop, rows_of, run, run_oracle
+from torch.autograd import gradcheck, gradgradcheck
 
 import fusedrnn
 from fusedrnn import _dispatch, _recompute
@@ -60,12 +61,24 @@ def test_lengths_and_resets(case, which):
     assert_all_as_good(at_once, by_steps, run_oracle(case, lengths, resets), case.torch_dtype)
 
 
-@pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
+@pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
 @pytest.mark.parametrize("name", LAYERS)
 def test_gradcheck(name, check):
     layer = getattr(fusedrnn, name)(2, 2, bidirectional=True, dtype=torch.float64, recompute=True)
     x = torch.randn(6, 1, 2, dtype=torch.float64, requires_grad=True)
-    assert check(lambda *_: tuple(flat(layer(x))), (x, *layer.parameters()))
+    options = FAST if check is gradgradcheck else {}
+    assert check(lambda *_: tuple(flat(layer(x))), (x, *layer.parameters()), **options)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_many_gradients_at_once(name):
+    """is_grads_batched, over several chunks."""
+    layer, x = getattr(fusedrnn, name)(4, 7, bidirectional=True, recompute=True), torch.randn(9, 3, 4)
+    jacobians = [
+        torch.autograd.functional.jacobian(lambda x: layer(x)[0][-1, 0], x, vectorize=vectorize)
+        for vectorize in (True, False)
+    ]
+    torch.testing.assert_close(*jacobians)
 
 
 @pytest.mark.parametrize("asking", ["x", "weight_hh_l0", "bias_ih_l0"])

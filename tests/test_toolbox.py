@@ -10,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torch.utils.benchmark
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
@@ -113,7 +114,12 @@ def test_meta_device(name):
     source, x = getattr(fusedrnn, name)(4, 7, 2), torch.randn(5, 3, 4)
     with torch.device("meta"):
         empty = getattr(fusedrnn, name)(4, 7, 2)
-        assert empty(torch.empty(5, 3, 4))[0].shape == (5, 3, 7)
+        x_there = torch.empty(5, 3, 4)
+        assert empty(x_there)[0].shape == (5, 3, 7)
+        given = {"lengths": torch.ones(3, dtype=torch.int64), "resets": torch.zeros(5, 3, dtype=torch.bool)}
+        y, _, states = empty(x_there, return_all_states=True, **given)
+        assert y.shape == (5, 3, 7)
+        assert (states[0] if name == "LSTM" else states).shape == (2, 5, 3, 7)
     filled = copy.deepcopy(empty).to_empty(device="cpu")
     filled.load_state_dict(source.state_dict())
     empty.load_state_dict(source.state_dict(), assign=True)
@@ -192,6 +198,91 @@ def test_subclass():
     plain = fusedrnn.LSTM(4, 7)
     plain.load_state_dict(layer.state_dict(), strict=False)
     assert torch.equal(copy.deepcopy(layer)(x)[0], plain(x)[0] * 2)
+
+
+def test_weights_in_the_flat_list():
+    """Public code puts others there for the length of a call, which torch.nn then uses."""
+
+    def dropping(base: type) -> type:
+        class DropConnect(base):
+            def forward(self, input, hx=None):
+                kept = self._flat_weights
+                names = zip(kept, self._flat_weights_names, strict=True)
+                self._flat_weights = [F.dropout(w) if name.startswith("weight_hh") else w for w, name in names]
+                try:
+                    return super().forward(input, hx)
+                finally:
+                    self._flat_weights = kept
+
+        return DropConnect
+
+    for name in "RNN", "LSTM", "GRU":
+        ours, theirs = (dropping(getattr(library, name))(4, 7, 2) for library in (fusedrnn, torch.nn))
+        theirs.load_state_dict(ours.state_dict())
+        x, found = torch.randn(5, 3, 4), []
+        for layer in ours, theirs:
+            torch.manual_seed(1)
+            y, _ = layer(x)
+            found.append([y, *torch.autograd.grad(y.square().sum(), [*layer.parameters()])])
+        torch.testing.assert_close(*found)
+        assert not torch.allclose(found[0][0], super(type(ours), ours).forward(x)[0])
+
+    layer, x = fusedrnn.GRU(4, 7), torch.randn(5, 3, 4)
+    layer._flat_weights[1] = torch.zeros(21, 7)
+    assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x)[0], layer(x)[0])
+    wanted = copy.deepcopy(layer)  # whose list is that of its own parameters
+    zeros = {"weight_hh_l0": torch.zeros(21, 7)}
+    assert torch.equal(layer(x)[0], torch.func.functional_call(wanted, zeros, (x,))[0])
+    with torch.no_grad():
+        assert torch.equal(layer(x)[0], layer.stream(3)(x))
+    layer.weight_ih_l0 = torch.nn.Parameter(wanted.weight_ih_l0.detach().clone())  # and the list is made anew
+    assert torch.equal(layer(x)[0], wanted(x)[0])
+
+
+def test_weights_that_were_in_the_flat_list_before():
+    """A parameter that comes back, after another or a parametrization, is what is used and trained."""
+    x = torch.randn(5, 3, 4)
+    for forget in False, True:
+        layer = fusedrnn.LSTM(4, 7)
+        first, second = layer.weight_hh_l0, torch.nn.Parameter(torch.randn(28, 7))
+        layer.weight_hh_l0 = second
+        layer(x)
+        if forget:
+            del layer.weight_hh_l0
+            layer.register_parameter("weight_hh_l0", first)
+        else:
+            layer._parameters["weight_hh_l0"] = first
+        layer(x)[0].sum().backward()
+        assert first.grad is not None
+        assert second.grad is None
+
+    layer = parametrizations.weight_norm(fusedrnn.LSTM(4, 7), "weight_hh_l0")
+    with torch.no_grad():
+        layer.weight_hh_l0 = torch.randn(28, 7)
+    layer(x)
+    copy.deepcopy(layer.requires_grad_(False)).requires_grad_()
+    layer.requires_grad_()
+    parametrize.remove_parametrizations(layer, "weight_hh_l0")
+    layer(x)[0].sum().backward()
+    assert layer.weight_hh_l0.grad is not None
+
+
+def test_weights_made_in_inference_mode_under_autocast():
+    with torch.inference_mode():
+        layer = fusedrnn.GRU(4, 7).requires_grad_(False)
+    x = torch.randn(5, 3, 4, requires_grad=True)
+    with torch.autocast("cpu"):
+        layer(x)[0].sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_counting_only_the_backward_of_a_checkpoint():
+    layer, x = fusedrnn.GRU(4, 64), torch.randn(10, 4, 4, requires_grad=True)
+    lengths = torch.tensor([10, 2, 3, 1])
+    y = checkpoint(lambda x: layer(x, lengths=lengths)[0], x, use_reentrant=False)
+    with FlopCounterMode(display=False):
+        y.sum().backward()
+    assert x.grad.isfinite().all()
 
 
 # --- tools that know torch.nn's classes -----------------------------------------------------------------

@@ -48,6 +48,36 @@ def test_jit_trace(name):
     assert_close(of_loaded, gradients(ours, list(module.parameters())))
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("trace", [torch.jit.trace, make_fx], ids=["jit", "fx"])
+def test_lengths_in_a_trace(trace):
+    """Nobody looks at their values, which would become part of it: here four of five steps are padding."""
+    layer = fusedrnn.GRU(4, 80).requires_grad_(False)
+
+    def run(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        return layer(x, lengths=lengths)[0]
+
+    example = torch.randn(5, 4, 4), torch.tensor([5, 1, 1, 1])
+    traced = trace(run)(*example) if trace is make_fx else trace(run, example)
+    for rows in ([5, 1, 2, 1],) if trace is make_fx else ([5, 1, 2, 1, 3], [1] * 8, [5, 2]):
+        given = torch.randn(5, len(rows), 4), torch.tensor(rows)
+        torch.testing.assert_close(traced(*given), run(*given))
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"num_layers": 2, "bidirectional": True}], ids=str)
+@pytest.mark.filterwarnings("ignore")  # as many as torch.compile itself gives
+@MODULES
+def test_compiled_autograd(name, options):
+    if name.endswith("Cell") and options:
+        pytest.skip("an option of layers")
+    module, x = getattr(fusedrnn, name)(4, 7, **options), make_input(name)
+    expected = gradients(flat(module(x)), list(module.parameters()))
+    loss = sum(r.sin().sum() for r in flat(module(x)))
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(lambda loss: loss.backward(), backend="aot_eager")(loss)
+    assert_close([p.grad for p in module.parameters()], expected)
+
+
 @MODULES
 def test_fx_makes_a_node_of_a_module(name):
     class Model(torch.nn.Module):

@@ -38,7 +38,7 @@ const Kernels& kernels();              // the ones in use
 // Memory for the length of a pass, at the start of a cache line. Large blocks are kept for the next pass, 256 MiB of them at
 // most, until another comes back after they have lain idle for a few seconds: memory fresh from the system costs more to touch
 // than a small layer's step (2 MiB: 0.5 ms).
-// borrow throws std::bad_alloc; `bytes` of give_back are those asked for.
+// borrow throws where there is no memory; `bytes` of give_back are those asked for.
 void* borrow(size_t bytes);
 void give_back(void* memory, size_t bytes);
 size_t pooled();  // bytes kept and not in use

@@ -3,6 +3,8 @@
 #include <cstdlib>
 #include <mutex>
 #include <new>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "cpu.h"
@@ -74,7 +76,8 @@ void* allocate(size_t bytes) {
     empty();
     memory = std::aligned_alloc(line, bytes);
   }
-  if (!memory) throw std::bad_alloc();
+  if (!memory)  // as torch says it, to whom RuntimeError means this
+    throw std::runtime_error("fusedrnn: can't allocate memory: tried to allocate " + std::to_string(bytes) + " bytes");
   prefer_huge_pages(memory, bytes);
   return memory;
 }

@@ -1,0 +1,40 @@
+"""The weights that a layer's call uses, as torch.nn's layers choose them."""
+
+from __future__ import annotations
+
+import weakref
+from operator import is_not
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedrnn._checks import parameters
+
+
+class FlatWeights(torch.nn.RNNBase):
+    """Those of a layer: its attributes, or what ``_flat_weights`` has been given, until an attribute is another."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        names = self.__dict__.get("_flat_weights_names", ())
+        if name in names:
+            self._flat_weight_refs[names.index(name)] = None if value is None else weakref.ref(value)
+            self._flat_weights = self._listed()
+
+    def _listed(self) -> list[Any]:
+        """The attributes of which the list was made."""
+        return [None if ref is None else ref() for ref in self._flat_weight_refs]
+
+    def _weights(self) -> list[Tensor]:
+        """Per layer and direction, as ``_flat_weights_names`` has them."""
+        weights = parameters(self, self._flat_weights_names)
+        if any(map(is_not, weights, self._flat_weights)):
+            if any(map(is_not, weights, self._listed())):
+                self._flat_weights = self._listed()
+            else:
+                weights = list(self._flat_weights)
+        for name, weight in zip(self._flat_weights_names, weights, strict=True):
+            if weight is None:
+                raise TypeError(f"{self.mode}: expected {name} to be a tensor, got None")
+        return weights
