@@ -54,7 +54,7 @@ def layer(module: torch.nn.RNNBase, name: str, x: Tensor, hx: Any, lengths: Any 
     rows = layers * (2 if module.bidirectional else 1)
     shape = rows, x.shape[1], module.hidden_size
     h, c = _states(name, x, hx, shape)
-    weights = [module._parameters.get(key) for key in module._flat_weights_names]
+    weights = list(map(module._parameters.get, module._flat_weights_names))
     if any(map(is_not, weights, module._flat_weights)):
         return None  # other weights than its parameters, perhaps
     if device == "cuda":
