@@ -11,7 +11,7 @@ from fusedrnn import _casts
 def dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast wants for recurrent layers on x's device; None outside autocast and for float64."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):  # there is none for meta
         return None
     return torch.get_autocast_dtype(device)
 

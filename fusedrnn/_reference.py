@@ -98,7 +98,7 @@ def recurrence(
     Returns:
         y ``[T, B, D*R]`` or ``[N, D*R]``, h_n ``[D, B, R]`` and, for an LSTM, c_n ``[D, B, H]``.
     """
-    if not torch.amp.is_autocast_available(x.device.type):
+    if x.is_meta:  # there is no autocast for it
         return _recurrence(cell, x, hx, cx, weights, batch_sizes, lengths, resets, cells)
     with torch.autocast(x.device.type, enabled=False):  # whoever calls has done the casts that autocast asks for
         return _recurrence(cell, x, hx, cx, weights, batch_sizes, lengths, resets, cells)
