@@ -30,8 +30,13 @@ def explain(
         data = input.data if isinstance(input, PackedSequence) else input
         autocast = _autocast.dtype(data)
         dtype = autocast or data.dtype
-        one_step = data.is_cpu and not isinstance(input, PackedSequence) and _call(module, input)[1] == 1
-        if autocast and one_step and next(module.parameters()).dtype == torch.float32:
+        if (
+            autocast
+            and data.is_cpu
+            and not isinstance(input, PackedSequence)
+            and _call(module, input)[1] == 1
+            and next(module.parameters()).dtype == torch.float32
+        ):
             dtype = torch.float32  # it leaves these weights as they are
         found = _dispatch.implementation_for(data.device, dtype, bool(getattr(module, "proj_size", 0)))
         if lengths is not None or resets is not None:

@@ -43,13 +43,14 @@ def with_step(*tensors: Maybe) -> Any:
 def gradients(ctx: Any, dy: Maybe, dh_n: Maybe = None, dc_n: Maybe = None, *_: Maybe) -> tuple[Maybe, ...]:
     """The backward pass of both Functions of a layer: what they return for each argument."""
     batch_sizes, lengths, resets, x, hx, cx, *rest = ctx.saved_tensors
-    weights, y, saved = _casts.again(rest[: ctx.weights], ctx.dtypes), rest[ctx.weights], rest[ctx.weights + 1 :]
+    y, saved = rest[ctx.weights], rest[ctx.weights + 1 :]
     step = hx.dim() == 2
     if step:
         dy, dh_n, dc_n = None, dy, dh_n
     cotangents = (dy, dh_n, None if cx is None else dc_n)  # without cx, what stands there is of something saved
     if all(c is None for c in cotangents):
-        return (None,) * (8 + len(weights))
+        return (None,) * len(ctx.needs_input_grad)
+    weights = _casts.again(rest[: ctx.weights], ctx.dtypes)
     wanted = ctx.needs_input_grad[5:] if ctx.followed is None else ctx.followed
     compiling = torch.compiler.is_compiling()  # by compiled autograd, in a graph that knows the operators
     seen = batched(cotangents) or (not compiling and _modes.active() and _modes.needs_reference())

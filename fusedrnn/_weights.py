@@ -16,10 +16,13 @@ class FlatWeights(torch.nn.RNNBase):
     """Those of a layer: its attributes, or what ``_flat_weights`` has been given, until an attribute is another."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
         names = self.__dict__.get("_flat_weights_names", ())
+        # RNNBase's own leaves a value that is refused in the list, where it would be used.
+        super(torch.nn.RNNBase, self).__setattr__(name, value)
         if name in names:
-            self._flat_weight_refs[names.index(name)] = None if value is None else weakref.ref(value)
+            refs = list(self._flat_weight_refs)  # which a shallow copy, such as a replica, shares
+            refs[names.index(name)] = None if value is None else weakref.ref(value)
+            self._flat_weight_refs = refs
             self._flat_weights = self._listed()
 
     def _listed(self) -> list[Any]:
@@ -30,10 +33,13 @@ class FlatWeights(torch.nn.RNNBase):
         """Per layer and direction, as ``_flat_weights_names`` has them."""
         weights = parameters(self, self._flat_weights_names)
         if any(map(is_not, weights, self._flat_weights)):
-            if any(map(is_not, weights, self._listed())):
-                self._flat_weights = self._listed()
-            else:
+            made_of = self._listed()
+            if not any(map(is_not, weights, made_of)):
                 weights = list(self._flat_weights)
+            elif all(isinstance(w, torch.nn.Parameter) for w in weights) and not torch.compiler.is_compiling():
+                self._flat_weight_refs, self._flat_weights = [weakref.ref(w) for w in weights], list(weights)
+            else:  # some have been made for this call
+                self._flat_weights = made_of
         for name, weight in zip(self._flat_weights_names, weights, strict=True):
             if weight is None:
                 raise TypeError(f"{self.mode}: expected {name} to be a tensor, got None")

@@ -22,8 +22,7 @@ def step(
     if implementation == "cpu":
         dtype = x.dtype
         if dtype not in KERNEL_DTYPES:
-            x, h, c = x.float(), h.float(), None if c is None else c.float()
-            weights = [_casts.cast(w, torch.float32) for w in weights]
+            x, h, c, weights = _as_float32(x, h, c, weights)
         h, *rest = (state.to(dtype) for state in _autograd.step(cell, x, h, c, weights))
         return h, rest[0] if rest else None
     _, h, c = stack(
@@ -83,8 +82,7 @@ def stack(
     dtype = x.dtype
     converted = implementation == "cpu" and dtype not in KERNEL_DTYPES
     if converted:  # float32 inside: sums, cell state and everything kept between steps
-        x, hx, cx = x.float(), hx.float(), None if cx is None else cx.float()
-        weights = [_casts.cast(w, torch.float32) for w in weights]
+        x, hx, cx, weights = _as_float32(x, hx, cx, weights)
     recurrence = _reference.wide if implementation == "reference" else _autograd.recurrence
     has_gates = cell in ("lstm", "gru")  # an RNN keeps its output only, as it is
     if recompute and has_gates and _autograd.needs_gradient(x, hx, cx, weights) and not _traced():
@@ -115,6 +113,13 @@ def stack(
     if converted:
         return x.to(dtype), h.to(dtype), None if c is None else c.to(dtype)
     return x, h, c
+
+
+def _as_float32(
+    x: Tensor, hx: Tensor, cx: Tensor | None, weights: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
+    weights = [_casts.cast(w, torch.float32) for w in weights]
+    return x.float(), hx.float(), None if cx is None else cx.float(), weights
 
 
 def _with_states(

@@ -256,6 +256,17 @@ def test_weights_that_were_in_the_flat_list_before():
         assert first.grad is not None
         assert second.grad is None
 
+    layer = fusedrnn.LSTM(4, 7)
+    with pytest.raises(TypeError, match="cannot assign"):
+        layer.weight_hh_l0 = torch.zeros(28, 7)
+    replica = copy.copy(layer)
+    del replica._parameters  # as DataParallel makes one
+    replica._parameters = dict(layer._parameters)
+    replica.weight_hh_l0 = torch.nn.Parameter(torch.zeros(28, 7))
+    layer(x)[0].sum().backward()
+    assert layer.weight_hh_l0.grad is not None
+    assert layer._flat_weight_refs[1]() is layer.weight_hh_l0
+
     layer = parametrizations.weight_norm(fusedrnn.LSTM(4, 7), "weight_hh_l0")
     with torch.no_grad():
         layer.weight_hh_l0 = torch.randn(28, 7)
@@ -265,6 +276,7 @@ def test_weights_that_were_in_the_flat_list_before():
     parametrize.remove_parametrizations(layer, "weight_hh_l0")
     layer(x)[0].sum().backward()
     assert layer.weight_hh_l0.grad is not None
+    assert layer._flat_weights[1] is layer.weight_hh_l0  # and the next call takes the short way
 
 
 def test_weights_made_in_inference_mode_under_autocast():
