@@ -43,6 +43,9 @@ struct Weights {
   const void* b_hh;  // [gates*H], or nullptr
 };
 
+// How the processor multiplies bfloat16s that are packed in pairs (cpu/tiles.h): not at all, in tiles, or by dot products.
+enum class Pairs { none, tiles, dots };
+
 struct Problem {
   CellKind cell;
   ScalarKind scalar;
@@ -52,7 +55,7 @@ struct Problem {
   Weights weights[2];
   bool narrow_sequence = false;  // of float32_of_bfloat16: whether x, y and their gradients are bfloat16, too
   bool narrow_states = false;    // likewise the states before the first step and after the last, and their gradients
-  bool tiles = false;  // whether the processor multiplies tiles (cpu/tiles.h); whoever runs a pass on a CPU sets it
+  Pairs pairs = Pairs::none;     // whoever runs a pass on a CPU sets it
 
   bool converts_weights() const { return scalar == ScalarKind::float32_of_bfloat16; }
 };

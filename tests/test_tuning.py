@@ -10,6 +10,8 @@ from fusedrnn import _dispatch, _explain
 
 extension = pytest.importorskip("fusedrnn._C", exc_type=ImportError)
 
+WITH_TILES = ("amx", "avx512_bf16")  # instruction sets that multiply bfloat16s
+
 
 def plan(cell: str = "lstm", backward: bool = False, directions: int = 1, dtype: str = "float32", **sizes: int) -> dict:
     return extension.plan(cell, dtype, backward, sizes["T"], sizes["B"], sizes["I"], sizes["H"], directions)
@@ -64,15 +66,14 @@ def test_rows_are_shared_where_there_are_enough(threads):
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_tiles_where_bfloat16_weights_are_packed(isa, backward):
     sizes = {"T": 50, "B": 1, "I": 8, "H": 32}
-    assert plan(backward=backward, dtype="bfloat16", **sizes)["tiled"] == (isa == "amx")
+    assert plan(backward=backward, dtype="bfloat16", **sizes)["tiled"] == (isa in WITH_TILES)
     for other in ({"dtype": "float32"}, {"H": 31}, {"T": 1}):
         assert not plan(backward=backward, **{"dtype": "bfloat16", **sizes, **other})["tiled"]
 
 
-@pytest.mark.skipif("amx" not in extension.instruction_sets(), reason="this processor has no tiles")
-def test_explain_names_tiles():
+def test_explain_names_tiles(isa):
     reason = fusedrnn.explain(fusedrnn.LSTM(8, 32).bfloat16(), torch.zeros(50, 8, dtype=torch.bfloat16)).reason
-    assert "amx, weights packed into tiles" in reason
+    assert (f"{isa}, weights packed into tiles" in reason) == (isa in WITH_TILES)
 
 
 @pytest.mark.parametrize(

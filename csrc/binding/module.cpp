@@ -69,7 +69,7 @@ double seconds_of(const F& f) {
 }
 
 // Floating-point operations per second from registers, all threads, of fused multiply-adds or, for bfloat16, of tiles where
-// there are any: the best of some tries.
+// the processor multiplies them: the best of some tries.
 double peak_flops(const std::string& dtype) {
   const py::gil_scoped_release unlocked;
   const cpu::Kernels& kernels = cpu::kernels();

@@ -46,7 +46,7 @@ struct Backward : Recurrence<Cell, S, N> {
   void steps(const Job& job, Member& member, int64_t team, int64_t slice) {
     S* dh = dh_carry.get() + team * block_rows * padded_H;
     S* dc = dc_carry.get() + team * block_rows * padded_H;
-    const TileRegisters registers(plan.tiled);
+    const TileRegisters registers(p.pairs == Pairs::tiles && plan.tiled);
     const TileRows<V> tiles = gradients.tiles_of(team);
     take(job, member, dh, Given::at(p.dh_n, p.narrow_states));
     if constexpr (Cell::has_cell) take(job, member, dc, Given::at(p.dc_n, p.narrow_states));
@@ -63,8 +63,8 @@ struct Backward : Recurrence<Cell, S, N> {
         if (count > 0 && (s > 0 || p.dhx)) {  // every other step backwards through the weights, as forward
           S* C = dh + member.begin * N;
           if (plan.tiled)
-            w_hh.multiply_tiles(job.direction, tiles, 0, chunk.row(t), count, member.begin, member.end, C, padded_H,
-                                s % 2);
+            w_hh.multiply_tiles(p.pairs, job.direction, tiles.from(0, chunk.row(t)), count, member.begin, member.end, C,
+                                padded_H, s % 2);
           else
             w_hh.multiply(job.direction, chunk.at(t, job.row_begin), stride, count, member.begin, member.end, C,
                           padded_H, s % 2);

@@ -80,13 +80,12 @@ struct Columns {
   }
 
   // The same in tiles, where weights are narrow and all are packed. A has `gates` times the blocks of H columns.
-  void multiply_tiles(int64_t direction, const TileRows<V>& A, int64_t first_block, int64_t row, int64_t rows,
-                      int64_t begin, int64_t end, S* C, int64_t ldc, bool backwards) const {
+  void multiply_tiles(Pairs pairs, int64_t direction, const TileRows<V>& A, int64_t rows, int64_t begin, int64_t end,
+                      S* C, int64_t ldc, bool backwards) const {
     if constexpr (takes_tiles<V, W>)
-      cpu::multiply_tiles<V>({reinterpret_cast<const Packed<W>*>(panels) +
-                                  (direction * vectors + begin) * gates * packed_size<Packed<W>>(H) * N,
-                              end - begin, gates * blocks_of(H), A.at(first_block, row), A.capacity, rows, C, ldc, N,
-                              false, INT64_MAX, 0, backwards});
+      cpu::multiply_tiles<V>(pairs, {reinterpret_cast<const Packed<W>*>(panels) +
+                                         (direction * vectors + begin) * gates * packed_size<Packed<W>>(H) * N,
+                                     end - begin, gates * blocks_of(H), A, rows, C, ldc, N, false, 0, backwards});
   }
 };
 

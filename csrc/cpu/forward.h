@@ -55,11 +55,10 @@ struct Forward : Recurrence<Cell, S, N> {
   struct Rows {
     const S* first;
     int64_t stride, K;
-    const uint16_t* tiles;
-    int64_t capacity;
+    TileRows<V> tiles{};
 
     Rows from(int64_t row) const {
-      return {first ? first + row * stride : nullptr, stride, K, tiles ? tiles + row * 32 : nullptr, capacity};
+      return {first ? first + row * stride : nullptr, stride, K, tiles.memory ? tiles.from(0, row) : tiles};
     }
   };
 
@@ -107,20 +106,22 @@ struct Forward : Recurrence<Cell, S, N> {
     if constexpr (takes_tiles<V, W>)
       if (tiled_input) {
         x.narrow ? to.fill(x.narrow, I, count, 0, 0, 0, I, I) : to.fill(x.wide, I, count, 0, 0, 0, I, I);
-        return {nullptr, I, I, to.memory, to.capacity};
+        return {nullptr, I, I, to};
       }
-    if (!wide_size) return {x.wide, I, I, nullptr, 0};
+    if (!wide_size) return {x.wide, I, I};
     const auto [begin, end] = member.share(count * I);
     widen<V>(x + begin, end - begin, wide + begin);
     member.meet_in_step();
-    return {wide, I, I, nullptr, 0};
+    return {wide, I, I};
   }
 
   void steps(const Job& job, Member& member, int64_t team, int64_t slice) {
-    const TileRegisters registers(tiled || tiled_input);
-    const TileRows<V> h_rows[2] = {{h_tiles.get() + team * 2 * h_size, block_rows},
-                                   {h_tiles.get() + (team * 2 + 1) * h_size, block_rows}},
-                      own_x{x_tiles.get() + slice * x_size, x_rows};
+    const TileRegisters registers(p.pairs == Pairs::tiles && (tiled || tiled_input));
+    const auto h_half = [&](int64_t half) {
+      return TileRows<V>::of(h_tiles.get() + (team * 2 + half) * h_size, p.pairs, block_rows, blocks_of(H));
+    };
+    const TileRows<V> h_rows[2] = {h_half(0), h_half(1)},
+                      own_x = TileRows<V>::of(x_tiles.get() + slice * x_size, p.pairs, x_rows, blocks_of(I));
     S* h = h_state.get() + team * 2 * block_rows * padded_H;
     S* c = c_state.get() + team * block_rows * padded_H;
     S* a = pre_activations.get() + slice * panels_kept * capacity * sums * N;
@@ -132,8 +133,7 @@ struct Forward : Recurrence<Cell, S, N> {
     for (int64_t s = 0; s < job.T; ++s) {
       const int64_t t = job.step(s), row = sequence.start(t) + job.row_begin,
                     count = std::max<int64_t>(job.rows_end(t) - job.row_begin, 0);
-      const Rows h_in{h + (s % 2) * block_rows * padded_H, padded_H, H, tiled ? h_rows[s % 2].memory : nullptr,
-                      block_rows};
+      const Rows h_in{h + (s % 2) * block_rows * padded_H, padded_H, H, tiled ? h_rows[s % 2] : TileRows<V>{}};
       S* h_out = h + ((s + 1) % 2) * block_rows * padded_H;
       if (chunked) {
         const int64_t n = member.end - member.begin;
@@ -214,11 +214,11 @@ struct Forward : Recurrence<Cell, S, N> {
     const S* A = rows.first;
     const int64_t panel_stride = capacity * sums * N, lda = rows.stride, K = rows.K;
     if constexpr (takes_tiles<V, W>)
-      if (rows.tiles) {
+      if (rows.tiles.memory) {
         const auto* tiles = reinterpret_cast<const Packed<W>*>(packed) +
                             (job.direction * panels + panel) * gates * packed_size<Packed<W>>(K) * N;
-        multiply_tiles<V>({tiles, n * gates, blocks_of(K), rows.tiles, rows.capacity, count, sum, sums * N, N, false,
-                           gates, panel_stride, backwards});
+        multiply_tiles<V, gates>(p.pairs, {tiles, n * gates, blocks_of(K), rows.tiles, count, sum, sums * N,
+                                           gates == 1 ? panel_stride : N, false, panel_stride, backwards});
         return;
       }
     if (packed) {

@@ -32,12 +32,16 @@ constexpr int64_t packed_size(int64_t K) {
 
 // C[row*ldc + vector*c_stride] += sum over k of A[row*lda + k] * W[vector*w_stride + k*k_stride], for
 // `vectors` × `rows` vecs. Where A is transposed, its element is A[k*lda + row]. Weights may be stored as another type; in
-// pairs, of which k/2 is the index.
-template <class S, class Stored = S>
+// pairs, of which k/2 is the index, unless A has pairs, too: then K counts pairs, and a product is the sum of two.
+template <class S, class Stored = S, class Given = S>
 struct Product {
+  using Sum = S;
+  using Weight = Stored;
+  static constexpr bool dots = in_pairs<Given>, halves = in_pairs<Stored> && !dots;
+
   const Stored* W;
   int64_t w_stride, k_stride, vectors;
-  const S* A;
+  const Given* A;
   int64_t lda, K, rows;
   S* C;
   int64_t ldc, c_stride;
@@ -49,12 +53,7 @@ struct Product {
   // Where NV vectors from `vector` on are in a row of C.
   template <int group, int NV>
   std::array<int64_t, NV> places(int64_t vector) const {
-    std::array<int64_t, NV> at;
-    for (int v = 0; v < NV; ++v) {
-      const int64_t i = vector + v;
-      at[v] = group == 1 ? i * c_stride : i / group * group_stride + i % group * c_stride;
-    }
-    return at;
+    return places_of<group, NV>(vector, c_stride, group_stride);
   }
 };
 
@@ -65,27 +64,35 @@ constexpr bool always_asks = sizeof(V) == 64;
 
 // An element's sum has one order, that of k, whatever tile it falls into: a step alone gives the same bits as among others.
 // Vector v of the tile belongs at place[v] of a row of C. A tile that asks brings K vecs from `ahead` on into the second-level cache.
-template <class V, class S, class Stored, int MB, int NV, bool transposed, bool asks>
-__attribute__((noinline)) void tile(const Product<S, Stored>& p, int64_t row, int64_t vector, const int64_t* place,
-                                    const Stored* ahead) {
+template <class V, class P, int MB, int NV, bool transposed, bool asks>
+__attribute__((noinline)) void tile(const P& p, int64_t row, int64_t vector, const int64_t* place,
+                                    const typename P::Weight* ahead) {
+  using S = typename P::Sum;
   // A lone fused multiply-add waits four cycles for the one before: few accumulators are split over several k, where nobody
   // asks for one order.
   constexpr int split = !transposed || MB * NV >= 8 ? 1 : MB * NV >= 4 ? 2 : 4;
   const int64_t w_stride = p.w_stride, k_stride = p.k_stride, lda = p.lda;
-  const Stored* W = p.W + vector * w_stride;
-  const S* A = p.A + (transposed ? row : row * lda);
+  const auto* W = p.W + vector * w_stride;
+  const auto* A = p.A + (transposed ? row : row * lda);
   S* C = p.C + row * p.ldc;
   if constexpr (transposed)  // such a C is a whole weight gradient, far from the core
     for (int b = 0; b < MB; ++b) __builtin_prefetch(C + b * p.ldc + place[0], 1);
   V sum[split][MB][NV];
-  const auto broadcast = [&](int64_t k, int b)
-                             __attribute__((always_inline)) { return V(transposed ? A[k * lda + b] : A[b * lda + k]); };
+  const auto broadcast = [&](int64_t k, int b) __attribute__((always_inline)) {
+    return broadcast_of<V>(transposed ? A[k * lda + b] : A[b * lda + k]);
+  };
   // `half` is that of k in its pair, where there are pairs.
   const auto weights = [&](int64_t k, auto v, auto half) __attribute__((always_inline)) {
-    if constexpr (in_pairs<Stored>)
+    if constexpr (P::halves)
       return load_half<V, half()>(W + v * w_stride + k / 2 * k_stride);
     else
       return load<V>(W + v * w_stride + k * k_stride);
+  };
+  const auto add = [&](V& total, V w, V a) __attribute__((always_inline)) {
+    if constexpr (P::dots)
+      total = add_pairs(total, w, a);
+    else
+      total = w * a + total;
   };
   // The smaller side of the tile stays in registers, beside one value of the other: with 12 accumulators that is 16.
   const auto step = [&](int64_t k, int s, auto half) __attribute__((always_inline)) {
@@ -98,7 +105,7 @@ __attribute__((noinline)) void tile(const Product<S, Stored>& p, int64_t row, in
       for (int b = 0; b < MB; ++b) {
         const V a = broadcast(k, b);
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) sum[s][b][v] = w[v] * a + sum[s][b][v];
+        for (int v = 0; v < NV; ++v) add(sum[s][b][v], w[v], a);
       }
     } else {
       V a[MB];
@@ -108,7 +115,7 @@ __attribute__((noinline)) void tile(const Product<S, Stored>& p, int64_t row, in
       for (int v = 0; v < NV; ++v) {
         const V w = weights(k, v, half);
 #pragma GCC unroll 16
-        for (int b = 0; b < MB; ++b) sum[s][b][v] = w * a[b] + sum[s][b][v];
+        for (int b = 0; b < MB; ++b) add(sum[s][b][v], w, a[b]);
       }
     }
   };
@@ -126,10 +133,10 @@ __attribute__((noinline)) void tile(const Product<S, Stored>& p, int64_t row, in
       for (int b = 0; b < MB; ++b)
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) sum[s][b][v] = V(S(0));
-    constexpr int at_once = in_pairs<Stored> ? 2 : split;
+    constexpr int at_once = P::halves ? 2 : split;
     const auto steps = [&](int64_t stop) __attribute__((always_inline)) {
       for (; k + at_once <= stop; k += at_once)
-        if constexpr (in_pairs<Stored>) {
+        if constexpr (P::halves) {
           step(k, 0, First());
           step(k + 1, 0, Second());
         } else {
@@ -160,17 +167,15 @@ __attribute__((noinline)) void tile(const Product<S, Stored>& p, int64_t row, in
   } while (k < p.K);
 }
 
-template <class S, class Stored>
-using Tile = void (*)(const Product<S, Stored>&, int64_t row, int64_t vector, const int64_t* place,
-                      const Stored* ahead);
+template <class P>
+using Tile = void (*)(const P&, int64_t row, int64_t vector, const int64_t* place, const typename P::Weight* ahead);
 
 // Tiles of 1, 2 … sizeof...(MB) rows. Those that ask have three at least (see multiply).
 template <bool asks, int rows>
 constexpr bool asks_with = asks && rows > 2;
-template <class V, class S, class Stored, int NV, bool transposed, bool asks, int... MB>
+template <class V, class P, int NV, bool transposed, bool asks, int... MB>
 constexpr auto tile_table(std::integer_sequence<int, MB...>) {
-  return std::array<Tile<S, Stored>, sizeof...(MB)>{
-      &tile<V, S, Stored, MB + 1, NV, transposed, asks_with<asks, MB + 1>>...};
+  return std::array<Tile<P>, sizeof...(MB)>{&tile<V, P, MB + 1, NV, transposed, asks_with<asks, MB + 1>>...};
 }
 
 // n things in as few parts of at most `most` as can be, of which no two differ by more than one.
@@ -185,23 +190,23 @@ struct Cut {
 
 // A block of k for all rows, then the next: its weights are in the first-level cache from the second tile on. Those of the next block,
 // or of the vectors that follow, meanwhile come into the second where tiles ask, one vector during each of the first ones.
-template <class V, class S, class Stored, int group, int NV>
-void multiply_vectors(const Product<S, Stored>& p, int64_t vector, int64_t following) {
+template <class V, int group, int NV, class P>
+void multiply_vectors(const P& p, int64_t vector, int64_t following) {
   constexpr int most = tile_rows(NV, sizeof(V));
   // Where not all do, those of three vectors, which far weights mostly meet.
-  constexpr bool can_ask = always_asks<V> || (NV == 3 && std::is_same_v<S, Stored>);
+  constexpr bool can_ask = always_asks<V> || (NV == 3 && std::is_same_v<typename P::Sum, typename P::Weight>);
   constexpr std::make_integer_sequence<int, most> heights;
-  static constexpr auto tiles = tile_table<V, S, Stored, NV, false, always_asks<V>>(heights),
-                        asking = tile_table<V, S, Stored, NV, false, can_ask>(heights);
+  static constexpr auto tiles = tile_table<V, P, NV, false, always_asks<V>>(heights),
+                        asking = tile_table<V, P, NV, false, can_ask>(heights);
   const Cut cut(p.rows, most);  // tiles of even height: a last one of a single row would waste its time
   const bool asks = always_asks<V> || (p.far && cut.count > 1);
-  const int64_t step = (in_pairs<Stored> ? summation_block / 2 : summation_block) * p.k_stride;
+  const int64_t step = (P::halves ? summation_block / 2 : summation_block) * p.k_stride;
   const auto place = p.template places<group, NV>(vector);
-  Product<S, Stored> block = p;
+  P block = p;
   for (int64_t k = 0; k == 0 || k < p.K; k += summation_block) {
     block.K = std::min(summation_block, p.K - k);
-    const Stored *weights = block.W + vector * p.w_stride,
-                 *next = k + summation_block < p.K ? weights + step : p.W + following * p.w_stride;
+    const auto *weights = block.W + vector * p.w_stride,
+               *next = k + summation_block < p.K ? weights + step : p.W + following * p.w_stride;
     for (int64_t i = 0; i < cut.count; ++i) {
       const bool ask = asks && i < NV;
       (ask ? asking : tiles)[cut.size(i) - 1](block, cut.begin(i), vector, place.data(),
@@ -214,10 +219,9 @@ void multiply_vectors(const Product<S, Stored>& p, int64_t vector, int64_t follo
 }
 
 // One or two rows: as many vectors together as a fused multiply-add has cycles to wait for the one before.
-template <class V, class S, class Stored, int MB, int group, int... NV>
-void multiply_few(const Product<S, Stored>& p, std::integer_sequence<int, NV...>) {
-  static constexpr std::array<Tile<S, Stored>, sizeof...(NV)> tiles = {
-      &tile<V, S, Stored, MB, NV + 1, false, false>...};
+template <class V, int MB, int group, class P, int... NV>
+void multiply_few(const P& p, std::integer_sequence<int, NV...>) {
+  static constexpr std::array<Tile<P>, sizeof...(NV)> tiles = {&tile<V, P, MB, NV + 1, false, false>...};
   constexpr int most = sizeof...(NV);
   const Cut cut(p.vectors, most);
   for (int64_t j = 0; j < cut.count; ++j) {
@@ -227,31 +231,41 @@ void multiply_few(const Product<S, Stored>& p, std::integer_sequence<int, NV...>
 }
 
 // Whether weights, where they are packed, are tiles.
-inline bool in_tiles(const Problem& p) { return p.tiles && p.converts_weights() && p.H >= tile_width; }
+inline bool in_tiles(const Problem& p) { return p.pairs != Pairs::none && p.converts_weights() && p.H >= tile_width; }
 
 // Of `group` vectors each is c_stride after the one before.
-template <class V, class S, class Stored = S, int group = 1>
-void multiply(const Product<S, Stored>& p) {
-  if (p.rows == 1) return multiply_few<V, S, Stored, 1, group>(p, std::make_integer_sequence<int, 8>());
-  if (p.rows == 2) return multiply_few<V, S, Stored, 2, group>(p, std::make_integer_sequence<int, 6>());
+template <class V, class S, class Stored = S, int group = 1, class Given = S>
+void multiply(const Product<S, Stored, Given>& p) {
+  if (p.rows == 1) return multiply_few<V, 1, group>(p, std::make_integer_sequence<int, 8>());
+  if (p.rows == 2) return multiply_few<V, 2, group>(p, std::make_integer_sequence<int, 6>());
   const Cut cut(p.vectors, tile_vectors(p.rows, sizeof(V)));
   for (int64_t j = 0; j < cut.count; ++j) {
     const int64_t i = p.backwards ? cut.count - 1 - j : j, vector = cut.begin(i),
                   following = cut.begin(p.backwards ? std::max<int64_t>(i - 1, 0) : i + 1);
     switch (cut.size(i)) {
       case 1:
-        multiply_vectors<V, S, Stored, group, 1>(p, vector, following);
+        multiply_vectors<V, group, 1>(p, vector, following);
         break;
       case 2:
-        multiply_vectors<V, S, Stored, group, 2>(p, vector, following);
+        multiply_vectors<V, group, 2>(p, vector, following);
         break;
       case 3:
-        multiply_vectors<V, S, Stored, group, 3>(p, vector, following);
+        multiply_vectors<V, group, 3>(p, vector, following);
         break;
       default:
-        multiply_vectors<V, S, Stored, group, 4>(p, vector, following);
+        multiply_vectors<V, group, 4>(p, vector, following);
     }
   }
+}
+
+// A product of tiles, as the processor makes it.
+template <class V, int group = 1>
+void multiply_tiles(Pairs pairs, const TileProduct<V>& p) {
+  if (pairs == Pairs::tiles) return multiply_in_tiles<V, group>(p);
+  using Pair = bfloat16_pair;
+  multiply<V, float, Pair, group, Pair>({p.W, p.blocks * (tile_size / 2), V::size, p.vectors,
+                                         reinterpret_cast<const Pair*>(p.A.memory), p.A.row_step / 2, p.blocks * 16,
+                                         p.rows, p.C, p.ldc, p.c_stride, p.fresh, p.group_stride, p.backwards});
 }
 
 // What multiply_transposed may read of A beyond its last column.
@@ -264,8 +278,8 @@ constexpr int64_t transposed_overrun = (tile_rows(2, sizeof(V)) - 1) / V::size *
 template <class V, class S>
 void multiply_transposed(const Product<S>& p, int64_t pair) {
   constexpr int most = tile_rows(2, sizeof(V));
-  static constexpr auto pairs = tile_table<V, S, S, 2, true, false>(std::make_integer_sequence<int, most>());
-  static constexpr auto singles = tile_table<V, S, S, 1, true, false>(std::make_integer_sequence<int, most>());
+  static constexpr auto pairs = tile_table<V, Product<S>, 2, true, false>(std::make_integer_sequence<int, most>());
+  static constexpr auto singles = tile_table<V, Product<S>, 1, true, false>(std::make_integer_sequence<int, most>());
   alignas(64) S copy[gradient_rows * most + V::size];
   const Cut cut(p.rows, most);
   for (int64_t i = 0; i < cut.count; ++i) {

@@ -83,7 +83,9 @@ struct Gradients {
   // Where a row of the gradient ends with a vec and nobody else adds to it, the products go straight to their place.
   bool adds_in_place(int64_t columns) const { return std::is_same_v<S, W> && !shared && columns % N == 0; }
 
-  TileRows<V> tiles_of(int64_t team) const { return {dsums_tiles.get() + team * tiles_size, chunk_rows}; }
+  TileRows<V> tiles_of(int64_t team) const {
+    return TileRows<V>::of(dsums_tiles.get() + team * tiles_size, p.pairs, chunk_rows, blocks_of(H) * sums);
+  }
 
   // The dsums of panels [begin, end) and some of the chunk's rows, for tiles.
   void fill_tiles(const Chunk<S>& chunk, int64_t row, int64_t count, int64_t begin, int64_t end,
@@ -165,9 +167,9 @@ struct Gradients {
       const S* W_block = copy + first * copied_column;
       if constexpr (takes_tiles<V, W>)
         if (tiled)
-          return multiply_tiles<V>({reinterpret_cast<const bfloat16_pair*>(W_block), vectors, gates * blocks_of(H),
-                                    tiles.at(Cell::input_sum * blocks_of(H), row), tiles.capacity, rows, C, ldc, N,
-                                    true});
+          return multiply_tiles<V>(p.pairs,
+                                   {reinterpret_cast<const bfloat16_pair*>(W_block), vectors, gates * blocks_of(H),
+                                    tiles.from(Cell::input_sum * blocks_of(H), row), rows, C, ldc, N, true});
       multiply<V, S>({W_block, copied_column, N, vectors, input_sums(chunk, row) + k, chunk.stride, size, rows, C, ldc,
                       N, k == 0});
     };
@@ -272,11 +274,12 @@ struct Gradients {
       if (begin == end) return;
       const int64_t rows = chunk.rows(), blocks = (rows + gradient_rows - 1) / gradient_rows;
       bfloat16_pair* right = reinterpret_cast<bfloat16_pair*>(memory);
-      const TileRows<V> left{reinterpret_cast<uint16_t*>(right + vectors_at_once * tile_numbers), N};
       for (int64_t vector = 0; vector < vectors; vector += 2 * gradient_pairs)
         for (int64_t block = 0; block < blocks; ++block) {
           const int64_t count = std::min<int64_t>(2 * gradient_pairs, vectors - vector);
           const int64_t row = rows * block / blocks, K = rows * (block + 1) / blocks - row;
+          const auto left = TileRows<V>::of(reinterpret_cast<uint16_t*>(right + vectors_at_once * tile_numbers),
+                                            p.pairs, N, blocks_of(K));
           copy_to_tiles<recurrent>(chunk, row, K, vector, count, right);
           for (int g = 0; g < gates; ++g) {
             const int64_t sum = recurrent ? g : Cell::input_sum + g, torch_gate = recurrent ? Cell::hidden_gate(g) : g;
@@ -285,8 +288,8 @@ struct Gradients {
               transpose_to_tiles(chunk.dsums + row * chunk.stride + sum * H + panel * N, chunk.stride, K, units, left);
               add_product<recurrent>(chunk, set, torch_gate * H + panel * N, units, vector, count, memory + copy_room,
                                      [&](S* C, int64_t ldc) {
-                                       multiply_tiles<V>({right, count, blocks_of(K), left.memory, N, units, C, ldc, N,
-                                                          fresh && block == 0});
+                                       multiply_tiles<V>(p.pairs, {right, count, blocks_of(K), left, units, C, ldc, N,
+                                                                   fresh && block == 0});
                                      });
             }
           }

@@ -34,10 +34,10 @@ struct ForwardOrStep {
   }
 };
 
-template <template <class, class, int, class> class Pass, int bytes, bool tiles, class Params>
+template <template <class, class, int, class> class Pass, int bytes, Pairs pairs, class Params>
 void run_pass(const Params& params, const Threads& threads) {
   Params p = params;
-  p.tiles = tiles;
+  p.pairs = pairs;
   const auto with_cell = [&](auto scalar, auto weight) {
     using S = decltype(scalar);
     using W = decltype(weight);
@@ -84,10 +84,10 @@ constexpr int64_t gates_of(CellKind cell) {
   }
 }
 
-template <int bytes, bool tiles>
+template <int bytes, Pairs pairs>
 PlanInfo plan_of(const Problem& problem, bool backward, int64_t threads) {
   Problem p = problem;
-  p.tiles = tiles;
+  p.pairs = pairs;
   const int64_t gates = gates_of(p.cell),
                 N = bytes / (p.scalar == ScalarKind::float64 ? sizeof(double) : sizeof(float));
   if (!backward && is_step(p)) {
@@ -99,17 +99,17 @@ PlanInfo plan_of(const Problem& problem, bool backward, int64_t threads) {
   return {plan.groups, plan.slices, plan.row_blocks, plan.share_units, plan.packed, plan.tiled, false};
 }
 
-template <int bytes, bool tiles = false>
+template <int bytes, Pairs pairs = Pairs::none>
 constexpr Kernels make_kernels(const char* name) {
   return {name,
-          &run_pass<ForwardOrStep, bytes, tiles, ForwardParams>,
-          &run_pass<Backward, bytes, tiles, BackwardParams>,
-          &run_pass<Prepare, bytes, tiles, PrepareParams>,
+          &run_pass<ForwardOrStep, bytes, pairs, ForwardParams>,
+          &run_pass<Backward, bytes, pairs, BackwardParams>,
+          &run_pass<Prepare, bytes, pairs, PrepareParams>,
           &evaluate<float, bytes>,
           &evaluate<double, bytes>,
-          &plan_of<bytes, tiles>,
+          &plan_of<bytes, pairs>,
           &multiply_add<bytes>,
-          tiles ? &multiply_tiles_of_zeros<tiles> : nullptr,
+          pairs == Pairs::none ? nullptr : &multiply_tiles_of_zeros<pairs>,
           &read_all<bytes>};
 }
 

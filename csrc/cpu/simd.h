@@ -145,6 +145,19 @@ FUSEDRNN_INLINE V load_half(const void* p) {
   std::memcpy(&words, p, sizeof(words));
   return V((typename V::Register)(half ? words & 0xffff0000u : words << 16));
 }
+// A pair as it is.
+template <class V>
+FUSEDRNN_INLINE V load(const bfloat16_pair* p) {
+  return V::load(reinterpret_cast<const float*>(p));
+}
+template <class V, class T>
+FUSEDRNN_INLINE V broadcast_of(T x) {
+  return V(x);
+}
+template <class V>
+FUSEDRNN_INLINE V broadcast_of(bfloat16_pair x) {
+  return V((typename V::Register)(x.bits - typename Bits<V::size>::Whole{}));
+}
 // 2N numbers at once, the even ones and the odd ones.
 template <class V>
 struct EvenOdd {
