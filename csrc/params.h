@@ -55,7 +55,9 @@ struct Problem {
   Weights weights[2];
   bool narrow_sequence = false;  // of float32_of_bfloat16: whether x, y and their gradients are bfloat16, too
   bool narrow_states = false;    // likewise the states before the first step and after the last, and their gradients
-  Pairs pairs = Pairs::none;     // whoever runs a pass on a CPU sets it
+  // Of the processor; whoever runs a pass on a CPU sets them.
+  Pairs pairs = Pairs::none;
+  bool slow_cache = false;  // see has_slow_cache
 
   bool converts_weights() const { return scalar == ScalarKind::float32_of_bfloat16; }
 };

@@ -49,6 +49,7 @@ py::dict plan(const std::string& cell, const std::string& dtype, bool backward, 
   p.I = I;
   p.H = H;
   p.directions = directions;
+  p.narrow_sequence = p.narrow_states = p.converts_weights();
   const cpu::PlanInfo info = cpu::kernels().plan(p, backward, threads().count);
   py::dict named;
   named["teams"] = info.teams;
@@ -123,7 +124,7 @@ PYBIND11_MODULE(_C, m) {
       "Whether torch's thread pool runs the parts of a parallel loop at the same time (OpenMP does).");
   m.def("plan", &plan, py::arg("cell"), py::arg("dtype"), py::arg("backward"), py::arg("T"), py::arg("B"), py::arg("I"),
         py::arg("H"), py::arg("directions"),
-        "How a pass over a padded batch with weights of a dtype would be carried out (csrc/cpu/tuning.h).");
+        "How a pass over a padded batch of a dtype, weights and all, would be carried out (csrc/cpu/tuning.h).");
   m.def("peak_flops", &peak_flops, py::arg("dtype"),
         "Operations per second from registers, all threads, measured: of float32s, or of bfloat16s where there are "
         "tiles.");

@@ -95,6 +95,15 @@ void use(const std::string& name) {
   throw std::invalid_argument("expected an instruction set of this processor (" + offered + "), got '" + name + "'");
 }
 
+bool has_slow_cache() {
+#if defined(__x86_64__)
+  static const bool slow = has_avx512() && !__builtin_cpu_is("amd");
+  return slow;
+#else
+  return false;
+#endif
+}
+
 const Kernels& kernels() { return *in_use.load(std::memory_order_relaxed); }
 
 }  // namespace fusedrnn::cpu

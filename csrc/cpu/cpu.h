@@ -35,6 +35,10 @@ std::vector<std::string> supported();  // those of them that this processor has
 void use(const std::string& name);     // one of supported(), or "" for the best; throws std::invalid_argument otherwise
 const Kernels& kernels();              // the ones in use
 
+// Whether the last-level cache is far from the cores: that of Intel's processors with AVX-512, mostly servers, whose cores share it
+// by a mesh. AMD's share it by eights.
+bool has_slow_cache();
+
 // Memory for the length of a pass, at the start of a cache line. Large blocks are kept for the next pass, 256 MiB of them at
 // most, until another comes back after they have lain idle for a few seconds: memory fresh from the system costs more to touch
 // than a small layer's step (2 MiB: 0.5 ms).

@@ -233,7 +233,8 @@ struct Forward : Recurrence<Cell, S, N> {
     for (int64_t i = 0; i < n; ++i, sum += panel_stride)
       for (int g = 0; g < gates; ++g) {
         const W* own = static_cast<const W*>(weights) + (gate_of(g) * H + (panel + i) * N) * K;
-        multiply_unpacked<V, S, W, 1>({{{own, A, K, lda}}}, this->units(panel + i), count, sum + g * N, sums * N, H);
+        multiply_unpacked<V, S, Dots<S, W>, 1>({{{own, A, K, lda}}}, this->units(panel + i), count, sum + g * N,
+                                               sums * N, H);
       }
   }
 

@@ -361,27 +361,32 @@ FUSEDRNN_INLINE void sums_of(vec<T, N> (&v)[J], T* sums) {
   }
 }
 
-// Weights read as they are: dot products of rows of A with rows [unit, unit + count) of a row-major [*, K] matrix.
-template <class S, class Stored>
+// Weights read as they are: dot products of rows of A with rows [unit, unit + count) of a row-major [*, K] matrix. Where both are
+// bfloat16, the processor multiplies them in pairs.
+template <class S, class Stored, class Given = S>
 struct Dots {
+  using Weight = Stored;
+  static constexpr bool pairs = !std::is_same_v<Given, S>;
+
   const Stored* W;
-  const S* A;
+  const Given* A;
   int64_t K, lda;
 };
 
 // C[row*ldc + j] += a row of A · row j of W, for MB rows and J units; of several Dots, the sum. What it adds for units beyond
 // `count` is of no use. Brings the row of W that is `ahead` of the first into the second-level cache, as tiles do.
-template <class V, class S, class Stored, int MB, int J, size_t terms>
-__attribute__((noinline)) void dot_tile(const std::array<Dots<S, Stored>, terms>& dots, int64_t row, int64_t unit,
-                                        int64_t count, S* C, int64_t ldc, int64_t ahead) {
+template <class V, class S, class D, int MB, int J, size_t terms>
+__attribute__((noinline)) void dot_tile(const std::array<D, terms>& dots, int64_t row, int64_t unit, int64_t count,
+                                        S* C, int64_t ldc, int64_t ahead) {
+  using Stored = typename D::Weight;
   constexpr int N = V::size;
   V sum[MB][J];
 #pragma GCC unroll 8
   for (int b = 0; b < MB; ++b)
 #pragma GCC unroll 8
     for (int j = 0; j < J; ++j) sum[b][j] = V(S(0));
-  for (const Dots<S, Stored>& d : dots) {
-    const S* A = d.A + row * d.lda;
+  for (const D& d : dots) {
+    const auto* A = d.A + row * d.lda;
     const Stored* W[J];
     for (int j = 0; j < J; ++j) W[j] = d.W + std::min(unit + j, count - 1) * d.K;
     const int64_t lda = d.lda;
@@ -390,7 +395,7 @@ __attribute__((noinline)) void dot_tile(const std::array<Dots<S, Stored>, terms>
       if constexpr (always_asks<V> && MB > 2) __builtin_prefetch(next + k, 0, 2);
       V a[MB];
 #pragma GCC unroll 8
-      for (int b = 0; b < MB; ++b) a[b] = V::load(A + b * lda + k, width);
+      for (int b = 0; b < MB; ++b) a[b] = load<V>(A + b * lda + k, width);
 #pragma GCC unroll 8
       for (int j = 0; j < J; ++j) {
         const V w = load<V>(W[j] + k, width);
@@ -399,7 +404,23 @@ __attribute__((noinline)) void dot_tile(const std::array<Dots<S, Stored>, terms>
       }
     };
     int64_t k = 0;
-    if constexpr (std::is_same_v<Stored, bfloat16>)
+    if constexpr (D::pairs) {
+      const auto pairs = [](const Stored* p) __attribute__((always_inline)) {
+        return load<V>(reinterpret_cast<const bfloat16_pair*>(p));
+      };
+      for (; k + 2 * N <= d.K; k += 2 * N) {
+        if constexpr (MB > 2) __builtin_prefetch(next + k, 0, 2);
+        V a[MB];
+#pragma GCC unroll 8
+        for (int b = 0; b < MB; ++b) a[b] = pairs(A + b * lda + k);
+#pragma GCC unroll 8
+        for (int j = 0; j < J; ++j) {
+          const V w = pairs(W[j] + k);
+#pragma GCC unroll 8
+          for (int b = 0; b < MB; ++b) sum[b][j] = add_pairs(sum[b][j], w, a[b]);
+        }
+      }
+    } else if constexpr (std::is_same_v<Stored, bfloat16>)
       for (; k + 2 * N <= d.K; k += 2 * N) {
         EvenOdd<V> a[MB];
 #pragma GCC unroll 8
@@ -423,20 +444,20 @@ __attribute__((noinline)) void dot_tile(const std::array<Dots<S, Stored>, terms>
   }
 }
 
-template <class V, class S, class Stored, int J, size_t terms, int... MB>
+template <class V, class S, class D, int J, size_t terms, int... MB>
 constexpr auto dot_table(std::integer_sequence<int, MB...>) {
-  return std::array{&dot_tile<V, S, Stored, MB + 1, J, terms>...};
+  return std::array{&dot_tile<V, S, D, MB + 1, J, terms>...};
 }
 
 // All rows of A, and `count` <= N units. A lone row takes more units at a time, for enough sums to overlap. Of W a row `next` from
 // the first is the first that the next call needs.
-template <class V, class S, class Stored, size_t terms>
-__attribute__((noinline)) void multiply_unpacked(const std::array<Dots<S, Stored>, terms>& dots, int64_t count,
-                                                 int64_t rows, S* C, int64_t ldc, int64_t next) {
+template <class V, class S, class D, size_t terms>
+__attribute__((noinline)) void multiply_unpacked(const std::array<D, terms>& dots, int64_t count, int64_t rows, S* C,
+                                                 int64_t ldc, int64_t next) {
   constexpr int N = V::size, J = std::min(N, 4), many = std::min(N, 8), most = tile_rows(J, sizeof(V));
-  static constexpr auto tiles = dot_table<V, S, Stored, J, terms>(std::make_integer_sequence<int, most>());
+  static constexpr auto tiles = dot_table<V, S, D, J, terms>(std::make_integer_sequence<int, most>());
   if (rows == 1) {
-    for (int64_t unit = 0; unit < count; unit += many) dot_tile<V, S, Stored, 1, many>(dots, 0, unit, count, C, ldc, 0);
+    for (int64_t unit = 0; unit < count; unit += many) dot_tile<V, S, D, 1, many>(dots, 0, unit, count, C, ldc, 0);
     return;
   }
   for (int64_t unit = 0; unit < count; unit += J) {

@@ -38,6 +38,7 @@ template <template <class, class, int, class> class Pass, int bytes, Pairs pairs
 void run_pass(const Params& params, const Threads& threads) {
   Params p = params;
   p.pairs = pairs;
+  p.slow_cache = has_slow_cache();
   const auto with_cell = [&](auto scalar, auto weight) {
     using S = decltype(scalar);
     using W = decltype(weight);
@@ -88,6 +89,7 @@ template <int bytes, Pairs pairs>
 PlanInfo plan_of(const Problem& problem, bool backward, int64_t threads) {
   Problem p = problem;
   p.pairs = pairs;
+  p.slow_cache = has_slow_cache();
   const int64_t gates = gates_of(p.cell),
                 N = bytes / (p.scalar == ScalarKind::float64 ? sizeof(double) : sizeof(float));
   if (!backward && is_step(p)) {
@@ -95,7 +97,7 @@ PlanInfo plan_of(const Problem& problem, bool backward, int64_t threads) {
     return {1, step_needs_team(p, gates) ? std::min(threads, panels) : 1, 1, true, false, false, true};
   }
   const Plan plan = make_plan(backward ? Pass::backward : Pass::forward, p.sequence.T, p.sequence.B, p.I, p.H,
-                              p.directions, p.converts_weights(), gates, N, threads, in_tiles(p));
+                              p.directions, p.converts_weights(), gates, N, threads, in_tiles(p), p.slow_cache);
   return {plan.groups, plan.slices, plan.row_blocks, plan.share_units, plan.packed, plan.tiled, false};
 }
 

@@ -1,5 +1,6 @@
 // One step of a few rows, as streams and rollouts take them: weights are read where they are, once, by dot products, and
-// nothing is kept, and nothing copied but a bfloat16 x and state. Threads share out the hidden units and need not meet.
+// nothing is kept, and nothing copied but a bfloat16 x and state that the processor does not multiply. Threads share out the hidden
+// units and need not meet.
 #pragma once
 
 #include "gemm.h"
@@ -9,9 +10,15 @@
 namespace fusedrnn::cpu {
 namespace {
 
+// Whether a step multiplies x and hx as they are, in pairs.
+inline bool steps_in_pairs(const Problem& p) {
+  return p.pairs == Pairs::dots && in_tiles(p) && p.narrow_sequence && p.narrow_states;
+}
+
 inline bool is_step(const Problem& p) {
   return p.sequence.T == 1 && !p.sequence.lengths && !p.sequence.resets &&
-         !packs(Pass::forward, 1, p.sequence.B, p.H, p.converts_weights(), in_tiles(p));
+         (steps_in_pairs(p) ? p.sequence.B < most_step_rows
+                            : !packs(Pass::forward, 1, p.sequence.B, p.H, p.converts_weights(), in_tiles(p)));
 }
 
 inline bool step_needs_team(const Problem& p, int64_t gates) {
@@ -25,10 +32,10 @@ struct Step {
 
   const ForwardParams& p;
   const int64_t B = p.sequence.B, I = p.I, H = p.H, panels = (H + N - 1) / N;
-  // Of x and hx where they are bfloat16.
-  Scratch<S> wide_x = scratch<S>(p.narrow_sequence ? B * I : 0),
+  const bool in_pairs = steps_in_pairs(p);  // else what is bfloat16 of x and hx is widened
+  Scratch<S> wide_x = scratch<S>(p.narrow_sequence && !in_pairs ? B * I : 0),
              wide_h = scratch<S>(p.narrow_states ? p.directions * B * H : 0);
-  const S* const x = widened(p.x, p.narrow_sequence, B* I, wide_x.get());
+  const S* const x = in_pairs ? nullptr : widened(p.x, p.narrow_sequence, B* I, wide_x.get());
   const S* const hx = widened(p.hx, p.narrow_states, p.directions * B * H, wide_h.get());
 
   static const S* widened(const void* from, bool narrow, int64_t n, S* to) {
@@ -61,18 +68,26 @@ struct Step {
     }
     for (int64_t b = 0; b < B; ++b)
       for (int k = 0; k < sums; ++k) start[k].store(a + (b * sums + k) * N);
+    if constexpr (takes_tiles<V, W>)
+      if (in_pairs) add(w, unit, count, static_cast<const W*>(p.x), static_cast<const W*>(p.hx) + direction * B * H, a);
+    if (!in_pairs) add(w, unit, count, x, hx + direction * B * H, a);
+    for (int64_t b = 0; b < B; ++b) cell(direction, b, unit, count, a + b * sums * N);
+  }
+
+  // Adds x·W_ih and h·W_hh for `count` units.
+  template <class Given>
+  void add(const Weights& w, int64_t unit, int count, const Given* x, const Given* h, S* a) const {
+    using Products = Dots<S, W, Given>;
     for (int k = 0; k < sums; ++k) {
       const bool of_x = k >= Cell::input_sum, of_h = k < gates;
-      const Dots<S, W> input{static_cast<const W*>(w.w_ih) + (std::max(k - Cell::input_sum, 0) * H + unit) * I, x, I,
-                             I},
-          hidden{static_cast<const W*>(w.w_hh) + (Cell::hidden_gate(k) * H + unit) * H, hx + direction * B * H, H, H};
+      const Products input{static_cast<const W*>(w.w_ih) + (std::max(k - Cell::input_sum, 0) * H + unit) * I, x, I, I},
+          hidden{static_cast<const W*>(w.w_hh) + (Cell::hidden_gate(k) * H + unit) * H, h, H, H};
       if (of_x && of_h) {
-        multiply_unpacked<V, S, W, 2>({{input, hidden}}, count, B, a + k * N, sums * N, H);
+        multiply_unpacked<V, S, Products, 2>({{input, hidden}}, count, B, a + k * N, sums * N, H);
       } else {
-        multiply_unpacked<V, S, W, 1>({{of_x ? input : hidden}}, count, B, a + k * N, sums * N, H);
+        multiply_unpacked<V, S, Products, 1>({{of_x ? input : hidden}}, count, B, a + k * N, sums * N, H);
       }
     }
-    for (int64_t b = 0; b < B; ++b) cell(direction, b, unit, count, a + b * sums * N);
   }
 
   void cell(int64_t direction, int64_t b, int64_t unit, int count, const S* sum) {

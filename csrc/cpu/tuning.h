@@ -60,10 +60,11 @@ constexpr Together together(int64_t rows, int64_t gates, int64_t sums, int64_t v
 // each. Where W_ih and W_hh are more than a last-level cache has, each pushes the other out: the more rows, the less often
 // (AVX2, 32 MB of cache, LSTM of 1024, B = 1 to 32: 2 to 7 % faster with 192 or 384 than with 48; smaller layers: 0 to 2 %
 // slower; RNN of 1760, B = 16 and 32: 1.01 and 1.05 times as fast).
-// With AVX-512 on an Emerald Rapids, whose last-level cache gives 27 GB/s to a core, from an LSTM of 362 units on: while others
-// used that cache LSTM and GRU of 384 and 512, B = 32, were 7 to 13 % faster, else level.
+// On an Emerald Rapids, whose last-level cache gives 27 GB/s to a core, from an LSTM of 362 units on: while others used that cache
+// LSTM and GRU of 384 and 512, B = 32, were 7 to 13 % faster, else level. On a Zen 4, LSTM of 512 to 768, B = 8 to 64, would take 1.01
+// to 1.10 times as long (B = 4: 0.96 to 1.02), GRU of 512 1.00 to 1.03 times.
 constexpr int64_t projection_rows = 48, projection_rows_of_large = 256;
-constexpr int64_t large_weights(int64_t vector) { return vector >= 16 ? 1 << 19 : 3'000'000; }
+constexpr int64_t large_weights(bool slow_cache) { return slow_cache ? 1 << 19 : 3'000'000; }
 // Packed, bfloat16 weights take twice the room: so many of W_ih are rather copied by blocks (see input_rows), where all rows are one
 // chunk (AVX2, training, T = 50, B = 4: LSTM of 512 13 to 14 MB at its peak instead of 16, GRU 10.5 instead of 11.4, both 1.03 times as
 // fast; inference 0.97 and 0.98).
@@ -94,7 +95,9 @@ constexpr int64_t team_rows(Pass pass, int64_t B, int64_t I, int64_t H, int64_t 
 // 32: 1.15, 64: 1.5, 512: 3.9; of one row, H = 256: 1.35, 512: 1.5.
 constexpr int64_t tile_width = 32;
 
-// Rows from which on a single step packs weights (see packs); bfloat16 ones, which a dot product converts at every use.
+// Rows from which on a single step packs weights (see packs); bfloat16 ones, which a dot product converts at every use. Where it
+// multiplies them in pairs, with bfloat16 outside, too, it takes most_step_rows (Zen 4, LSTM and GRU of 128 to 1024, RNN of 512, 16 to 120
+// rows: 1.0 to 1.9 times as fast as packed).
 constexpr int64_t most_step_rows = 128, most_converted_step_rows = 64, most_step_rows_beside_tiles = 16;
 
 // Whether weights are packed. Packing moves every weight twice; a dot product reads it once per few rows from a near cache.
@@ -166,7 +169,7 @@ struct Plan {
 };
 
 constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t I, int64_t H, int directions, bool converted,
-                         int64_t gates, int64_t vector, int64_t threads, bool tiles) {
+                         int64_t gates, int64_t vector, int64_t threads, bool tiles, bool slow_cache) {
   const int64_t panels = (H + vector - 1) / vector, step_flops = 2 * gates * H * H * B;
   // A thread is only woken (a few µs) for work that lasts longer.
   if (T * step_flops * directions < 200'000) threads = 1;
@@ -199,7 +202,7 @@ constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t I, int64_t H, 
                   chunks = (T + most - 1) / most;
     plan.chunk = chunks ? (T + chunks - 1) / chunks : 1;  // even, for each copies W_ih
   } else if (plan.row_blocks == 1) {                      // a block's rows are next to each other within a step only
-    const bool large = gates * H * H >= large_weights(vector) ||
+    const bool large = gates * H * H >= large_weights(slow_cache) ||
                        (converted && gates * I * H >= large_if_converted && T * B <= projection_rows_of_large);
     const int64_t most = large ? projection_rows_of_large : projection_rows;
     plan.chunk = std::clamp<int64_t>(most / block_rows, 1, std::max<int64_t>(T, 1));
