@@ -10,7 +10,7 @@ BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
 @cache
 def peak_flops(dtype: str = "float32") -> float:
-    """Operations per second from registers, all threads: fused multiply-adds, or tiles of bfloat16 where there are."""
+    """Operations per second from registers, all threads: fused multiply-adds, or bfloat16's products if any."""
     assert extension is not None
     return float(extension.peak_flops(dtype))
 

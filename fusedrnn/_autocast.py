@@ -16,30 +16,39 @@ def dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
+def keeps_state(module: torch.nn.Module, packed: bool) -> bool:
+    """Whether torch composes this module of operations on a CPU.
+
+    Those with weights are rounded then, and those with the state are not.
+    """
+    if isinstance(module, torch.nn.RNNCellBase):
+        return not isinstance(module, torch.nn.RNNCell)
+    return module.mode == "GRU" or (module.mode == "LSTM" and packed)
+
+
 def cast(
     x: Tensor,
     states: list[Tensor],
     weights: list[Tensor],
     dtype: torch.dtype,
     implementation: str,
-    keeps_state: bool,
+    state_kept: bool,
     one_step: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], torch.dtype]:
     """x, states and weights as autocast makes them, and the dtype of what they give.
 
-    ``keeps_state``: on a CPU torch composes this module of operations, of which those with weights are rounded and
-    those with the state are not. ``one_step``: weights that a CPU reads once stay as they are, for a copy in another
-    dtype would take longer than the step.
+    ``one_step``: weights that a CPU reads once stay as they are, for a copy in another dtype would take longer than
+    the step.
     """
     x = x.to(dtype)
-    keeps_state = keeps_state and implementation != "cuda" and all(s.dtype == torch.float32 for s in states)
-    if not keeps_state:
+    state_kept = state_kept and implementation != "cuda" and all(s.dtype == torch.float32 for s in states)
+    if not state_kept:
         states = [s.to(dtype) for s in states]
-    given = torch.float32 if keeps_state else dtype
+    given = torch.float32 if state_kept else dtype
     if one_step and implementation == "cpu" and all(w.dtype == torch.float32 for w in weights):
         return x.float(), [s.float() for s in states], weights, given
     weights = [_casts.cast(w, dtype) for w in weights]
-    if not keeps_state:
+    if not state_kept:
         return x, states, weights, given
     if dtype != torch.bfloat16 or implementation != "cpu":
         weights = [_casts.cast(w, torch.float32) for w in weights]  # the kernels take bfloat16 weights as they are

@@ -109,9 +109,14 @@ def _path(module: torch.nn.Module, input: Tensor | PackedSequence, dtype: torch.
     assert extension is not None
     cell, steps, batch, directions = _call(module, input)
     name = str(dtype).removeprefix("torch.")
-    plan = extension.plan(cell, name, False, steps, batch, module.input_size, module.hidden_size, directions)
-    packed = "weights packed into tiles" if plan["tiled"] else "packed weights"
-    weights = packed if plan["packed"] else "weights read in place"
+    data = input.data if isinstance(input, PackedSequence) else input
+    kept = _autocast.keeps_state(module, isinstance(input, PackedSequence))
+    wide = kept and data.dtype == torch.float32  # what autocast leaves so
+    plan = extension.plan(
+        cell, name, False, steps, batch, module.input_size, module.hidden_size, directions, narrow=not wide
+    )
+    layout = "weights packed into tiles" if plan["tiled"] else "packed weights"
+    weights = layout if plan["packed"] else "weights read in place"
     threads = plan["teams"] * plan["members"]
     if threads == 1:
         sharing = "1 thread"

@@ -31,9 +31,9 @@ class _Cell(torch.nn.RNNCellBase):
         if lstm:
             c = torch.zeros_like(h) if c is None else c if c.dim() == 2 else c.unsqueeze(0)
         if autocast is not None:
-            keeps_state = not isinstance(self, torch.nn.RNNCell)
+            kept = _autocast.keeps_state(self, packed=False)
             states = [h] if c is None else [h, c]
-            x, states, weights, dtype = _autocast.cast(x, states, weights, autocast, implementation, keeps_state, True)
+            x, states, weights, dtype = _autocast.cast(x, states, weights, autocast, implementation, kept, True)
             h, c = states if len(states) == 2 else (states[0], None)
         h, c = functional.step(self._mode(), x, h, c, weights, implementation)
         if autocast is not None:

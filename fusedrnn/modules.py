@@ -194,11 +194,9 @@ class _Layer(FlatWeights):
         every: list[tuple[Tensor, Tensor | None]] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         if autocast is not None:
-            keeps_state = self.mode == "GRU" or (self.mode == "LSTM" and batch_sizes is not None)
+            kept = _autocast.keeps_state(self, packed=batch_sizes is not None)
             one_step = batch_sizes is None and x.size(0) == 1 and every is None
-            x, states, weights, dtype = _autocast.cast(
-                x, states, weights, autocast, implementation, keeps_state, one_step
-            )
+            x, states, weights, dtype = _autocast.cast(x, states, weights, autocast, implementation, kept, one_step)
         h, c = states if len(states) == 2 else (states[0], None)
         dropout = self.dropout if self.training else 0.0
         y, h, c = functional.stack(

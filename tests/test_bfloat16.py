@@ -84,6 +84,21 @@ def test_the_rest_is_rounded_once(narrow, call, bidirectional, kind):
     assert dx.dtype == (torch.bfloat16 if "x" in narrow else torch.float32)
 
 
+@for_each_cell
+@for_each_number_of_directions
+@pytest.mark.parametrize("B", [1, 2, 7, 40])
+@pytest.mark.parametrize("inputs", [3, 40, 65])
+@pytest.mark.usefixtures("isa")
+def test_a_step_multiplies_the_same_numbers(inputs, B, bidirectional, kind):
+    """In pairs, where the processor has products of them: in another order, and with other ends of rows."""
+    given = forward_arguments(Call(Case(**kind, T=1, B=B, I=inputs, H=51, bidirectional=bidirectional)))
+    given["weights"] = [w.bfloat16() for w in given["weights"]]
+    given = cast(given, SEQUENCE + STATES, torch.bfloat16)
+    eps = torch.finfo(torch.bfloat16).eps
+    for one, other in zip(forward(**given), forward(**cast(given, SEQUENCE + STATES, torch.float32)), strict=True):
+        torch.testing.assert_close(one.float(), other.float(), rtol=eps, atol=eps, equal_nan=True)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated")  # torch's own, at its first forward mode
 @pytest.mark.filterwarnings("ignore:fusedrnn runs on a fallback. forward-mode")
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])

@@ -71,7 +71,7 @@ def test_every_instruction_set_of_this_machine_is_built():
     built = _dispatch.extension.build_info()["instruction_sets"]
     assert built[-1] == "baseline"
     if platform.machine() == "x86_64":
-        assert built == ["amx", "avx512_bf16", "avx512", "avx2", "baseline"]
+        assert sorted(built) == ["amx", "avx2", "avx512", "avx512_bf16", "baseline"]
     assert set(_dispatch.extension.instruction_sets()) <= set(built)
 
 

@@ -76,6 +76,15 @@ def test_explain_names_tiles(isa):
     assert (f"{isa}, weights packed into tiles" in reason) == (isa in WITH_TILES)
 
 
+@pytest.mark.usefixtures("isa")
+def test_explain_knows_what_autocast_leaves():
+    """A GRU's state stays float32, which no processor multiplies in pairs: 32 rows of a step are packed then."""
+    layer, x = fusedrnn.GRU(64, 64).bfloat16(), torch.zeros(1, 32, 64)
+    in_place = extension.plan("gru", "bfloat16", False, 1, 32, 64, 64, 1, narrow=False)["step"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ("in place" in fusedrnn.explain(layer, x).reason) == in_place
+
+
 @pytest.mark.parametrize(
     ("module", "x", "words"),
     [

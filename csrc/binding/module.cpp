@@ -40,7 +40,7 @@ py::array evaluate_function(const std::string& name, const py::array& x) {
 }
 
 py::dict plan(const std::string& cell, const std::string& dtype, bool backward, int64_t T, int64_t B, int64_t I,
-              int64_t H, int directions) {
+              int64_t H, int directions, bool narrow) {
   Problem p{};
   p.cell = cell_info(cell).kind;
   p.scalar = binding::scalar_named(dtype);
@@ -49,7 +49,7 @@ py::dict plan(const std::string& cell, const std::string& dtype, bool backward, 
   p.I = I;
   p.H = H;
   p.directions = directions;
-  p.narrow_sequence = p.narrow_states = p.converts_weights();
+  p.narrow_sequence = p.narrow_states = narrow && p.converts_weights();
   const cpu::PlanInfo info = cpu::kernels().plan(p, backward, threads().count);
   py::dict named;
   named["teams"] = info.teams;
@@ -123,11 +123,12 @@ PYBIND11_MODULE(_C, m) {
       "use_threads", [](bool at_once) { binding::pool_runs_at_once = at_once; }, py::arg("at_once"),
       "Whether torch's thread pool runs the parts of a parallel loop at the same time (OpenMP does).");
   m.def("plan", &plan, py::arg("cell"), py::arg("dtype"), py::arg("backward"), py::arg("T"), py::arg("B"), py::arg("I"),
-        py::arg("H"), py::arg("directions"),
-        "How a pass over a padded batch of a dtype, weights and all, would be carried out (csrc/cpu/tuning.h).");
+        py::arg("H"), py::arg("directions"), py::arg("narrow") = true,
+        "How a pass over a padded batch with weights of a dtype would be carried out (csrc/cpu/tuning.h); narrow: with "
+        "bfloat16 ones whether input and states are bfloat16, too.");
   m.def("peak_flops", &peak_flops, py::arg("dtype"),
-        "Operations per second from registers, all threads, measured: of float32s, or of bfloat16s where there are "
-        "tiles.");
+        "Operations per second from registers, all threads, measured: of float32s, or of bfloat16s where the processor "
+        "multiplies them.");
   m.def("read_bandwidth", &read_bandwidth, py::arg("bytes"),
         "Bytes per second at which all threads together read so many bytes again and again, measured.");
   m.def("pooled", &cpu::pooled, "Bytes of working memory that are kept for the next call.");

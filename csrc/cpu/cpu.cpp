@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -23,7 +24,7 @@ namespace {
 
 struct Candidate {
   const Kernels* kernels;
-  bool supported, pays = true;
+  bool supported;
 };
 
 #if defined(__x86_64__)
@@ -55,13 +56,19 @@ bool has_amx() {
 #endif
 
 const std::vector<Candidate>& candidates() {
-  static const std::vector<Candidate> list = {
+  static const std::vector<Candidate> list = [] {
+    std::vector<Candidate> best_first = {
 #if defined(__x86_64__)
-      {&amx, has_amx()},       {&avx512_bf16, has_avx512_bf16(), bool(__builtin_cpu_is("amd"))},
-      {&avx512, has_avx512()}, {&avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+        {&amx, has_amx()},       {&avx512_bf16, has_avx512_bf16()},
+        {&avx512, has_avx512()}, {&avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
-      {&baseline, true},
-  };
+        {&baseline, true},
+    };
+#if defined(__x86_64__)
+    if (!__builtin_cpu_is("amd")) std::swap(best_first[1], best_first[2]);  // see has_avx512_bf16
+#endif
+    return best_first;
+  }();
   return list;
 }
 
@@ -86,7 +93,7 @@ void use(const std::string& name) {
   std::string offered;
   for (const Candidate& c : candidates()) {
     if (!c.supported) continue;
-    if (name.empty() ? c.pays : name == c.kernels->name) {
+    if (name.empty() || name == c.kernels->name) {
       in_use = c.kernels;
       return;
     }

@@ -26,7 +26,7 @@ struct Kernels {
   void (*functions_double)(int function, const double* x, double* y, int64_t n);
   PlanInfo (*plan)(const Problem&, bool backward, int64_t threads);
   double (*multiply_add)(int64_t n, const Threads&);    // see roofline.h
-  double (*multiply_tiles)(int64_t n, const Threads&);  // the same of tiles of bfloat16, or nullptr
+  double (*multiply_tiles)(int64_t n, const Threads&);  // the same of bfloat16s, by tiles or in pairs, or nullptr
   void (*read_all)(const float* memory, int64_t count, int64_t repeats, const Threads&);
 };
 

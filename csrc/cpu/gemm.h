@@ -405,10 +405,7 @@ __attribute__((noinline)) void dot_tile(const std::array<D, terms>& dots, int64_
     };
     int64_t k = 0;
     if constexpr (D::pairs) {
-      const auto pairs = [](const Stored* p) __attribute__((always_inline)) {
-        return load<V>(reinterpret_cast<const bfloat16_pair*>(p));
-      };
-      for (; k + 2 * N <= d.K; k += 2 * N) {
+      const auto step_of_pairs = [&](auto pairs) __attribute__((always_inline)) {
         if constexpr (MB > 2) __builtin_prefetch(next + k, 0, 2);
         V a[MB];
 #pragma GCC unroll 8
@@ -419,7 +416,11 @@ __attribute__((noinline)) void dot_tile(const std::array<D, terms>& dots, int64_
 #pragma GCC unroll 8
           for (int b = 0; b < MB; ++b) sum[b][j] = add_pairs(sum[b][j], w, a[b]);
         }
-      }
+      };
+      for (; k + 2 * N <= d.K; k += 2 * N) step_of_pairs([](const auto* p) { return as_pairs<V>(p); });
+      const int left = static_cast<int>(d.K - k);
+      if (left) step_of_pairs([&](const auto* p) { return as_pairs<V>(p, left); });
+      continue;
     } else if constexpr (std::is_same_v<Stored, bfloat16>)
       for (; k + 2 * N <= d.K; k += 2 * N) {
         EvenOdd<V> a[MB];

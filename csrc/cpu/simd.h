@@ -145,10 +145,24 @@ FUSEDRNN_INLINE V load_half(const void* p) {
   std::memcpy(&words, p, sizeof(words));
   return V((typename V::Register)(half ? words & 0xffff0000u : words << 16));
 }
-// A pair as it is.
+// Pairs as they are, from anywhere.
+template <class V>
+FUSEDRNN_INLINE V as_pairs(const void* p) {
+  V pairs;
+  std::memcpy(&pairs, p, sizeof(pairs));
+  return pairs;
+}
 template <class V>
 FUSEDRNN_INLINE V load(const bfloat16_pair* p) {
-  return V::load(reinterpret_cast<const float*>(p));
+  return as_pairs<V>(p);
+}
+// The first n numbers, 0 <= n <= 2N, and zeros.
+template <class V>
+FUSEDRNN_INLINE V as_pairs(const bfloat16* p, int n) {
+  if (n % 2 == 0) return V::load(reinterpret_cast<const float*>(p), n / 2);
+  bfloat16 buffer[2 * V::size] = {};
+  for (int i = 0; i < n; ++i) buffer[i] = p[i];
+  return as_pairs<V>(buffer);
 }
 template <class V, class T>
 FUSEDRNN_INLINE V broadcast_of(T x) {

@@ -1,5 +1,5 @@
 // One step of a few rows, as streams and rollouts take them: weights are read where they are, once, by dot products, and
-// nothing is kept, and nothing copied but a bfloat16 x and state that the processor does not multiply. Threads share out the hidden
+// nothing is kept, and nothing copied but a bfloat16 x and state, unless the processor multiplies these. Threads share out the hidden
 // units and need not meet.
 #pragma once
 
@@ -34,9 +34,9 @@ struct Step {
   const int64_t B = p.sequence.B, I = p.I, H = p.H, panels = (H + N - 1) / N;
   const bool in_pairs = steps_in_pairs(p);  // else what is bfloat16 of x and hx is widened
   Scratch<S> wide_x = scratch<S>(p.narrow_sequence && !in_pairs ? B * I : 0),
-             wide_h = scratch<S>(p.narrow_states ? p.directions * B * H : 0);
+             wide_h = scratch<S>(p.narrow_states && !in_pairs ? p.directions * B * H : 0);
   const S* const x = in_pairs ? nullptr : widened(p.x, p.narrow_sequence, B* I, wide_x.get());
-  const S* const hx = widened(p.hx, p.narrow_states, p.directions * B * H, wide_h.get());
+  const S* const hx = in_pairs ? nullptr : widened(p.hx, p.narrow_states, p.directions * B * H, wide_h.get());
 
   static const S* widened(const void* from, bool narrow, int64_t n, S* to) {
     const auto numbers = Numbers<const S, const W>::at(from, narrow);
@@ -94,11 +94,14 @@ struct Step {
     const int64_t state = (direction * B + b) * H + unit;
     V a[sums], gate[std::max(1, saved)], c(S(0));
     for (int k = 0; k < sums; ++k) a[k] = V::load(sum + k * N);
+    using Given = Numbers<const S, const W>;
     using Made = Numbers<S, W>;
-    if constexpr (Cell::has_cell)
-      c = Numbers<const S, const W>::at(p.cx, p.narrow_states).template load<V>(state, count);
+    const auto given = [&](const void* states) {
+      return Given::at(states, p.narrow_states).template load<V>(state, count);
+    };
+    if constexpr (Cell::has_cell) c = given(p.cx);
     Cell::activate(a);
-    const V h = Cell::forward(a, V::load(hx + state, count), c, gate);
+    const V h = Cell::forward(a, given(p.hx), c, gate);
     Made::at(p.y, p.narrow_sequence).store(h, (b * p.directions + direction) * H + unit, count);
     if (p.h_n != p.y) Made::at(p.h_n, p.narrow_states).store(h, state, count);
     if constexpr (Cell::has_cell) Made::at(p.c_n, p.narrow_states).store(c, state, count);

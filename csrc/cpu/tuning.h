@@ -29,7 +29,7 @@ constexpr int tile_vectors(int64_t rows, int vector_bytes) {
 }
 
 // Products summed in one go. At 128 the additions to the total are 1 % of the work, and a sum of 400 products
-// is twice as exact.
+// is twice as exact. In pairs they are twice as many.
 constexpr int64_t summation_block = 128;
 
 // Numbers from which on the weights that a member multiplies with in a step are far: tiles ask for those of the next tile, some before
@@ -50,7 +50,7 @@ struct Together {
 // fast as with one panel and 64 rows: LSTM of 128, B = 128: 1.05; of 64, B = 256: 1.04; of 18, B = 16: 1.2 to 1.3; GRU of 128 and 64:
 // 1.13 and 1.21. With 18, 24, 36 and 48 rows, LSTM of 64: 1, 1.03, 1.05, 1.07; GRU of 64: 1, 1.15, 1.19, 1.19. Tiles (tiles.h) take
 // 32 rows: bfloat16, LSTM of 200, with 36, 32, 64 and 96 rows: 1, 1.15, 1.18, 1.19; of 128: 1, 1.10, 1.14, 1.11; GRU of 128: 1,
-// 1.10, 1.09, 1.04.
+// 1.10, 1.09, 1.04; dot products of pairs, which take 6, with 64 against 36 rows: 0.97 to 1.02.
 constexpr Together together(int64_t rows, int64_t gates, int64_t sums, int64_t vector_bytes, bool tiles) {
   if (vector_bytes == 64) return {std::min<int64_t>(rows, tiles ? 64 : 144 / sums), 4};
   return {std::min<int64_t>(rows, 144), (rows > 36 ? 24 : 48) / gates};
@@ -92,7 +92,7 @@ constexpr int64_t team_rows(Pass pass, int64_t B, int64_t I, int64_t H, int64_t 
 
 // Hidden units from which on the products of packed bfloat16 weights are made in tiles (tiles.h), for any number of rows: 16
 // take as long as one. Emerald Rapids, LSTM, inference, times faster than the best without: of 16 and 32 rows, H = 16: 0.94,
-// 32: 1.15, 64: 1.5, 512: 3.9; of one row, H = 256: 1.35, 512: 1.5.
+// 32: 1.15, 64: 1.5, 512: 3.9; of one row, H = 256: 1.35, 512: 1.5. By dot products of pairs, Zen 4, H = 16 to 24: 0.75 to 1.09.
 constexpr int64_t tile_width = 32;
 
 // Rows from which on a single step packs weights (see packs); bfloat16 ones, which a dot product converts at every use. Where it
@@ -131,8 +131,8 @@ constexpr int64_t gradient_pairs = 16;
 // 48 KiB.
 constexpr int64_t rounded_rows = 48;
 // A block of W_ih that is copied for dX, or for x·W_ih where a call has one chunk of so many rows that a copy is worth it: products
-// over so many k, for so many vectors of outputs; with AVX2 128 KiB. In tiles, which add up all products in their registers, over
-// all k. Against packing all of W_ih once (AVX2): training, LSTM and GRU of 128, B = 16, RNN of 256, LSTM of 512, B = 4: 1.03 to
+// over so many k, for so many vectors of outputs; with AVX2 128 KiB. In tiles over all k, for they add up all products in their
+// registers (AMX). Against packing all of W_ih once (AVX2): training, LSTM and GRU of 128, B = 16, RNN of 256, LSTM of 512, B = 4: 1.03 to
 // 1.07 times as fast, eight others 0.96 to 1.03; inference, LSTM of 1024, B = 8, T = 32: 1.03 to 1.05, with four or more chunks 0.98
 // to 0.99. An RNN, of which the weights are most of the memory, copies for any number of chunks (training, 1760 units, B = 16: 57 MB
 // at its peak instead of 69).
