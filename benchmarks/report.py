@@ -108,29 +108,31 @@ def summarise(rows: Sequence[Row], sets: Mapping[str, Iterable[Case]]) -> list[S
     return summaries
 
 
+def _machine(row: Row) -> str:
+    """A machine by what its makers say of it: its GPU, or else its processor, whose name may be that of several."""
+    isa = row.machine.get("instruction_set")
+    name = f"{row.machine['cpu']}{f' ({isa})' if isa else ''}, {row.machine['threads']} threads"
+    return str(row.machine.get("gpu") or name)
+
+
 def read_rows(paths: Iterable[Path]) -> list[Row]:
     """The rows of the files: of those alike in case, mode, machine and threads only the newest."""
     rows = [Row.from_line(line) for path in paths for line in path.read_text().splitlines() if line]
     rows.sort(key=lambda row: str(row.machine["date"]))
-    newest = {
-        (row.machine["cpu"], row.machine.get("gpu"), row.machine["threads"], row.case.id, row.mode): row for row in rows
-    }
+    newest = {(_machine(row), row.case.id, row.mode): row for row in rows}
     return list(newest.values())
 
 
 def by_machine(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Rows grouped under a machine's description, in the order of the case list."""
+    """Rows grouped under a machine's description, GPUs after the others, in the order of the case list."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        isa = row.machine.get("instruction_set")
-        name = f"{row.machine['cpu']}{f' ({isa})' if isa else ''}, {row.machine['threads']} threads"
-        gpu = row.machine.get("gpu")
-        groups.setdefault(str(gpu) if gpu else name, []).append(row)
+        groups.setdefault(_machine(row), []).append(row)
     sets = (*GPU_DTYPE_SETS.values(), *SETS.values())
     order = {case.id: position for position, case in enumerate(c for cases in sets for c in cases)}
     for group in groups.values():
         group.sort(key=lambda row: order.get(row.case.id, len(order)))
-    return groups
+    return dict(sorted(groups.items(), key=lambda group: bool(group[1][0].machine.get("gpu"))))
 
 
 def _versions(rows: Sequence[Row]) -> str:
