@@ -3,6 +3,7 @@
 #pragma once
 
 #include "recurrence.h"
+#include "unpacked.h"
 #include "weights.h"
 
 namespace fusedrnn::cpu {

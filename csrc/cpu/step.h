@@ -3,9 +3,9 @@
 // units and need not meet.
 #pragma once
 
-#include "gemm.h"
 #include "memory.h"
 #include "team.h"
+#include "unpacked.h"
 
 namespace fusedrnn::cpu {
 namespace {
