@@ -47,6 +47,29 @@ def test_weights_are_fetched_ahead():
         torch.set_num_threads(threads)
 
 
+# Fewer rows than gathered_rows of csrc/cpu/tuning.h for each of two threads, or of the two that each direction has.
+GATHERED = (
+    Case("lstm", T=20, B=5, I=18, H=20),
+    Case("gru", T=70, B=11, I=33, H=70),
+    Case("gru", T=21, B=7, I=35, H=40, bidirectional=True),
+    Case("lstm", T=30, B=9, I=5, H=33, bidirectional=True, lengths=(9, 30, 4, 30, 2, 1, 1, 12, 3)),
+)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("case", GATHERED, ids=str)
+@pytest.mark.usefixtures("isa")
+def test_rows_gathered_from_several_steps(case, dtype):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2 * case.directions)
+    try:
+        module, data = case.module(fusedrnn), make_data(case)
+        assert "share the rows" in fusedrnn.explain(module, data.x).reason
+        check(replace(case, dtype=dtype))
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("case", FEATURE + ZERO, ids=str)
 def test_options(case):
     check(case)

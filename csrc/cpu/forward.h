@@ -48,8 +48,10 @@ struct Forward : Recurrence<Cell, S, N> {
                 x_size = TileRows<V>::size(tiled_input ? x_rows : 0, blocks_of(I));
   Scratch<uint16_t> h_tiles = scratch<uint16_t>(plan.groups * 2 * h_size);
   Scratch<uint16_t> x_tiles = scratch<uint16_t>(plan.groups * plan.slices * x_size);
-  // Or else these rows of x for a team, where it is bfloat16.
-  const int64_t wide_size = p.narrow_sequence && !tiled_input ? x_rows * I : 0;
+  // Or else these rows of x for a team, where it is bfloat16, or where they are some of the batch's rows in several steps, which
+  // are not next to each other.
+  const bool gathered = chunked && plan.row_blocks > 1;
+  const int64_t wide_size = (p.narrow_sequence || gathered) && !tiled_input ? x_rows * I : 0;
   Scratch<S> wide_x = scratch<S>(plan.groups * wide_size);
 
   // Rows to be multiplied; where weights are tiles, the same for them.
@@ -101,19 +103,44 @@ struct Forward : Recurrence<Cell, S, N> {
         to.fill(h, padded_H, count, 0, 0, member.begin * N, std::min(member.end * N, H), H);
   }
 
-  // Rows of x as they are multiplied. A team's members widen bfloat16 ones together.
-  Rows input(Member& member, int64_t row, int64_t count, const TileRows<V>& to, S* wide) const {
+  // `count` rows of x, from `row` of the sequence on, as they are multiplied; copies are rows of `tiles` or `wide` from `at` on. A
+  // team's members widen bfloat16 ones together.
+  Rows input(Member& member, int64_t row, int64_t count, const TileRows<V>& tiles, S* wide, int64_t at = 0) const {
     const Given x = Given::at(p.x, p.narrow_sequence) + row * I;
     if constexpr (takes_tiles<V, W>)
       if (tiled_input) {
-        x.narrow ? to.fill(x.narrow, I, count, 0, 0, 0, I, I) : to.fill(x.wide, I, count, 0, 0, 0, I, I);
-        return {nullptr, I, I, to};
+        x.narrow ? tiles.fill(x.narrow, I, count, 0, at, 0, I, I) : tiles.fill(x.wide, I, count, 0, at, 0, I, I);
+        return {nullptr, I, I, tiles};
       }
     if (!wide_size) return {x.wide, I, I};
     const auto [begin, end] = member.share(count * I);
-    widen<V>(x + begin, end - begin, wide + begin);
+    widen<V>(x + begin, end - begin, wide + at * I + begin);
     member.meet_in_step();
     return {wide, I, I};
+  }
+
+  // The first of a job's rows in step t, and how many there are.
+  std::pair<int64_t, int64_t> rows_of(const Job& job, int64_t t) const {
+    return {sequence.start(t) + job.row_begin, std::max<int64_t>(job.rows_end(t) - job.row_begin, 0)};
+  }
+
+  // The rows of x of the chunk that begins with step s, in the order of time, and how many there are.
+  std::pair<Rows, int64_t> chunk_input(const Job& job, Member& member, int64_t s, const TileRows<V>& tiles,
+                                       S* wide) const {
+    const int64_t t = job.step(s), t_end = job.step(std::min(s + plan.chunk, job.T) - 1);
+    const int64_t first = std::min(t, t_end), end = std::max(t, t_end) + 1;
+    int64_t rows = 0;
+    if (!gathered) {
+      rows = sequence.start(end) - sequence.start(first);
+      return {input(member, sequence.start(first), rows, tiles, wide), rows};
+    }
+    Rows x;
+    for (int64_t next = first; next < end; ++next) {
+      const auto [row, count] = rows_of(job, next);
+      x = input(member, row, count, tiles, wide, rows);
+      rows += count;
+    }
+    return {x, rows};
   }
 
   void steps(const Job& job, Member& member, int64_t team, int64_t slice) {
@@ -130,22 +157,22 @@ struct Forward : Recurrence<Cell, S, N> {
     start(job, member, h, c);
     for (const TileRows<V>& rows : h_rows) fill_tiles(member, h, job.row_end - job.row_begin, rows);
     member.meet_in_step();
-    int64_t kept_row = 0;  // the sequence row of the first row of pre-activations kept
+    int64_t at = 0;  // the step's first row among the pre-activations kept
     for (int64_t s = 0; s < job.T; ++s) {
-      const int64_t t = job.step(s), row = sequence.start(t) + job.row_begin,
-                    count = std::max<int64_t>(job.rows_end(t) - job.row_begin, 0);
+      const int64_t t = job.step(s);
+      const auto [row, count] = rows_of(job, t);
       const Rows h_in{h + (s % 2) * block_rows * padded_H, padded_H, H, tiled ? h_rows[s % 2] : TileRows<V>{}};
       S* h_out = h + ((s + 1) % 2) * block_rows * padded_H;
       if (chunked) {
         const int64_t n = member.end - member.begin;
         if (s % plan.chunk == 0) {
-          const int64_t t_end = job.step(std::min(s + plan.chunk, job.T) - 1);
-          kept_row = sequence.start(std::min(t, t_end));
-          const int64_t rows = sequence.start(std::max(t, t_end) + 1) - kept_row;
-          project(job, member.begin, n, input(member, kept_row, rows, own_x, own_wide), rows, a,
-                  copies.get() + slice * copy_size);
+          const auto [x, rows] = chunk_input(job, member, s, own_x, own_wide);
+          project(job, member.begin, n, x, rows, a, copies.get() + slice * copy_size);
+          at = job.reverse() ? rows : 0;
         }
-        step(job, t, member.begin, n, job.row_begin, count, a + (row - kept_row) * sums * N, h_in, h_out, c, s % 2);
+        if (job.reverse()) at -= count;
+        step(job, t, member.begin, n, job.row_begin, count, a + at * sums * N, h_in, h_out, c, s % 2);
+        if (!job.reverse()) at += count;
       } else {
         const Rows x = input(member, row, count, own_x, own_wide);
         for (int64_t panel = member.begin; panel < member.end; panel += panels_kept)

@@ -228,8 +228,11 @@ void multiply_few(const P& p, std::integer_sequence<int, NV...>) {
   }
 }
 
-// Whether weights, where they are packed, are tiles.
-inline bool in_tiles(const Problem& p) { return p.pairs != Pairs::none && p.converts_weights() && p.H >= tile_width; }
+// How the processor multiplies weights where they are packed, and whether they are tiles.
+inline Pairs packed_pairs(const Problem& p) {
+  return p.converts_weights() && p.H >= tile_width ? p.pairs : Pairs::none;
+}
+inline bool in_tiles(const Problem& p) { return packed_pairs(p) != Pairs::none; }
 
 // Of `group` vectors each is c_stride after the one before.
 template <class V, class S, class Stored = S, int group = 1, class Given = S>

@@ -97,7 +97,7 @@ PlanInfo plan_of(const Problem& problem, bool backward, int64_t threads) {
     return {1, step_needs_team(p, gates) ? std::min(threads, panels) : 1, 1, true, false, false, true};
   }
   const Plan plan = make_plan(backward ? Pass::backward : Pass::forward, p.sequence.T, p.sequence.B, p.I, p.H,
-                              p.directions, p.converts_weights(), gates, N, threads, in_tiles(p), p.slow_cache);
+                              p.directions, p.converts_weights(), gates, N, threads, packed_pairs(p), p.slow_cache);
   return {plan.groups, plan.slices, plan.row_blocks, plan.share_units, plan.packed, plan.tiled, false};
 }
 

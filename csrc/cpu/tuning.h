@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../params.h"
+
 namespace fusedrnn::cpu {
 namespace {
 
@@ -65,6 +67,10 @@ constexpr Together together(int64_t rows, int64_t gates, int64_t sums, int64_t v
 // to 1.10 times as long (B = 4: 0.96 to 1.02), GRU of 512 1.00 to 1.03 times.
 constexpr int64_t projection_rows = 48, projection_rows_of_large = 256;
 constexpr int64_t large_weights(bool slow_cache) { return slow_cache ? 1 << 19 : 3'000'000; }
+// Rows in a block of the batch from which on x·W_ih is computed step by step: fewer are copied side by side from several steps, so that
+// W_ih is read once for 48 (AVX-512, LSTM and GRU of 64 to 256, 4 to 12 rows: 1.01 to 1.1 times as fast; with 16 and more, and RNNs: 0.97
+// to 1.02, of 256 units up to 1.05).
+constexpr int64_t gathered_rows = 16;
 // Packed, bfloat16 weights take twice the room: so many of W_ih are rather copied by blocks (see input_rows), where all rows are one
 // chunk (AVX2, training, T = 50, B = 4: LSTM of 512 13 to 14 MB at its peak instead of 16, GRU 10.5 instead of 11.4, both 1.03 times as
 // fast; inference 0.97 and 0.98).
@@ -81,11 +87,23 @@ enum class Pass { forward, backward };
 // to 1.1, of 160 (8): 0.91 to 1.05.
 // Such a team reads W_ih at every step: LSTM of 40 (2), I = 80: 1.2, 160: 1.04, 256: 0.93, (4), I = 512: 1.25; of 64 (4), I = 128:
 // 0.94, 512: 0.88 to 0.96.
+// Where x·W_ih is there for several steps (see gathered_rows) fewer rows are enough, of LSTMs and GRUs (times as fast as sharing
+// units; first with cores near to each other, 50 ns, then far apart, 200 ns). AVX-512, H = I, T = 100 or 128,
+// 4 to 12 rows: of 64: 1.02 to 1.06, 1.05 to 1.2; of 96 and 128: 1.0 to 1.05, 1.03 to 1.4; of 192 and 256: 0.99 to 1.05, 1.02 to 1.2;
+// AVX2 the same or more; bfloat16 by dot products 1.01 to 1.08, 1.03 to 1.2. Each core then reads what the other has packed:
+// with 8 or 16 rows and 16 or 32 steps 0.75 to 1.0, which is what T·B asks for; of 128 with I = 512: 0.92. 2 rows: of 20 to 48, I <= 80:
+// 1.0 to 1.2, 1.0 to 1.3; of 20, whose units are not shared out, I = 320: 1.4 to 1.75; of 40, whose five panels make uneven shares,
+// I = 320: 1.0 to 1.28, of 32 and 48 with AVX2: 0.83 to 0.98; of 64: 0.8 to 0.94.
 // Backward: LSTM of 64 (2): 1.1, (4): 1.2; of 128 (4): 1.2, (3): 0.95; of 256 (4): 1.2, RNN of 256 (4): 1.1, (3): 0.91.
-constexpr int64_t team_rows(Pass pass, int64_t B, int64_t I, int64_t H, int64_t gates, int64_t vector) {
+constexpr int64_t team_rows(Pass pass, int64_t T, int64_t B, int64_t I, int64_t H, int64_t gates, int64_t vector,
+                            Pairs pairs, bool even) {
   if (pass == Pass::forward) {
-    if (gates * H * H * B < 50'000 && gates * H * I < 20'000) return 2;
-    return H < 48 || gates == 1 || (vector >= 16 && H <= 64 && I <= 96) ? 4 : 16;
+    const bool by_rows = gates > 1 && pairs != Pairs::tiles;  // a tile's product takes as long for one row as for 16
+    const bool small = gates * H * H * B < 50'000 || (by_rows && H <= 48),
+               few_inputs = gates * H * I < 20'000 || (by_rows && !even),
+               many_rows = by_rows && T * B >= 768 && I <= 2 * H;
+    if (small && few_inputs) return 2;
+    return H < 48 || gates == 1 || (vector >= 16 && H <= 64 && I <= 96) || many_rows ? 4 : 16;
   }
   return H <= 64 ? 2 : H <= 128 || vector >= 16 ? 4 : 16;
 }
@@ -169,7 +187,8 @@ struct Plan {
 };
 
 constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t I, int64_t H, int directions, bool converted,
-                         int64_t gates, int64_t vector, int64_t threads, bool tiles, bool slow_cache) {
+                         int64_t gates, int64_t vector, int64_t threads, Pairs pairs, bool slow_cache) {
+  const bool tiles = pairs != Pairs::none;
   const int64_t panels = (H + vector - 1) / vector, step_flops = 2 * gates * H * H * B;
   // A thread is only woken (a few µs) for work that lasts longer.
   if (T * step_flops * directions < 200'000) threads = 1;
@@ -188,7 +207,8 @@ constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t I, int64_t H, 
   // for each, and sums up gradients of its own, which pays from about as many of its rows on as there are units (AVX-512,
   // LSTM of 256, T = 8, B = 32: 0.99; T = 1: 0.86; T = 16: 1.04; of 128, T = 4, B = 16: 0.97, T = 16: 1.08).
   const int64_t spare = threads / plan.groups;
-  if (spare > 1 && H <= 256 && B >= spare * team_rows(pass, B, I, H, gates, vector) &&
+  const bool even = plan.share_units && panels % spare == 0;
+  if (spare > 1 && H <= 256 && B >= spare * team_rows(pass, T, B, I, H, gates, vector, pairs, even) &&
       (pass == Pass::forward || T * B >= H * spare)) {
     plan.groups *= spare;
     plan.slices = 1;
@@ -201,7 +221,7 @@ constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t I, int64_t H, 
     const int64_t most = std::clamp<int64_t>(gradient_rows / block_rows, 1, std::max<int64_t>(T, 1)),
                   chunks = (T + most - 1) / most;
     plan.chunk = chunks ? (T + chunks - 1) / chunks : 1;  // even, for each copies W_ih
-  } else if (plan.row_blocks == 1) {                      // a block's rows are next to each other within a step only
+  } else if (plan.row_blocks == 1 || (gates > 1 && block_rows < gathered_rows)) {
     const bool large = gates * H * H >= large_weights(slow_cache) ||
                        (converted && gates * I * H >= large_if_converted && T * B <= projection_rows_of_large);
     const int64_t most = large ? projection_rows_of_large : projection_rows;
