@@ -17,8 +17,13 @@ from fusedrnn import _dispatch
 
 Maybe = Tensor | None
 
-_C = torch._C
+# Looked up once: together they are asked some tenths of a µs faster.
+_compiling = torch.compiler.is_compiling
+_autocasting = torch._C._is_any_autocast_enabled
 _functorch_level = torch._C._functorch.peek_interpreter_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_mode = torch._C._is_torch_function_mode_enabled
+_tracing = torch._C._get_tracing_state
 _profiling = torch._C._autograd._profiler_enabled
 _forward_ad = torch.autograd.forward_ad
 kernels: Any = None
@@ -29,15 +34,15 @@ if _dispatch.extension is not None and _dispatch.extension.use_tensors(Tensor, t
 def possible() -> bool:
     """Whether nothing but the caller will see the call."""
     return (
-        not torch.compiler.is_compiling()
+        not _compiling()
         and kernels is not None
         and _dispatch.extension is not None
-        and not _C._is_any_autocast_enabled()
+        and not _autocasting()
         and _functorch_level() is None
         and _forward_ad._current_level < 0
-        and _C._len_torch_dispatch_stack() == 0
-        and not _C._is_torch_function_mode_enabled()
-        and _C._get_tracing_state() is None
+        and _dispatch_modes() == 0
+        and not _function_mode()
+        and _tracing() is None
         and not _profiling()
     )
 

@@ -5,7 +5,8 @@ What gets None here takes the long way, whose checks say what is wrong, if anyth
 
 from __future__ import annotations
 
-from operator import is_not
+from collections.abc import Sequence
+from operator import is_not, itemgetter
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from fusedrnn import _autograd, _direct, _dispatch, _ops, _ragged, _transforms
 
-_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+_two_weights = itemgetter("weight_ih", "weight_hh")
+_four_weights = itemgetter("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 def cell(module: torch.nn.RNNCellBase, name: str, x: Tensor, hx: Any) -> Any:
@@ -21,14 +23,18 @@ def cell(module: torch.nn.RNNCellBase, name: str, x: Tensor, hx: Any) -> Any:
     device = _device(x, 2, module.input_size)
     if device is None:
         return None
-    shape = len(x), module.hidden_size
-    h, c = _states(name, x, hx, shape)
-    parameters = module._parameters  # a name is absent where a parametrization has taken its place
-    weights = [parameters.get(key) for key in (_NAMES if module.bias else _NAMES[:2])]
-    found = _run(name, x, h, c, weights) if device == "cpu" else _run_on_gpu(name, x, h, c, weights, shape)
+    h, c = _states(name, x, hx, module.hidden_size)
+    try:
+        weights = (_four_weights if module.bias else _two_weights)(module._parameters)
+    except KeyError:  # a parametrization has taken its place
+        return None
+    if device == "cpu":
+        found = _run(name, x, h, c, weights)
+    else:
+        found = _run_on_gpu(name, x, h, c, list(weights), (x.shape[0], module.hidden_size))
     if found is None:
         return None
-    return tuple(found[-2:]) if name == "lstm" else found[-1]
+    return (found[-2], found[-1]) if name == "lstm" else found[-1]
 
 
 def layer(module: torch.nn.RNNBase, name: str, x: Tensor, hx: Any, lengths: Any = None, resets: Any = None) -> Any:
@@ -52,13 +58,12 @@ def layer(module: torch.nn.RNNBase, name: str, x: Tensor, hx: Any, lengths: Any 
     if not x.is_contiguous():
         x = x.contiguous()
     rows = layers * (2 if module.bidirectional else 1)
-    shape = rows, x.shape[1], module.hidden_size
-    h, c = _states(name, x, hx, shape)
+    h, c = _states(name, x, hx, module.hidden_size, rows)
     weights = list(map(module._parameters.get, module._flat_weights_names))
     if any(map(is_not, weights, module._flat_weights)):
         return None  # other weights than its parameters, perhaps
     if device == "cuda":
-        found = _run_on_gpu(name, x, h, c, weights, shape)
+        found = _run_on_gpu(name, x, h, c, weights, (rows, x.shape[1], module.hidden_size))
     elif not ragged:
         found = _run(name, x, h, c, weights, layers)
     else:
@@ -89,10 +94,10 @@ def _device(x: Any, rank: int, inputs: int) -> str | None:
     return "cuda" if type(x) is Tensor and _dispatch.on_gpu_kernels(x) else None
 
 
-def _states(name: str, x: Tensor, hx: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:
-    """h and c as given or zero; None instead of what cannot be a state."""
+def _states(name: str, x: Tensor, hx: Any, units: int, rows: int | None = None) -> tuple[Any, Any]:
+    """h and c as given or zero, ``[B, units]`` or ``[rows, B, units]``; None instead of what cannot be a state."""
     if hx is None:
-        zeros = x.new_zeros(shape)
+        zeros = x.new_zeros((x.shape[0], units) if rows is None else (rows, x.shape[1], units))
         return zeros, zeros if name == "lstm" else None
     if name != "lstm":
         return hx, None
@@ -112,7 +117,7 @@ def _all_within(lengths: Tensor, steps: int) -> bool:
     return int(least) >= 0 and int(most) <= steps
 
 
-def _run(name: str, x: Tensor, h: Any, c: Any, weights: list[Any], layers: int = 1) -> Any:
+def _run(name: str, x: Tensor, h: Any, c: Any, weights: Sequence[Any], layers: int = 1) -> Any:
     """The output (a layer's alone, where there will be gradients) and the states."""
     kernels = _direct.kernels
     if not torch.is_grad_enabled():

@@ -8,6 +8,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <memory>
 #include <string>
 #include <tuple>
@@ -98,11 +99,20 @@ using Sizes = std::initializer_list<int64_t>;
 
 // A new tensor as torch.Tensor.new_empty makes it, and its memory.
 inline std::pair<pybind11::object, void*> make(pybind11::handle like, const Call& c, Sizes sizes) {
-  pybind11::tuple shape(sizes.size());
-  size_t i = 0;
+  static PyObject* const new_empty = PyUnicode_InternFromString("new_empty");
+  std::array<pybind11::int_, 3> owned;
+  std::array<PyObject*, 4> arguments{like.ptr()};
+  size_t count = 0;
   int64_t bytes = c.element;
-  for (int64_t size : sizes) shape[i++] = size, bytes *= size;
-  pybind11::object made = like.attr("new_empty")(*shape);
+  for (int64_t size : sizes) {
+    owned[count] = pybind11::int_(size);
+    arguments[count + 1] = owned[count].ptr();
+    ++count;
+    bytes *= size;
+  }
+  auto made = pybind11::reinterpret_steal<pybind11::object>(
+      PyObject_VectorcallMethod(new_empty, arguments.data(), count + 1, nullptr));
+  if (!made) throw pybind11::error_already_set();
   const std::optional<View> memory = view(made);
   if (!memory) throw std::runtime_error("fusedrnn: expected torch.Tensor.new_empty to give a dense tensor");
   cpu::prefer_huge_pages(memory->data, bytes);

@@ -105,7 +105,7 @@ constexpr int64_t team_rows(Pass pass, int64_t T, int64_t B, int64_t I, int64_t 
     if (small && few_inputs) return 2;
     return H < 48 || gates == 1 || (vector >= 16 && H <= 64 && I <= 96) || many_rows ? 4 : 16;
   }
-  return H <= 64 ? 2 : H <= 128 || vector >= 16 ? 4 : 16;
+  return H <= 64 ? 2 : 4;
 }
 
 // Hidden units from which on the products of packed bfloat16 weights are made in tiles (tiles.h), for any number of rows: 16
