@@ -7,7 +7,7 @@ records it, the call is one operator, whose kernel for autograd is that same Fun
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -100,7 +100,7 @@ def run(
     return y, h_n, c_n[0] if cx is not None else None
 
 
-def needs_gradient(x: Tensor, hx: Tensor, cx: Tensor | None, weights: list[Tensor]) -> bool:
+def needs_gradient(x: Tensor, hx: Tensor, cx: Tensor | None, weights: Sequence[Tensor]) -> bool:
     """Whether a backward pass may follow, so that forward must save what it needs."""
     return torch.is_grad_enabled() and (
         x.requires_grad

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from fusedrnn import _autocast, _dispatch, _modes, _shortcut, functional
 from fusedrnn._checks import as_pair, check_like_input, parameters
+from fusedrnn._script import Scriptable
 
 
-class _Cell(torch.nn.RNNCellBase):
+class _Cell(Scriptable, torch.nn.RNNCellBase):
     """What the three cells share: one step is a sequence of one."""
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:

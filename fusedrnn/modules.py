@@ -10,12 +10,13 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import _autocast, _dispatch, _dynamo, _modes, _shortcut, functional
 from fusedrnn._checks import as_pair, can_be_read, check_like_input, reset_mask, row_lengths
+from fusedrnn._script import Scriptable
 from fusedrnn._stream import Stream
 from fusedrnn._weights import FlatWeights
 from fusedrnn.cells import GRUCell, LSTMCell, RNNCell
 
 
-class _Layer(FlatWeights):
+class _Layer(Scriptable, FlatWeights):
     """What the three layers share. ``hx`` is a tensor, or for the LSTM the pair (h_0, c_0).
 
     ``recompute``, an argument of the constructor and an attribute, makes a training step keep each layer's input and

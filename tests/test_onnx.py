@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 
 import pytest
@@ -118,6 +119,50 @@ class InBfloat16(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layer(x.bfloat16())[0].float()
+
+
+class WithLengths(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = fusedrnn.LSTM(4, 7, bidirectional=True)
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        return self.rnn(x, lengths=lengths)[0]
+
+
+def export_by_trace(model: torch.nn.Module, *inputs: torch.Tensor, **options) -> onnxruntime.InferenceSession:
+    """By the exporter before torch.export's: it knows torch's own operators only, and gives a lone layer all arguments."""
+    file = io.BytesIO()
+    torch.onnx.export(
+        torch.nn.Sequential(model).eval() if len(inputs) == 1 else model.eval(), inputs, file, dynamo=False, **options
+    )
+    return onnxruntime.InferenceSession(file.getvalue())
+
+
+@pytest.mark.filterwarnings("ignore")  # torch says much about tracing
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}], ids=str)
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_layers_by_trace(name, options):
+    model = getattr(fusedrnn, name)(4, 7, **options)
+    session = export_by_trace(model, torch.randn(5, 3, 4), input_names=["x"], dynamic_axes={"x": {0: "T", 1: "B"}})
+    for T, B in SHAPES:
+        assert_runs_alike(session, model, torch.randn(T, B, 4))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_cells_by_trace(name):
+    model = getattr(fusedrnn, name)(4, 7)
+    session = export_by_trace(model, torch.randn(3, 4))
+    assert_runs_alike(session, model, torch.randn(3, 4))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lengths_by_trace():
+    """A loop over the steps of the example."""
+    model = WithLengths()
+    session = export_by_trace(model, torch.randn(5, 3, 4), torch.tensor([5, 2, 3]))
+    assert_runs_alike(session, model, torch.randn(5, 3, 4), torch.tensor([1, 5, 4]))
 
 
 def test_what_onnx_lacks():

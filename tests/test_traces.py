@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import fusedrnn
+from fusedrnn import _dispatch
 
 pytest.importorskip("fusedrnn._C", exc_type=ImportError)
 
@@ -46,6 +47,38 @@ def test_jit_trace(name):
     named = dict(loaded.named_parameters())
     of_loaded = gradients(others, [named[key] for key, _ in module.named_parameters()])
     assert_close(of_loaded, gradients(ours, list(module.parameters())))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*torch.jit.script compiles")
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}], ids=str)
+@MODULES
+def test_jit_script(name, options):
+    """torch.nn's module is compiled, with the same Parameters, and leaves its place in the model that was given."""
+    if options and name.endswith("Cell"):
+        pytest.skip("an option of layers")
+    module = getattr(fusedrnn, name)(4, 7, **options)
+    model = torch.nn.Sequential(module)
+    scripted = torch.jit.script(model)
+    file = io.BytesIO()
+    torch.jit.save(scripted, file)
+    file.seek(0)
+    x = make_input(name)
+    for other in scripted, torch.jit.load(file):
+        assert_close(flat(other(x)), flat(module(x)))
+    assert type(model[0]) is getattr(torch.nn, name)
+    assert all(a is b for a, b in zip(model.parameters(), module.parameters(), strict=True))
+
+
+def test_jit_script_says_what_it_compiles(monkeypatch):
+    monkeypatch.setattr(_dispatch, "_warned", set())
+    with pytest.warns(fusedrnn.FallbackWarning, match="torch.jit.script compiles torch.nn's layers and cells"):
+        fusedrnn.GRU(4, 7).__prepare_scriptable__()
+
+    class Own(fusedrnn.GRU):
+        """Whose forward may be another."""
+
+    own = Own(4, 7)
+    assert own.__prepare_scriptable__() is own
 
 
 @pytest.mark.filterwarnings("ignore")

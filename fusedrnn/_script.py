@@ -1,0 +1,23 @@
+"""torch.nn's modules for whoever compiles a module's code, and not what it calls: TorchScript."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fusedrnn import _dispatch
+
+
+class Scriptable:
+    """A layer or cell that torch.jit.script takes: it compiles torch.nn's, which shares the Parameters."""
+
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        """What torch.jit.script compiles, and leaves in the place of this one in the model that it was given."""
+        plain: Any = type(self).__bases__[-1]
+        if plain.__module__ != torch.nn.RNN.__module__:
+            return self  # type: ignore[return-value]  # of a subclass, whose forward is its own
+        _dispatch.warn_once("torch.jit.script compiles torch.nn's layers and cells in place of fusedrnn's")
+        module: torch.nn.Module = plain.__new__(plain)
+        module.__dict__.update(self.__dict__)
+        return module
