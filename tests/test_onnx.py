@@ -131,7 +131,7 @@ class WithLengths(torch.nn.Module):
 
 
 def export_by_trace(model: torch.nn.Module, *inputs: torch.Tensor, **options) -> onnxruntime.InferenceSession:
-    """By the exporter before torch.export's: it knows torch's own operators only, and gives a lone layer all arguments."""
+    """By the exporter before torch.export's: it knows torch's operators only, and gives a lone layer every argument."""
     file = io.BytesIO()
     torch.onnx.export(
         torch.nn.Sequential(model).eval() if len(inputs) == 1 else model.eval(), inputs, file, dynamo=False, **options
