@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 
-from fusedrnn import _dispatch
+from fusedrnn._dispatch import FallbackWarning
 
 
 class Scriptable:
@@ -16,8 +17,13 @@ class Scriptable:
         """What torch.jit.script compiles, and leaves in the place of this one in the model that it was given."""
         plain: Any = type(self).__bases__[-1]
         if plain.__module__ != torch.nn.RNN.__module__:
-            return self  # type: ignore[return-value]  # of a subclass, whose forward is its own
-        _dispatch.warn_once("torch.jit.script compiles torch.nn's layers and cells in place of fusedrnn's")
+            return self  # type: ignore[return-value]  # a user's class, whose forward may be its own
+        warnings.warn(
+            f"torch.jit.script compiles torch.nn.{plain.__name__} in place of fusedrnn.{plain.__name__} and leaves it "
+            "in the model; fusedrnn.convert(model) undoes that",
+            FallbackWarning,
+            stacklevel=2,
+        )
         module: torch.nn.Module = plain.__new__(plain)
         module.__dict__.update(self.__dict__)
         return module

@@ -139,6 +139,7 @@ STEPS = (
     ),
     Case(T=4, B=6, proj=3, layers=2, bidirectional=True),
     Case(T=6, B=4, H=70, dtype="float64"),
+    Case("gru", T=40, B=6, H=20),  # blocks of rows, with x·W_ih of several steps
 )
 
 

@@ -12,7 +12,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import fusedrnn
-from fusedrnn import _dispatch
 
 pytest.importorskip("fusedrnn._C", exc_type=ImportError)
 
@@ -69,11 +68,29 @@ def test_jit_script(name, options):
     assert all(a is b for a, b in zip(model.parameters(), module.parameters(), strict=True))
 
 
-def test_jit_script_says_what_it_compiles(monkeypatch):
-    monkeypatch.setattr(_dispatch, "_warned", set())
-    with pytest.warns(fusedrnn.FallbackWarning, match="torch.jit.script compiles torch.nn's layers and cells"):
-        fusedrnn.GRU(4, 7).__prepare_scriptable__()
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_jit_script_says_what_it_compiles():
+    """Each time; and where it fails, the model is as good as new after convert."""
 
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = fusedrnn.GRU(4, 7)
+
+        def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+            return self.rnn(x, lengths=lengths)[0]
+
+    model, given = Model(), (make_input("GRU"), torch.tensor([2, 5, 1]))
+    before = model(*given)
+    warns = partial(pytest.warns, fusedrnn.FallbackWarning, match="torch.nn.GRU in place of .*fusedrnn.convert")
+    with warns(), pytest.raises(RuntimeError, match="lengths"):
+        torch.jit.script(model)
+    assert torch.equal(fusedrnn.convert(model)(*given), before)
+    with warns():
+        model.rnn.__prepare_scriptable__()
+
+
+def test_jit_script_leaves_other_classes_alone():
     class Own(fusedrnn.GRU):
         """Whose forward may be another."""
 

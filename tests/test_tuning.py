@@ -63,6 +63,9 @@ def test_rows_are_shared_where_there_are_enough(threads):
     assert plan(T=20, B=4096, I=64, H=1024)["row_blocks"] == 1
     assert plan(T=128, B=8, I=64, H=128)["row_blocks"] == 2
     assert plan(T=128, B=4, I=64, H=128)["row_blocks"] == 1
+    threads(4)
+    assert plan(T=48, B=16, I=64, H=128)["row_blocks"] == 1  # 192 rows of the sequence for each of four teams
+    assert plan(T=128, B=16, I=64, H=128)["row_blocks"] == 4
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])

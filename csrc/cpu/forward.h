@@ -21,10 +21,12 @@ struct Forward : Recurrence<Cell, S, N> {
   const ForwardParams& p;
   const int64_t I = p.I;
   // Pre-activations are kept for the steps of a chunk and all panels, or else for some rows of some panels.
-  // A stream takes all panels of a step at a time, too.
-  const bool chunked = plan.chunk > 1 || (p.prepared && plan.row_blocks == 1 && B <= projection_rows);
+  // A stream takes all panels of a step at a time, too. A packed batch's largest block may have more rows than were planned for.
+  const int64_t planned_rows = (B + plan.row_blocks - 1) / plan.row_blocks;
+  const int64_t chunk = std::max<int64_t>(plan.chunk * planned_rows / std::max<int64_t>(block_rows, 1), 1);
+  const bool chunked = chunk > 1 || (p.prepared && plan.row_blocks == 1 && B <= projection_rows);
   const Together at_once =
-      chunked ? Together{block_rows * plan.chunk, panels} : together(block_rows, gates, sums, sizeof(V), in_tiles(p));
+      chunked ? Together{block_rows * chunk, panels} : together(block_rows, gates, sums, sizeof(V), in_tiles(p));
   const int64_t capacity = at_once.rows;  // rows a panel
   const int64_t panels_kept = std::min(panels, at_once.panels);
   const bool copied_input = plan.copied_input && !p.prepared;
@@ -127,7 +129,7 @@ struct Forward : Recurrence<Cell, S, N> {
   // The rows of x of the chunk that begins with step s, in the order of time, and how many there are.
   std::pair<Rows, int64_t> chunk_input(const Job& job, Member& member, int64_t s, const TileRows<V>& tiles,
                                        S* wide) const {
-    const int64_t t = job.step(s), t_end = job.step(std::min(s + plan.chunk, job.T) - 1);
+    const int64_t t = job.step(s), t_end = job.step(std::min(s + chunk, job.T) - 1);
     const int64_t first = std::min(t, t_end), end = std::max(t, t_end) + 1;
     int64_t rows = 0;
     if (!gathered) {
@@ -165,7 +167,7 @@ struct Forward : Recurrence<Cell, S, N> {
       S* h_out = h + ((s + 1) % 2) * block_rows * padded_H;
       if (chunked) {
         const int64_t n = member.end - member.begin;
-        if (s % plan.chunk == 0) {
+        if (s % chunk == 0) {
           const auto [x, rows] = chunk_input(job, member, s, own_x, own_wide);
           project(job, member.begin, n, x, rows, a, copies.get() + slice * copy_size);
           at = job.reverse() ? rows : 0;

@@ -75,7 +75,7 @@ struct Recurrence {
 
   Recurrence(const Problem& p, const Threads& threads, Pass pass)
       : problem(p),
-        plan(make_plan(pass, p.sequence.T, p.sequence.B, p.I, p.H, p.directions, p.converts_weights(), gates, N,
+        plan(make_plan(pass, p.sequence.T, p.sequence.B, rows, p.I, p.H, p.directions, p.converts_weights(), gates, N,
                        threads.count, packed_pairs(p), p.slow_cache)) {}
 
   int units(int64_t panel) const { return static_cast<int>(std::min<int64_t>(N, H - panel * N)); }

@@ -85,24 +85,25 @@ enum class Pass { forward, backward };
 // With AVX-512, 50 steps: LSTM of 48 (4): 1.5, of 64 (4): 1.07 to 1.19, (3): 0.78, GRU of 64 (4): 1.2; with others' work on the
 // machine either way from 96 units on: LSTM of 96 (6): 1.04 to 1.09, of 128 (8): 0.89 to 1.3, of 160 (8): 1.07, GRU of 128 (8): 0.86
 // to 1.1, of 160 (8): 0.91 to 1.05.
-// Such a team reads W_ih at every step: LSTM of 40 (2), I = 80: 1.2, 160: 1.04, 256: 0.93, (4), I = 512: 1.25; of 64 (4), I = 128:
+// A team that reads W_ih at every step: LSTM of 40 (2), I = 80: 1.2, 160: 1.04, 256: 0.93, (4), I = 512: 1.25; of 64 (4), I = 128:
 // 0.94, 512: 0.88 to 0.96.
 // Where x·W_ih is there for several steps (see gathered_rows) fewer rows are enough, of LSTMs and GRUs (times as fast as sharing
 // units; first with cores near to each other, 50 ns, then far apart, 200 ns). AVX-512, H = I, T = 100 or 128,
 // 4 to 12 rows: of 64: 1.02 to 1.06, 1.05 to 1.2; of 96 and 128: 1.0 to 1.05, 1.03 to 1.4; of 192 and 256: 0.99 to 1.05, 1.02 to 1.2;
-// AVX2 the same or more; bfloat16 by dot products 1.01 to 1.08, 1.03 to 1.2. Each core then reads what the other has packed:
-// with 8 or 16 rows and 16 or 32 steps 0.75 to 1.0, which is what T·B asks for; of 128 with I = 512: 0.92. 2 rows: of 20 to 48, I <= 80:
-// 1.0 to 1.2, 1.0 to 1.3; of 20, whose units are not shared out, I = 320: 1.4 to 1.75; of 40, whose five panels make uneven shares,
+// AVX2 the same or more; bfloat16 by dot products 1.01 to 1.08, 1.03 to 1.2. Each core then reads what the other has packed, which
+// takes some hundred rows a team to pay: with 8 or 16 rows and 16 or 32 steps 0.75 to 1.0; of 128 with I = 512: 0.92. 2 rows: of 20 to
+// 48, I <= 80: 1.0 to 1.2, 1.0 to 1.3; of 20, whose units are not shared out, I = 320: 1.4 to 1.75; of 40, whose five panels make uneven shares,
 // I = 320: 1.0 to 1.28, of 32 and 48 with AVX2: 0.83 to 0.98; of 64: 0.8 to 0.94.
 // Backward: LSTM of 64 (2): 1.1, (4): 1.2; of 128 (4): 1.2, (3): 0.95; of 256 (4): 1.2, RNN of 256 (4): 1.1, (3): 0.91.
 // AVX2 on a Zen 4, training, LSTM and GRU of 160 to 256 (4 to 12): 1.01 to 1.02, with cores far apart 1.1 to 1.25.
-constexpr int64_t team_rows(Pass pass, int64_t T, int64_t B, int64_t I, int64_t H, int64_t gates, int64_t vector,
-                            Pairs pairs, bool even) {
+// `mean` rows are in a step; of a packed batch the longest may be one alone.
+constexpr int64_t team_rows(Pass pass, int64_t T, int64_t B, int64_t mean, int64_t I, int64_t H, int64_t gates,
+                            int64_t vector, Pairs pairs, int64_t teams, bool even) {
   if (pass == Pass::forward) {
     const bool by_rows = gates > 1 && pairs != Pairs::tiles;  // a tile's product takes as long for one row as for 16
-    const bool small = gates * H * H * B < 50'000 || (by_rows && H <= 48),
+    const bool small = gates * H * H * B < 50'000 || (by_rows && H <= 48 && mean >= 2 * teams),
                few_inputs = gates * H * I < 20'000 || (by_rows && !even),
-               many_rows = by_rows && T * B >= 768 && I <= 2 * H;
+               many_rows = by_rows && T * mean >= 384 * teams && mean >= 4 * teams && I <= 2 * H;
     if (small && few_inputs) return 2;
     return H < 48 || gates == 1 || (vector >= 16 && H <= 64 && I <= 96) || many_rows ? 4 : 16;
   }
@@ -187,8 +188,8 @@ struct Plan {
   bool copied_input = false;  // whether forward does so where it would pack it
 };
 
-constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t I, int64_t H, int directions, bool converted,
-                         int64_t gates, int64_t vector, int64_t threads, Pairs pairs, bool slow_cache) {
+constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t rows, int64_t I, int64_t H, int directions,
+                         bool converted, int64_t gates, int64_t vector, int64_t threads, Pairs pairs, bool slow_cache) {
   const bool tiles = pairs != Pairs::none;
   const int64_t panels = (H + vector - 1) / vector, step_flops = 2 * gates * H * H * B;
   // A thread is only woken (a few µs) for work that lasts longer.
@@ -209,7 +210,8 @@ constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t I, int64_t H, 
   // LSTM of 256, T = 8, B = 32: 0.99; T = 1: 0.86; T = 16: 1.04; of 128, T = 4, B = 16: 0.97, T = 16: 1.08).
   const int64_t spare = threads / plan.groups;
   const bool even = plan.share_units && panels % spare == 0;
-  if (spare > 1 && H <= 256 && B >= spare * team_rows(pass, T, B, I, H, gates, vector, pairs, even) &&
+  const int64_t mean = rows / std::max<int64_t>(T, 1);
+  if (spare > 1 && H <= 256 && B >= spare * team_rows(pass, T, B, mean, I, H, gates, vector, pairs, spare, even) &&
       (pass == Pass::forward || T * B >= H * spare)) {
     plan.groups *= spare;
     plan.slices = 1;
