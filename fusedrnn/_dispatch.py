@@ -161,10 +161,9 @@ def on_gpu_kernels(x: Tensor) -> bool:
 
 def choose(x: Tensor, projected: bool = False, more: bool = False, stacklevel: int = 6) -> str:
     """The implementation for input ``x``, with ``more`` than torch.nn has; warns, once per reason, of a fallback."""
+    # torch.onnx.export(dynamo=False) makes nodes of the operators that it sees, and knows torch's only: no fallback.
     if torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export():
-        return (
-            "reference" if more else "torch"
-        )  # torch.onnx.export(dynamo=False) looks at operators, and knows torch's only
+        return "reference" if more else "torch"
     if not projected:
         if x.is_cpu:
             if extension is not None and x.dtype in KERNEL_DTYPES:

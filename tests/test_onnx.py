@@ -159,7 +159,7 @@ def test_cells_by_trace(name):
 
 @pytest.mark.filterwarnings("ignore")
 def test_lengths_by_trace():
-    """A loop over the steps of the example."""
+    """Unrolled over the steps of the example, for any lengths."""
     model = WithLengths()
     session = export_by_trace(model, torch.randn(5, 3, 4), torch.tensor([5, 2, 3]))
     assert_runs_alike(session, model, torch.randn(5, 3, 4), torch.tensor([1, 5, 4]))
