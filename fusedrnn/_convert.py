@@ -13,7 +13,7 @@ from fusedrnn.modules import FUSED
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 _FUSED_OF: dict[type, type] = {getattr(torch.nn, fused.__name__): fused for fused in FUSED}
-_TORCH_OF: dict[type, type] = {fused: plain for plain, fused in _FUSED_OF.items()}
+TORCH_OF: dict[type, type] = {fused: plain for plain, fused in _FUSED_OF.items()}
 
 
 def convert(model: Model) -> Model:
@@ -43,8 +43,8 @@ def revert(model: Model) -> Model:
     Subclasses of fusedrnn's modules are left alone, with a UserWarning that names them.
     """
     for path, module in model.named_modules():
-        if type(module) in _TORCH_OF:
-            module.__class__ = _TORCH_OF[type(module)]
+        if type(module) in TORCH_OF:
+            module.__class__ = TORCH_OF[type(module)]
         elif isinstance(module, FUSED):
             warnings.warn(
                 f"fusedrnn.revert left {path or 'the model'} alone: {type(module).__name__} is a subclass", stacklevel=2

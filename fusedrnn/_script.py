@@ -15,8 +15,10 @@ class Scriptable:
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         """What torch.jit.script compiles, and leaves in the place of this one in the model that it was given."""
-        plain: Any = type(self).__bases__[-1]
-        if plain.__module__ != torch.nn.RNN.__module__:
+        from fusedrnn._convert import TORCH_OF  # which needs the classes that are made of this one
+
+        plain: Any = TORCH_OF.get(type(self))
+        if plain is None:
             return self  # type: ignore[return-value]  # a user's class, whose forward may be its own
         warnings.warn(
             f"torch.jit.script compiles torch.nn.{plain.__name__} in place of fusedrnn.{plain.__name__} and leaves it "

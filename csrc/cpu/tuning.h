@@ -92,8 +92,8 @@ enum class Pass { forward, backward };
 // 4 to 12 rows: of 64: 1.02 to 1.06, 1.05 to 1.2; of 96 and 128: 1.0 to 1.05, 1.03 to 1.4; of 192 and 256: 0.99 to 1.05, 1.02 to 1.2;
 // AVX2 the same or more; bfloat16 by dot products 1.01 to 1.08, 1.03 to 1.2. Each core then reads what the other has packed, which
 // takes some hundred rows a team to pay: with 8 or 16 rows and 16 or 32 steps 0.75 to 1.0; of 128 with I = 512: 0.92. 2 rows: of 20 to
-// 48, I <= 80: 1.0 to 1.2, 1.0 to 1.3; of 20, whose units are not shared out, I = 320: 1.4 to 1.75; of 40, whose five panels make uneven shares,
-// I = 320: 1.0 to 1.28, of 32 and 48 with AVX2: 0.83 to 0.98; of 64: 0.8 to 0.94.
+// 48, I <= 80: 1.0 to 1.2, 1.0 to 1.3; of 20, whose units are not shared out, I = 320: 1.4 to 1.75; of 40, whose five panels make
+// uneven shares, I = 320: 1.0 to 1.28, of 32 and 48 with AVX2: 0.83 to 0.98; of 64: 0.8 to 0.94.
 // Backward: LSTM of 64 (2): 1.1, (4): 1.2; of 128 (4): 1.2, (3): 0.95; of 256 (4): 1.2, RNN of 256 (4): 1.1, (3): 0.91.
 // AVX2 on a Zen 4, training, LSTM and GRU of 160 to 256 (4 to 12): 1.01 to 1.02, with cores far apart 1.1 to 1.25.
 // `mean` rows are in a step; of a packed batch the longest may be one alone.
