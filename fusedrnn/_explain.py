@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import _autocast, _dispatch, modules
+from fusedrnn import _autocast, _dispatch, cells, modules
 from fusedrnn._dispatch import Explanation
 
 
@@ -58,11 +58,11 @@ def explain(
 def _call(module: torch.nn.Module, input: Tensor | PackedSequence) -> tuple[str, int, int, int]:
     """The first layer's cell, steps, batch and directions."""
     data = input.data if isinstance(input, PackedSequence) else input
-    if isinstance(module, torch.nn.RNNCellBase):
-        steps, batch, directions = 1, data.shape[0] if data.dim() == 2 else 1, 1
+    if isinstance(module, cells._Cell):
+        mode, steps, batch, directions = module._mode(), 1, data.shape[0] if data.dim() == 2 else 1, 1
     else:
         assert isinstance(module, torch.nn.RNNBase)
-        directions = 2 if module.bidirectional else 1
+        mode, directions = module.mode.lower(), 2 if module.bidirectional else 1
         if isinstance(input, PackedSequence):
             steps, batch = len(input.batch_sizes), int(input.batch_sizes[0])
         elif data.dim() == 2:
@@ -71,7 +71,6 @@ def _call(module: torch.nn.Module, input: Tensor | PackedSequence) -> tuple[str,
             raise ValueError(f"{module.mode}: expected input of 2 or 3 dimensions, got {data.dim()}")
         else:
             steps, batch = data.shape[:2] if not module.batch_first else data.shape[1::-1]
-    mode = getattr(module, "mode", type(module).__name__.removesuffix("Cell")).lower()
     return "rnn_tanh" if mode.startswith("rnn") else mode, steps, batch, directions  # relu's plan is the same
 
 

@@ -21,7 +21,7 @@ class Scriptable:
         if plain is None:
             return self  # type: ignore[return-value]  # a user's class, whose forward may be its own
         warnings.warn(
-            f"torch.jit.script compiles torch.nn.{plain.__name__} in place of fusedrnn.{plain.__name__} and leaves it "
+            f"torch.jit.script compiles {plain.__module__}.{plain.__qualname__} in place of fusedrnn's and leaves it "
             "in the model; fusedrnn.convert(model) undoes that",
             FallbackWarning,
             stacklevel=2,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import abc
 import copy
+import functools
+import pickle
 import re
 
 import pytest
@@ -109,13 +112,109 @@ def test_mode_and_attributes_survive():
     assert not model.encoder.weight_hh_l0.requires_grad
 
 
+class Halved(torch.nn.GRU):
+    """A user's class, with a method, an argument and a state of its own."""
+
+    def __init__(self, *args, factor=0.5, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.factor = factor
+
+    def forward(self, x, hx=None, scale=1.0):
+        y, h = super().forward(x, hx=hx)
+        return self.scaled(y, scale), h
+
+    def scaled(self, y, scale):
+        return y * (self.factor * scale)
+
+
 @every_name
-def test_a_subclass_is_left_alone_and_named(name):
-    theirs = type("Mine", (getattr(torch.nn, name),), {})
-    model = torch.nn.ModuleDict({"outer": torch.nn.Sequential(torch.nn.Linear(1, 1), theirs(4, 7))})
-    with pytest.warns(UserWarning, match=r"outer\.1"):
-        fusedrnn.convert(model)
-    assert type(model["outer"][1]) is theirs
+def test_a_subclass_keeps_its_methods_and_gets_the_kernels_by_super(name):
+    def forward(self, *args):
+        calls.append(type(self))
+        return super(theirs, self).forward(*args)
+
+    calls = []
+    theirs = type("Mine", (getattr(torch.nn, name),), {"forward": forward, "reset_parameters": str})
+    module, x = theirs(4, 7, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    model = torch.nn.ModuleDict({"outer": torch.nn.Sequential(torch.nn.Linear(1, 1), module)})
+    before = module(x)
+    assert fusedrnn.convert(model) is model
+    assert isinstance(module, theirs)
+    assert isinstance(module, getattr(fusedrnn, name))
+    assert fusedrnn.explain(module, x).implementation == "cpu"
+    torch.testing.assert_close(module(x), before)
+    assert calls == [theirs, type(module)]
+    assert type(fusedrnn.convert(module)) is calls[1]
+    assert type(fusedrnn.revert(model)["outer"][1]) is theirs
+
+
+def test_a_converted_subclass_is_copied_pickled_and_made_anew():
+    module, x = fusedrnn.convert(Halved(4, 7, factor=0.25)), torch.randn(5, 3, 4)
+    expected = module(x, scale=3.0)[0]
+    copies = [copy.deepcopy(module), copy.copy(module)]
+    copies += [pickle.loads(pickle.dumps(module, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+    for other in copies:
+        assert type(other) is type(module)
+        assert torch.equal(other(x, scale=3.0)[0], expected)
+    assert type(module)(4, 7)(x)[0].shape == (5, 3, 7)
+    assert type(pickle.loads(pickle.dumps(fusedrnn.revert(module)))) is Halved
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated")  # torch's own, while it compiles
+def test_a_converted_subclass_is_compiled_and_parametrized():
+    module, x = fusedrnn.convert(Halved(4, 7)), torch.randn(5, 3, 4)
+    torch.testing.assert_close(torch.compile(module, fullgraph=True, backend="eager")(x), module(x))
+    torch.nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")
+    assert torch.equal(copy.deepcopy(module)(x)[0], module(x)[0])
+
+
+def own(**attributes):
+    return type("Mine", (torch.nn.LSTM,), attributes)(4, 7)
+
+
+def without_super(self, x):
+    return torch.nn.LSTM.forward(self, x)
+
+
+@pytest.mark.parametrize(
+    ("module", "why"),
+    [
+        (own(forward=without_super), "Mine.forward does not call super().forward"),
+        (own(forward=functools.partial(without_super)), "Mine.forward does not call super().forward"),
+        (own(permute_hidden=None), "Mine has a permute_hidden of its own"),
+        (own(_run=None), "Mine has a _run of its own"),
+        (own(stream="of data"), "Mine has a stream of its own"),
+    ],
+)
+def test_a_subclass_that_would_change_is_left_alone_and_named(module, why):
+    before = type(module)
+    with pytest.warns(UserWarning, match=rf"left 0 alone: {re.escape(why)}$"):
+        fusedrnn.convert(torch.nn.Sequential(module))
+    assert type(module) is before
+
+
+def test_a_module_with_an_attribute_of_our_name_is_left_alone():
+    module = Halved(4, 7)
+    module._states = []
+    with pytest.warns(UserWarning, match="left the model alone: Halved has a _states of its own"):
+        fusedrnn.convert(module)
+    assert type(module) is Halved
+
+
+def test_a_subclass_of_another_metaclass():
+    class Meta(type):
+        def __new__(meta, name, bases, namespace):
+            if len(bases) > 1:
+                raise TypeError("one base, please")
+            return super().__new__(meta, name, bases, namespace)
+
+    module = Meta("Mine", (torch.nn.LSTM,), {})(4, 7)
+    with pytest.warns(UserWarning, match="left the model alone: one base, please"):
+        fusedrnn.convert(module)
+    abstract = type("Abstract", (abc.ABC, torch.nn.RNNBase), {})
+    assert isinstance(fusedrnn.convert(type("Mine", (abstract, torch.nn.LSTM), {})(4, 7)), fusedrnn.LSTM)
 
 
 def test_what_torch_makes_a_subclass_of_is_to_be_converted_before():

@@ -82,12 +82,21 @@ def test_jit_script_says_what_it_compiles():
 
     model, given = Model(), (make_input("GRU"), torch.tensor([2, 5, 1]))
     before = model(*given)
-    warns = partial(pytest.warns, fusedrnn.FallbackWarning, match="torch.nn.GRU in place of .*fusedrnn.convert")
+    warns = partial(pytest.warns, fusedrnn.FallbackWarning, match="rnn.GRU in place of .*fusedrnn.convert")
     with warns(), pytest.raises(RuntimeError, match="lengths"):
         torch.jit.script(model)
     assert torch.equal(fusedrnn.convert(model)(*given), before)
     with warns():
         model.rnn.__prepare_scriptable__()
+
+
+def test_jit_script_gets_a_converted_subclass_as_it_was():
+    class Mine(torch.nn.GRU):
+        """With torch.nn's forward."""
+
+    module = fusedrnn.convert(Mine(4, 7))
+    with pytest.warns(fusedrnn.FallbackWarning, match="Mine in place of .*fusedrnn.convert"):
+        assert type(module.__prepare_scriptable__()) is Mine
 
 
 def test_jit_script_leaves_other_classes_alone():
