@@ -73,6 +73,7 @@ FORMS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's, from 2.14 on
 @for_each_cell
 @for_each_number_of_directions
 @pytest.mark.parametrize("form", FORMS)

@@ -48,7 +48,7 @@ def test_jit_trace(name):
     assert_close(of_loaded, gradients(ours, list(module.parameters())))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*torch.jit.script compiles")
+@pytest.mark.filterwarnings("ignore:.*is deprecated", "ignore:.*torch.jit.script compiles")
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}], ids=str)
 @MODULES
 def test_jit_script(name, options):
@@ -68,7 +68,7 @@ def test_jit_script(name, options):
     assert all(a is b for a, b in zip(model.parameters(), module.parameters(), strict=True))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
 def test_jit_script_says_what_it_compiles():
     """Each time; and where it fails, the model is as good as new after convert."""
 
