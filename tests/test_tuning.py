@@ -59,13 +59,17 @@ def test_rows_are_shared_where_there_are_enough(threads):
     threads(2)
     assert plan(T=20, B=256, I=64, H=128)["row_blocks"] == 2
     assert plan(T=20, B=4096, I=64, H=128)["row_blocks"] == 16
-    assert plan(T=20, B=8, I=64, H=128)["row_blocks"] == 1
+    assert plan(T=20, B=8, I=64, H=128)["row_blocks"] == 2
+    assert plan(T=15, B=8, I=64, H=128)["row_blocks"] == 1  # 60 rows of the sequence for each of two teams
     assert plan(T=20, B=4096, I=64, H=1024)["row_blocks"] == 1
     assert plan(T=128, B=8, I=64, H=128)["row_blocks"] == 2
     assert plan(T=128, B=4, I=64, H=128)["row_blocks"] == 1
     threads(4)
-    assert plan(T=48, B=16, I=64, H=128)["row_blocks"] == 1  # 192 rows of the sequence for each of four teams
-    assert plan(T=128, B=16, I=64, H=128)["row_blocks"] == 4
+    assert plan(T=15, B=16, I=64, H=128)["row_blocks"] == 1
+    assert plan(T=16, B=16, I=64, H=128)["row_blocks"] == 4
+    threads(64)  # whose own weights would be 128 MiB: they share one copy, from 384 rows each on
+    assert plan(T=95, B=256, I=256, H=256)["row_blocks"] == 1
+    assert plan(T=96, B=256, I=256, H=256)["row_blocks"] == 64
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])

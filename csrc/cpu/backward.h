@@ -13,17 +13,18 @@ template <class Cell, class S, int N, class W>
 struct Backward : Recurrence<Cell, S, N> {
   using Base = Recurrence<Cell, S, N>;
   using Base::block_rows;
-  using Base::gates, Base::sums, Base::saved, Base::sequence, Base::B, Base::H, Base::panels, Base::padded_H,
-      Base::plan;
+  using Base::gates, Base::sums, Base::saved, Base::sequence, Base::B, Base::H, Base::own_weights, Base::panels,
+      Base::padded_H, Base::plan;
   using typename Base::V;
 
   using Given = Numbers<const S, const W>;
   using Made = Numbers<S, W>;
 
   const BackwardParams& p;
-  Columns<V, S, W> w_hh{H, gates, H, hidden_gates(), plan.packed, plan.tiled || B <= narrow_rows};
+  Columns<V, S, W> w_hh{
+      H, gates, H, hidden_gates(), p.directions, this->weight_sets, plan.packed, plan.tiled || B <= narrow_rows};
   Gradients<Cell, S, N, W> gradients{*this, p};
-  Scratch<S> packed = scratch<S>(w_hh.numbers(p.directions));
+  Scratch<S> packed = scratch<S>(w_hh.numbers());
   const int64_t chunk_rows = plan.chunk * block_rows, stride = row_stride<S>(sums * H + transposed_overrun<V>);
   Scratch<S> dsums = scratch<S>(plan.groups * chunk_rows * stride);
   Scratch<S> dh_carry = scratch<S>(plan.groups * block_rows * padded_H);
@@ -37,9 +38,12 @@ struct Backward : Recurrence<Cell, S, N> {
 
   Backward(const BackwardParams& params, const Threads& threads) : Base(params, threads, Pass::backward), p(params) {
     for (int64_t d = 0; d < p.directions; ++d) w_hh.set(d, p.weights[d].w_hh);
-    w_hh.pack(threads, p.directions, packed.get());
-    this->run(threads,
-              [&](const Job& job, Member& member, int64_t team, int64_t slice) { steps(job, member, team, slice); });
+    w_hh.place(packed.get());
+    if (!own_weights) w_hh.pack(threads);
+    this->run(threads, [&](const Job& job, Member& member, int64_t team, int64_t slice) {
+      if (own_weights && job.first) w_hh.pack(job.set);
+      steps(job, member, team, slice);
+    });
     gradients.finish(threads);
   }
 
@@ -63,11 +67,11 @@ struct Backward : Recurrence<Cell, S, N> {
         if (count > 0 && (s > 0 || p.dhx)) {  // every other step backwards through the weights, as forward
           S* C = dh + member.begin * N;
           if (plan.tiled)
-            w_hh.multiply_tiles(p.pairs, job.direction, tiles.from(0, chunk.row(t)), count, member.begin, member.end, C,
+            w_hh.multiply_tiles(p.pairs, job.set, tiles.from(0, chunk.row(t)), count, member.begin, member.end, C,
                                 padded_H, s % 2);
           else
-            w_hh.multiply(job.direction, chunk.at(t, job.row_begin), stride, count, member.begin, member.end, C,
-                          padded_H, s % 2);
+            w_hh.multiply(job.set, chunk.at(t, job.row_begin), stride, count, member.begin, member.end, C, padded_H,
+                          s % 2);
         }
         if (sequence.resets) forget(job, t, member, dh, dc);
       }

@@ -13,7 +13,8 @@ template <class Cell, class S, int N, class W>
 struct Forward : Recurrence<Cell, S, N> {
   using Base = Recurrence<Cell, S, N>;
   using Base::block_rows;
-  using Base::gates, Base::sums, Base::sequence, Base::B, Base::H, Base::panels, Base::padded_H, Base::plan;
+  using Base::gates, Base::sums, Base::sequence, Base::B, Base::H, Base::own_weights, Base::panels, Base::padded_H,
+      Base::plan;
   using typename Base::V;
   using Given = Numbers<const S, const W>;
   using Made = Numbers<S, W>;
@@ -30,7 +31,7 @@ struct Forward : Recurrence<Cell, S, N> {
   const int64_t capacity = at_once.rows;  // rows a panel
   const int64_t panels_kept = std::min(panels, at_once.panels);
   const bool copied_input = plan.copied_input && !p.prepared;
-  PackedWeights<Cell, S, N, W> weights{p, (plan.packed_input && !copied_input) || p.prepared,
+  PackedWeights<Cell, S, N, W> weights{p, this->weight_sets, (plan.packed_input && !copied_input) || p.prepared,
                                        plan.packed || p.prepared};
   // As large as what backward packs, so that both passes of a step take turns in one block.
   Scratch<S> recurrent = scratch<S>(p.prepared ? 0 : weights.recurrent());
@@ -67,15 +68,18 @@ struct Forward : Recurrence<Cell, S, N> {
     }
   };
 
-  Forward(const ForwardParams& params, const Threads& threads) : Base(params, threads, Pass::forward), p(params) {
+  Forward(const ForwardParams& params, const Threads& threads)
+      : Base(params, threads, Pass::forward, params.prepared), p(params) {
     if (p.prepared) {
       weights.place(static_cast<S*>(p.prepared));
     } else {
       weights.place(recurrent.get(), others.get());
-      weights.pack(threads);
+      if (!own_weights) weights.pack(threads);
     }
-    this->run(threads,
-              [&](const Job& job, Member& member, int64_t team, int64_t slice) { steps(job, member, team, slice); });
+    this->run(threads, [&](const Job& job, Member& member, int64_t team, int64_t slice) {
+      if (own_weights && job.first) weights.pack(job.set);
+      steps(job, member, team, slice);
+    });
   }
 
   // The initial state of the member's units, in both halves of the double buffer: a reverse direction starts
@@ -206,7 +210,7 @@ struct Forward : Recurrence<Cell, S, N> {
   // pre-activations = bias + x·W_ih for n panels and some rows of the sequence.
   void project(const Job& job, int64_t panel, int64_t n, const Rows& x, int64_t count, S* sum, S* copy = nullptr) {
     for (int64_t i = 0; i < n; ++i) {
-      const S* b = weights.bias + (job.direction * panels + panel + i) * sums * N;
+      const S* b = weights.bias + (job.set * panels + panel + i) * sums * N;
       for (int64_t r = 0; r < count; ++r)
         for (int k = 0; k < sums; ++k) V::load(b + k * N).store(sum + ((i * capacity + r) * sums + k) * N);
     }
@@ -246,7 +250,7 @@ struct Forward : Recurrence<Cell, S, N> {
     if constexpr (takes_tiles<V, W>)
       if (rows.tiles.memory) {
         const auto* tiles = reinterpret_cast<const Packed<W>*>(packed) +
-                            (job.direction * panels + panel) * gates * packed_size<Packed<W>>(K) * N;
+                            (job.set * panels + panel) * gates * packed_size<Packed<W>>(K) * N;
         multiply_tiles<V, gates>(p.pairs, {tiles, n * gates, blocks_of(K), rows.tiles, count, sum, sums * N,
                                            gates == 1 ? panel_stride : N, false, panel_stride, backwards});
         return;
@@ -255,8 +259,8 @@ struct Forward : Recurrence<Cell, S, N> {
       // A step reads both weights, unless x·W_ih is there for all steps of a chunk.
       const bool far = gates * H * (chunked ? K : I + H) / plan.slices > far_weights;
       const int64_t size = packed_size<Stored>(K) * N;
-      multiply<V, S, Stored, gates>({packed + (job.direction * panels + panel) * gates * size, size, N, n * gates, A,
-                                     lda, K, count, sum, sums * N, gates == 1 ? panel_stride : N, false, panel_stride,
+      multiply<V, S, Stored, gates>({packed + (job.set * panels + panel) * gates * size, size, N, n * gates, A, lda, K,
+                                     count, sum, sums * N, gates == 1 ? panel_stride : N, false, panel_stride,
                                      backwards, far});
       return;
     }

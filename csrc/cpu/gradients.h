@@ -47,11 +47,11 @@ struct Gradients {
   const Sequence& sequence = p.sequence;
   const int64_t I = p.I, H = p.H, D = p.directions;
   const int64_t input_vectors = (I + N - 1) / N, hidden_vectors = (H + N - 1) / N;
-  const bool shared = base.plan.row_blocks > 1;  // whether several teams work on one direction
-  const int64_t teams = shared ? base.plan.groups : 1;
+  const bool shared = base.plan.row_blocks > 1;        // whether several teams work on one direction
+  const int64_t sets = shared ? base.plan.groups : D;  // of sums; set s has direction s % D
   const bool tiled = base.plan.tiled;
   Scratch<S> dx_reverse = scratch<S>(!p.dx || D == 1 ? 0 : p.narrow_sequence ? (base.rows * I + 1) / 2 : base.rows * I);
-  Scratch<S> ih_sums, hh_sums, bias_sums = scratch<S>(teams * D * sums * H);
+  Scratch<S> ih_sums, hh_sums, bias_sums = scratch<S>(sets * sums * H);
   // A slice's own: a copy of some rows in pairs of vectors (see weight), or in tiles beside the dsums of 16 units; or of some of
   // W_ih (see input), beside a last vector of dX that sticks out of its row.
   const int64_t chunk_rows = base.plan.chunk * base.block_rows, copied_rows = std::min(gradient_rows, chunk_rows);
@@ -76,8 +76,8 @@ struct Gradients {
 
   Gradients(const Base& recurrence, const BackwardParams& params) : base(recurrence), p(params) {
     if (at_once) return;
-    if (!adds_in_place(I)) ih_sums = scratch<S>(teams * D * gates * H * input_vectors * N);
-    if (!adds_in_place(H)) hh_sums = scratch<S>(teams * D * gates * H * hidden_vectors * N);
+    if (!adds_in_place(I)) ih_sums = scratch<S>(sets * gates * H * input_vectors * N);
+    if (!adds_in_place(H)) hh_sums = scratch<S>(sets * gates * H * hidden_vectors * N);
   }
 
   // Where a row of the gradient ends with a vec and nobody else adds to it, the products go straight to their place.
@@ -100,7 +100,7 @@ struct Gradients {
   void add(const Chunk<S>& chunk, Member& member, int64_t team, int64_t slice) {
     S* own_room = room.get() + slice * slice_room;
     if (p.dx) input(chunk, member, tiles_of(team), wide_dx.get() + team * dx_size, own_room);
-    const int64_t direction = chunk.job.direction, set = (shared ? team : 0) * D + direction;
+    const int64_t direction = chunk.job.direction, set = shared ? team : direction;
     const WeightGradients& wanted = p.gradients[direction];
     const bool first = !member.started[direction];
     member.started[direction] = true;
@@ -236,8 +236,10 @@ struct Gradients {
     }
     const int64_t columns = recurrent ? H : I, width = std::min(count * N, columns - vector * N);
     product(room, count * N);
-    for (int64_t i = 0; i < rows; ++i)
-      give(static_cast<W*>(gradient<recurrent>(chunk)) + (row + i) * columns + vector * N, room + i * count * N, width);
+    for (int64_t i = 0; i < rows; ++i) {
+      W* to = static_cast<W*>(gradient<recurrent>(chunk)) + (row + i) * columns + vector * N;
+      each_vector(width, [&](int64_t k, auto n) { store(V::load(room + i * count * N + k, n), to + k, n); });
+    }
   }
 
   // Vectors [begin, end) of the columns of dW_hh (recurrent) or dW_ih.
@@ -387,12 +389,12 @@ struct Gradients {
           if (wanted.w_hh) collect(static_cast<W*>(wanted.w_hh), hh_sums.get(), d, row, H, hidden_vectors * N);
         }
       });
-      if (!wanted.b_ih && !wanted.b_hh) continue;
-      const S* bias = add_up(bias_sums.get(), sums * H, d, 0, sums * H);
       for (int g = 0; g < gates; ++g) {
-        const auto sum = [&](int64_t k) { return bias ? bias + k * H : nullptr; };
-        if (wanted.b_ih) give(static_cast<W*>(wanted.b_ih) + g * H, sum(Cell::input_sum + g), H);
-        if (wanted.b_hh) give(static_cast<W*>(wanted.b_hh) + Cell::hidden_gate(g) * H, sum(g), H);
+        const auto bias = [&](void* gradient, int64_t torch_gate, int64_t sum) {
+          if (gradient) give(static_cast<W*>(gradient) + torch_gate * H, bias_sums.get(), sums * H, d, sum * H, H);
+        };
+        bias(wanted.b_ih, g, Cell::input_sum + g);
+        bias(wanted.b_hh, Cell::hidden_gate(g), g);
       }
     }
     if (dx_reverse && rows)
@@ -406,32 +408,18 @@ struct Gradients {
   }
 
   // One row of a weight's gradient, unless it is in its place.
-  void collect(W* gradient, S* all, int64_t d, int64_t row, int64_t columns, int64_t width) const {
-    if (all || base.rows == 0)
-      give(gradient + row * columns, add_up(all, gates * H * width, d, row * width, width), columns);
+  void collect(W* gradient, const S* all, int64_t d, int64_t row, int64_t columns, int64_t width) const {
+    if (all || base.rows == 0) give(gradient + row * columns, all, gates * H * width, d, row * width, columns);
   }
 
-  // The sums of every team that had a part in direction d, `size` numbers a team and direction, of which `count` from `first` on
-  // are added up in the first team's place; nullptr where there are none.
-  S* add_up(S* all, int64_t size, int64_t d, int64_t first, int64_t count) const {
-    S* total = nullptr;
-    for (int64_t team = 0; team < teams && base.rows; ++team) {
-      if (shared && !base.works_on(team, d)) continue;
-      S* from = all + (team * D + d) * size + first;
-      if (!total) {
-        total = from;
-        continue;
-      }
-      each_vector(count,
-                  [&](int64_t i, auto n) { (V::load(total + i, n) + V::load(from + i, n)).store(total + i, n); });
-    }
-    return total;
-  }
-
-  // A gradient from its sums, zero where there are none.
-  static void give(W* gradient, const S* sums, int64_t count) {
-    if (!sums) return void(std::fill_n(gradient, count, W{}));
-    each_vector(count, [&](int64_t i, auto n) { store(V::load(sums + i, n), gradient + i, n); });
+  // A part of a gradient: `count` numbers, from `first` on, of direction d's sets, `size` numbers each, added up.
+  void give(W* gradient, const S* all, int64_t size, int64_t d, int64_t first, int64_t count) const {
+    if (base.rows == 0) return void(std::fill_n(gradient, count, W{}));
+    each_vector(count, [&](int64_t i, auto n) {
+      V sum = V::load(all + d * size + first + i, n);
+      for (int64_t set = d + D; set < sets; set += D) sum = sum + V::load(all + set * size + first + i, n);
+      store(sum, gradient + i, n);
+    });
   }
 
   // f(first, count) for each vec of n numbers.

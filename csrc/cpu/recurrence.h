@@ -30,7 +30,9 @@ constexpr int64_t row_stride(int64_t numbers) {
 struct Job {
   const Sequence& sequence;
   int64_t direction, row_begin, row_end;
-  int64_t T;  // steps, those of its longest row where the batch is packed
+  int64_t T;    // steps, those of its longest row where the batch is packed
+  int64_t set;  // of packed weights
+  bool first;   // of its team's jobs
 
   bool reverse() const { return direction == 1; }
   int64_t step(int64_t s) const { return reverse() ? T - 1 - s : s; }
@@ -70,13 +72,17 @@ struct Recurrence {
   const int64_t B = sequence.B, H = problem.H, rows = sequence.start(sequence.T);
   const int64_t panels = (H + N - 1) / N, padded_H = row_stride<S>(panels * N);  // of a row of states
   const Plan plan;
+  // Whether each team packs the weights for itself, and not all of them one set for each direction.
+  const bool own_weights;
+  const int64_t weight_sets = own_weights ? plan.groups : problem.directions;
   const Scratch<int64_t> cuts = cut();
   const int64_t block_rows = most_rows();
 
-  Recurrence(const Problem& p, const Threads& threads, Pass pass)
+  Recurrence(const Problem& p, const Threads& threads, Pass pass, bool prepared = false)
       : problem(p),
         plan(make_plan(pass, p.sequence.T, p.sequence.B, rows, p.I, p.H, p.directions, p.converts_weights(), gates, N,
-                       threads.count, packed_pairs(p), p.slow_cache)) {}
+                       threads.count, packed_pairs(p), p.slow_cache)),
+        own_weights(plan.own_weights && !prepared) {}
 
   int units(int64_t panel) const { return static_cast<int>(std::min<int64_t>(N, H - panel * N)); }
 
@@ -95,8 +101,10 @@ struct Recurrence {
           member.end = panels;
         }
         for (int64_t j = team; j < problem.directions * plan.row_blocks; j += plan.groups) {
-          const int64_t block = j / problem.directions, begin = first_row(block);
-          f(Job{sequence, j % problem.directions, begin, first_row(block + 1), steps_of(begin)}, member, team, slice);
+          const int64_t block = j / problem.directions, direction = j % problem.directions, begin = first_row(block);
+          f(Job{sequence, direction, begin, first_row(block + 1), steps_of(begin), own_weights ? team : direction,
+                j == team},
+            member, team, slice);
         }
         slice = stop;
       }
@@ -126,13 +134,6 @@ struct Recurrence {
   // The steps of a block that begins with `row`; one at least, so that every team's gradients have a value.
   int64_t steps_of(int64_t row) const {
     return sequence.offsets && row < B ? std::min(sequence.T, std::max<int64_t>(sequence.length(row), 1)) : sequence.T;
-  }
-
-  // Whether a team has jobs of a direction.
-  bool works_on(int64_t team, int64_t direction) const {
-    for (int64_t j = team; j < problem.directions * plan.row_blocks; j += plan.groups)
-      if (j % problem.directions == direction) return true;
-    return false;
   }
 
   // Element `unit` of row b in a [D, B, H] state, and of a sequence row in a [D, rows, width] array.

@@ -78,22 +78,26 @@ constexpr int64_t large_if_converted = 1 << 19;
 
 enum class Pass { forward, backward };
 
+// Most numbers that teams pack which share out rows and pack all weights for themselves; more of them share one copy. What another core
+// has just written comes slowly: for LSTM, GRU and RNN of 64 to 256 whose rows were shared out anyway, 8 to 32 rows, 4 to 128 steps, own
+// weights made forward 1.0 to 1.12 times as fast with cores near to each other (50 ns), 1.05 to 1.65 with cores far apart (200 ns), of 64
+// with 4 and 8 steps 1.13 to 1.6; backward 1.0 to 1.03 and 1.0 to 1.14.
+constexpr int64_t most_own_weights = 1 << 24;
+constexpr bool packs_own(int64_t teams, int64_t I, int64_t H, int64_t gates) {
+  return teams * gates * H * (I + H) <= most_own_weights;
+}
+
 // Fewest rows for a team, where teams share out the batch of a layer of at most 256 units, whose weights stay in a core's own
 // cache. Gained over sharing units, 128 steps, 2 threads (rows a thread; AVX-512, and much the same with AVX2). Forward: RNN of 64
-// (2): 2.2, of 100 (2): 1.3, of 128 (4): 1.7, (2): 1.04, of 256 (4): 1.2, (2): 0.82; LSTM of 24 (2): 1.4, of 40 (2): 1.3, of 256
-// (4): 0.87; with AVX2 units are 6 to 17 % faster with 8 rows a thread, and tie with 16.
-// With AVX-512, 50 steps: LSTM of 48 (4): 1.5, of 64 (4): 1.07 to 1.19, (3): 0.78, GRU of 64 (4): 1.2; with others' work on the
-// machine either way from 96 units on: LSTM of 96 (6): 1.04 to 1.09, of 128 (8): 0.89 to 1.3, of 160 (8): 1.07, GRU of 128 (8): 0.86
-// to 1.1, of 160 (8): 0.91 to 1.05.
-// A team that reads W_ih at every step: LSTM of 40 (2), I = 80: 1.2, 160: 1.04, 256: 0.93, (4), I = 512: 1.25; of 64 (4), I = 128:
-// 0.94, 512: 0.88 to 0.96.
-// Where x·W_ih is there for several steps (see gathered_rows) fewer rows are enough, of LSTMs and GRUs (times as fast as sharing
-// units; first with cores near to each other, 50 ns, then far apart, 200 ns). AVX-512, H = I, T = 100 or 128,
-// 4 to 12 rows: of 64: 1.02 to 1.06, 1.05 to 1.2; of 96 and 128: 1.0 to 1.05, 1.03 to 1.4; of 192 and 256: 0.99 to 1.05, 1.02 to 1.2;
-// AVX2 the same or more; bfloat16 by dot products 1.01 to 1.08, 1.03 to 1.2. Each core then reads what the other has packed, which
-// takes some hundred rows a team to pay: with 8 or 16 rows and 16 or 32 steps 0.75 to 1.0; of 128 with I = 512: 0.92. 2 rows: of 20 to
-// 48, I <= 80: 1.0 to 1.2, 1.0 to 1.3; of 20, whose units are not shared out, I = 320: 1.4 to 1.75; of 40, whose five panels make
-// uneven shares, I = 320: 1.0 to 1.28, of 32 and 48 with AVX2: 0.83 to 0.98; of 64: 0.8 to 0.94.
+// (2): 2.2, of 100 (2): 1.3, of 128 (4): 1.7, (2): 1.04, of 256 (4): 1.2, (2): 0.82; LSTM of 24 (2): 1.4, of 40 (2): 1.3; with
+// AVX-512 and 50 steps of 48 (4): 1.5, of 64 (4): 1.07 to 1.19, (3): 0.78, GRU of 64 (4): 1.2.
+// LSTMs and GRUs, x·W_ih there for several steps (see gathered_rows), times as fast as sharing units; first with cores near, then far
+// apart. AVX-512, from 64 rows of the sequence a team on, each with its own weights: 8 to 32 rows, 4 to 32 steps, of 64: 1.04 to 1.14, 1.2
+// to 1.4; of 128: 1.0 to 1.1, 1.06 to 1.65; of 160 to 256: 1.02 to 1.05, 1.06 to 1.54; of 128 and 256 with I = 512 and 640: 0.99 to
+// 1.01, 1.04 to 1.07; AVX2 0.98 to 1.04 near, bfloat16 by dot products 0.97 to 1.09. With 32 rows a team: of 128: 0.98 to 1.02, 1.02 to
+// 1.18, in bfloat16 0.91. With one copy of the weights it takes some hundred rows a team to pay: with 8 or 16 rows and 16 or 32 steps
+// 0.75 to 1.0. 2 rows: of 20 to 48, I <= 80: 1.0 to 1.2, 1.0 to 1.3; of 20, whose units are not shared out, I = 320: 1.4 to 1.75; of 40,
+// whose five panels make uneven shares, I = 320: 1.0 to 1.28, of 32 and 48 with AVX2: 0.83 to 0.98; of 64 to 256: 0.9 to 0.99.
 // Backward: LSTM of 64 (2): 1.1, (4): 1.2; of 128 (4): 1.2, (3): 0.95; of 256 (4): 1.2, RNN of 256 (4): 1.1, (3): 0.91.
 // AVX2 on a Zen 4, training, LSTM and GRU of 160 to 256 (4 to 12): 1.01 to 1.02, with cores far apart 1.1 to 1.25.
 // `mean` rows are in a step; of a packed batch the longest may be one alone.
@@ -103,7 +107,8 @@ constexpr int64_t team_rows(Pass pass, int64_t T, int64_t B, int64_t mean, int64
     const bool by_rows = gates > 1 && pairs != Pairs::tiles;  // a tile's product takes as long for one row as for 16
     const bool small = gates * H * H * B < 50'000 || (by_rows && H <= 48 && mean >= 2 * teams),
                few_inputs = gates * H * I < 20'000 || (by_rows && !even),
-               many_rows = by_rows && T * mean >= 384 * teams && mean >= 4 * teams && I <= 2 * H;
+               many_rows =
+                   by_rows && mean >= 4 * teams && T * mean >= (packs_own(teams, I, H, gates) ? 64 : 384) * teams;
     if (small && few_inputs) return 2;
     return H < 48 || gates == 1 || (vector >= 16 && H <= 64 && I <= 96) || many_rows ? 4 : 16;
   }
@@ -186,6 +191,7 @@ struct Plan {
   bool packed;                // whether W_hh is packed; backward then copies W_ih, too, a block at a time
   bool tiled = false;         // whether what is packed is tiles
   bool copied_input = false;  // whether forward does so where it would pack it
+  bool own_weights = false;   // whether each team packs all weights for itself
 };
 
 constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t rows, int64_t I, int64_t H, int directions,
@@ -206,18 +212,20 @@ constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t rows, int64_t 
   if (plan.share_units) plan.slices = std::min(plan.slices, std::max<int64_t>(panels, 1));
   if (!plan.share_units && pass == Pass::forward) plan.slices = 1;
   // Rows are independent: cutting the batch needs no meeting at all, but each team then reads all the weights, has fewer rows
-  // for each, and sums up gradients of its own, which pays from about as many of its rows on as there are units (AVX-512,
-  // LSTM of 256, T = 8, B = 32: 0.99; T = 1: 0.86; T = 16: 1.04; of 128, T = 4, B = 16: 0.97, T = 16: 1.08).
+  // for each, and sums up gradients of its own, which pays from about half as many of its rows on as there are units (AVX-512, training,
+  // cores near and far apart, so many: LSTM of 128, T = 16, B = 8: 1.01 to 1.02, 1.17; of 256, T = 32, B = 8: 0.98 to 1.0, 1.07; T =
+  // B = 16: 0.97 to 0.99, 1.14; GRU of 256: 0.94 to 1.01, 1.09; of 256, T = 1, B = 32: 0.86).
   const int64_t spare = threads / plan.groups;
   const bool even = plan.share_units && panels % spare == 0;
   const int64_t mean = rows / std::max<int64_t>(T, 1);
   if (spare > 1 && H <= 256 && B >= spare * team_rows(pass, T, B, mean, I, H, gates, vector, pairs, spare, even) &&
-      (pass == Pass::forward || T * B >= H * spare)) {
+      (pass == Pass::forward || 2 * T * B >= H * spare)) {
     plan.groups *= spare;
     plan.slices = 1;
     // A block's states and what belongs to them should stay near, too (LSTM of 256, 4096 rows, training: 1228 ms in
     // blocks of 256, 1386 in two).
     plan.row_blocks = spare * ((B + spare * row_block - 1) / (spare * row_block));
+    plan.own_weights = packs_own(plan.groups, I, H, gates);
   }
   const int64_t block_rows = std::max<int64_t>((B + plan.row_blocks - 1) / plan.row_blocks, 1);
   if (pass == Pass::backward) {

@@ -1,5 +1,5 @@
 // Weights as forward needs them: their rows as output vectors, and the sums of the biases. Packed at every call, or once, for
-// the calls of a stream.
+// the calls of a stream; in a set for each direction, or for each team, of which set s has direction s % directions.
 #pragma once
 
 #include "gemm.h"
@@ -15,42 +15,46 @@ struct PackedWeights {
   static constexpr int gates = Cell::gates, sums = Cell::sums;
 
   const Problem& p;
-  const int64_t I = p.I, H = p.H, panels = (H + N - 1) / N;
+  const int64_t sets, I = p.I, H = p.H, panels = (H + N - 1) / N;
   const bool tiled = takes_tiles<V, W> && in_tiles(p);       // what is packed is tiles
   const bool narrow = tiled || p.sequence.B <= narrow_rows;  // packed w_hh stays of its type
-  S* w_ih = nullptr;  // [D, panels, gates, I, N], or nullptr where it is not packed; as Packed<W> where tiled
-  S* w_hh = nullptr;  // [D, panels, gates, H, N], or nullptr; as Packed<W> where narrow
-  S* bias = nullptr;  // [D, panels, sums, N]
+  S* w_ih = nullptr;  // [sets, panels, gates, I, N], or nullptr where it is not packed; as Packed<W> where tiled
+  S* w_hh = nullptr;  // [sets, panels, gates, H, N], or nullptr; as Packed<W> where narrow
+  S* bias = nullptr;  // [sets, panels, sums, N]
 
-  PackedWeights(const Problem& problem, bool input, bool hidden)
+  PackedWeights(const Problem& problem, int64_t sets, bool input, bool hidden)
       : p(problem),
+        sets(sets),
         input_size_(input ? (tiled ? packed_size<Packed<W>>(I) : I) * N : 0),
         hidden_size_(hidden ? (narrow ? packed_size<Packed<W>>(H) : H) * N : 0) {}
 
   // The numbers that it needs memory for: of what is recurrent, and of the rest.
-  int64_t recurrent() const { return p.directions * panels * gates * hidden_size_; }
-  int64_t others() const { return p.directions * panels * (sums * N + gates * input_size_); }
+  int64_t recurrent() const { return sets * panels * gates * hidden_size_; }
+  int64_t others() const { return sets * panels * (sums * N + gates * input_size_); }
   // In one block, others first.
   void place(S* memory) { place(memory + others(), memory); }
   void place(S* recurrent, S* others) {
     if (hidden_size_) w_hh = recurrent;
     bias = others;
-    if (input_size_) w_ih = bias + p.directions * panels * sums * N;
+    if (input_size_) w_ih = bias + sets * panels * sums * N;
   }
 
   void pack(const Threads& threads) {
     const bool small = panels * gates * (input_size_ + hidden_size_) < packing_for_team;
-    (small ? Threads{1, nullptr} : threads).parallel(p.directions * panels, [&](int64_t begin, int64_t end) {
+    (small ? Threads{1, nullptr} : threads).parallel(sets * panels, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) panel(i / panels, i % panels);
     });
+  }
+  void pack(int64_t set) {
+    for (int64_t i = 0; i < panels; ++i) panel(set, i);
   }
 
  private:
   int64_t input_size_, hidden_size_;  // numbers in memory of an output vector of each; 0 where it is not packed
 
-  void panel(int64_t direction, int64_t index) {
-    const Weights& w = p.weights[direction];
-    const int64_t at = direction * panels + index;
+  void panel(int64_t set, int64_t index) {
+    const Weights& w = p.weights[set % p.directions];
+    const int64_t at = set * panels + index;
     const int count = static_cast<int>(std::min<int64_t>(N, H - index * N));
     S* sum = bias + at * sums * N;
     for (int k = 0; k < sums; ++k) V(S(0)).store(sum + k * N);
@@ -74,7 +78,7 @@ struct PackedWeights {
 template <class Cell, class S, int N, class W>
 struct Prepare {
   Prepare(const PrepareParams& p, const Threads& threads) {
-    PackedWeights<Cell, S, N, W> packed(p, true, true);
+    PackedWeights<Cell, S, N, W> packed(p, p.directions, true, true);
     if (p.bytes) *p.bytes = (packed.others() + packed.recurrent()) * sizeof(S);
     if (!p.memory) return;
     packed.place(static_cast<S*>(p.memory));
