@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import abc
+import dis
 import functools
 import inspect
+import types
 import warnings
 from typing import Any, TypeVar
 
@@ -18,8 +21,11 @@ _FUSED_OF: dict[type, type] = {getattr(torch.nn, fused.__name__): fused for fuse
 # What revert makes of a class: torch.nn's own, or the user's subclass of one.
 TORCH_OF: dict[type, type] = {fused: plain for plain, fused in _FUSED_OF.items()}
 
-# What a subclass of torch.nn's may define and still mean the same: either forward gets along with any of them.
+# What a subclass of torch.nn's may define of what those define: either forward gets along with it.
 _FREE = frozenset({"forward", "reset_parameters", "extra_repr", "flatten_parameters"})
+# What it may not: how objects are made and copied, and what is told of a class between it and torch.nn's.
+_BARRED = {"__new__", "__init_subclass__", "__getattribute__", "__copy__", "__deepcopy__"}
+_BARRED |= {"__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__"}
 
 
 def convert(model: Model) -> Model:
@@ -29,9 +35,9 @@ def convert(model: Model) -> Model:
     reference to it, so optimisers, shared modules and data parallel wrappers need not know.
 
     A module of a subclass keeps its methods; where they call ``super().forward``, fusedrnn's answers. Left alone, with
-    a UserWarning that says why, are those whose ``forward`` does not call it, that define what torch.nn's is made of,
-    or an attribute of a name that fusedrnn's has. torch makes a subclass of a module that it parametrizes or shards:
-    convert before.
+    a UserWarning that says why, are those whose ``forward`` does not call it, that define what torch.nn's is made of or
+    how they are copied, or that have an attribute of a name that fusedrnn's has. torch makes a subclass of a module
+    that it parametrizes or shards: convert before.
     """
     for path, module in model.named_modules():
         theirs: type = type(module)
@@ -41,11 +47,8 @@ def convert(model: Model) -> Model:
         elif plain is not None and not isinstance(module, FUSED):
             why = _objection(module, plain, _FUSED_OF[plain])
             if why is None:
-                try:
-                    module.__class__ = _before_torch(theirs, _FUSED_OF[plain])
-                    continue
-                except TypeError as error:  # a metaclass that takes no such class
-                    why = str(error)
+                object.__setattr__(module, "__class__", _before_torch(theirs, _FUSED_OF[plain]))
+                continue
             warnings.warn(f"fusedrnn.convert left {path or 'the model'} alone: {why}", stacklevel=2)
     return model
 
@@ -58,7 +61,7 @@ def revert(model: Model) -> Model:
     """
     for path, module in model.named_modules():
         if type(module) in TORCH_OF:
-            module.__class__ = TORCH_OF[type(module)]
+            object.__setattr__(module, "__class__", TORCH_OF[type(module)])
         elif isinstance(module, FUSED):
             warnings.warn(
                 f"fusedrnn.revert left {path or 'the model'} alone: {type(module).__name__} is a subclass", stacklevel=2
@@ -70,23 +73,44 @@ def _objection(module: torch.nn.Module, plain: type, fused: type) -> str | None:
     """Why a module of a subclass of ``plain`` cannot have ``fused`` in between, if so."""
     if parametrize.is_parametrized(module):
         return "it is parametrized (convert first)"
-    if hasattr(module, "unshard"):
+    if hasattr(type(module), "unshard"):
         return "it is sharded (convert first)"
-    theirs, name = type(module), type(module).__name__
-    own = theirs.__mro__[: theirs.__mro__.index(plain)]
-    for forward in (vars(base)["forward"] for base in own if "forward" in vars(base)):
-        code = getattr(inspect.unwrap(forward), "__code__", None)
-        if code is None or "super" not in code.co_names:
-            return f"{name}.forward does not call super().forward"
-    defined, torchs = _names(own), _names(plain.__mro__) - _names(torch.nn.Module.__mro__)
-    ours = _names(fused.__mro__) - _names(plain.__mro__)
-    for attribute in sorted((defined & torchs) - _FREE) + sorted(n for n in ours if hasattr(module, n)):
-        return f"{name} has a {attribute} of its own"
+    theirs = type(module)
+    if type(theirs) not in (type, abc.ABCMeta):
+        return f"{theirs.__name__} has a metaclass"
+    torchs = _public(plain.__mro__) - _public(torch.nn.Module.__mro__) - _FREE
+    ours = _public(fused.__mro__) - _public(plain.__mro__)
+    state = ours & {*vars(module), *module._parameters, *module._buffers, *module._modules}
+    for base in theirs.__mro__[: theirs.__mro__.index(plain)]:
+        codes = {name: _codes(value) for name, value in vars(base).items()}
+        if "forward" in codes and not any("super" in code.co_names for code in codes["forward"]):
+            return f"{base.__name__}.forward does not call super().forward"
+        every = [code for found in codes.values() for code in found]
+        clashes = (codes.keys() & (torchs | ours | _BARRED)) | (state.union(*(code.co_names for code in every)) & ours)
+        if clashes:
+            return f"{base.__name__} has a {min(clashes)} of its own"
+        if any(map(_super_of_itself, every)):
+            return f"{base.__name__} calls super() by its object's class"
     return None
 
 
-def _names(classes: tuple[type, ...]) -> set[str]:
+def _public(classes: tuple[type, ...]) -> set[str]:
+    """The names that classes define, without those of the language."""
     return {name for base in classes for name in vars(base) if not (name.startswith("__") and name.endswith("__"))}
+
+
+def _codes(attribute: Any) -> list[types.CodeType]:
+    """What a method or property runs."""
+    functions = (attribute, *(getattr(attribute, name, None) for name in ("__func__", "fget", "fset")))
+    codes = (getattr(inspect.unwrap(f), "__code__", None) for f in functions if callable(f))
+    return [code for code in codes if code is not None]
+
+
+def _super_of_itself(code: types.CodeType) -> bool:
+    """Whether it calls super(type(self), self) or super(self.__class__, self), which would come back for ever."""
+    loaded = [i.argval for i in dis.get_instructions(code) if i.opname.startswith("LOAD_")]
+    following = zip(loaded, loaded[1:], loaded[2:], strict=False)
+    return any(name == "super" and (first == "type" or second == "__class__") for name, first, second in following)
 
 
 @functools.cache

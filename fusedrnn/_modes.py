@@ -33,6 +33,9 @@ def symbolic(module: torch.nn.Module, *arguments: Any, **options: Any) -> Any:
     """The node of a graph that torch.fx makes for a call of a layer or cell, as of one of torch.nn's; or None."""
     if not isinstance(arguments[0], torch.fx.Proxy):
         return None
+    if not type(module).forward.__module__.startswith("fusedrnn."):  # the node would call what is being traced
+        name = type(module).__name__
+        raise torch.fx.proxy.TraceError(f"torch.fx cannot trace {name}.forward, a subclass's: make {name} a leaf")
     tracer: Any = arguments[0].tracer
     return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, options)
 

@@ -178,6 +178,26 @@ def without_super(self, x):
     return torch.nn.LSTM.forward(self, x)
 
 
+def by_type(self):
+    return super(type(self), self).extra_repr()
+
+
+def by_class(self, x):
+    return super(self.__class__, self).forward(x)
+
+
+def keeps_state(self, x):
+    y, self._states = super(torch.nn.LSTM, self).forward(x)
+    return y
+
+
+class OfMeta(torch.nn.LSTM, metaclass=type("Meta", (type,), {})):
+    pass
+
+
+CLASSES = []
+
+
 @pytest.mark.parametrize(
     ("module", "why"),
     [
@@ -185,7 +205,13 @@ def without_super(self, x):
         (own(forward=functools.partial(without_super)), "Mine.forward does not call super().forward"),
         (own(permute_hidden=None), "Mine has a permute_hidden of its own"),
         (own(_run=None), "Mine has a _run of its own"),
-        (own(stream="of data"), "Mine has a stream of its own"),
+        (own(stream=property(lambda _: 1 / 0)), "Mine has a stream of its own"),
+        (own(forward=keeps_state), "Mine has a _states of its own"),
+        (own(extra_repr=by_type), "Mine calls super() by its object's class"),
+        (own(forward=by_class), "Mine calls super() by its object's class"),
+        (own(__reduce__=lambda self: (type(self), (4, 7))), "Mine has a __reduce__ of its own"),
+        (own(__init_subclass__=classmethod(CLASSES.append)), "Mine has a __init_subclass__ of its own"),
+        (OfMeta(4, 7), "OfMeta has a metaclass"),
     ],
 )
 def test_a_subclass_that_would_change_is_left_alone_and_named(module, why):
@@ -193,6 +219,7 @@ def test_a_subclass_that_would_change_is_left_alone_and_named(module, why):
     with pytest.warns(UserWarning, match=rf"left 0 alone: {re.escape(why)}$"):
         fusedrnn.convert(torch.nn.Sequential(module))
     assert type(module) is before
+    assert not CLASSES
 
 
 def test_a_module_with_an_attribute_of_our_name_is_left_alone():
@@ -203,40 +230,27 @@ def test_a_module_with_an_attribute_of_our_name_is_left_alone():
     assert type(module) is Halved
 
 
-def test_a_subclass_of_another_metaclass():
-    class Meta(type):
-        def __new__(meta, name, bases, namespace):
-            if len(bases) > 1:
-                raise TypeError("one base, please")
-            return super().__new__(meta, name, bases, namespace)
-
-    module = Meta("Mine", (torch.nn.LSTM,), {})(4, 7)
-    with pytest.warns(UserWarning, match="left the model alone: one base, please"):
-        fusedrnn.convert(module)
+def test_an_abstract_and_a_frozen_class():
     abstract = type("Abstract", (abc.ABC, torch.nn.RNNBase), {})
     assert isinstance(fusedrnn.convert(type("Mine", (abstract, torch.nn.LSTM), {})(4, 7)), fusedrnn.LSTM)
 
+    class Frozen(torch.nn.LSTM):
+        def __setattr__(self, name, value):
+            if self.__dict__.get("frozen"):
+                raise AttributeError(name)
+            super().__setattr__(name, value)
 
-def test_what_torch_makes_a_subclass_of_is_to_be_converted_before():
-    layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.LSTM(4, 7), "weight_hh_l0")
-    with pytest.warns(UserWarning, match=r"left the model alone: it is parametrized \(convert first\)"):
-        fusedrnn.convert(layer)
-
-
-def test_a_subclass_of_ours_is_not_reverted():
-    class Mine(fusedrnn.LSTM):
-        pass
-
-    model = torch.nn.Sequential(Mine(4, 7))
-    with pytest.warns(UserWarning, match="left 0 alone: Mine is a subclass"):
-        fusedrnn.revert(model)
-    assert type(model[0]) is Mine
+    module = Frozen(4, 7)
+    module.frozen = True
+    assert isinstance(fusedrnn.convert(module), fusedrnn.LSTM)
+    assert type(fusedrnn.revert(module)) is Frozen
 
 
-def test_a_model_without_recurrent_modules():
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    assert fusedrnn.convert(model) is model
-    assert fusedrnn.revert(model) is model
+def test_fx_says_that_it_cannot_trace_a_subclass():
+    """A node for the layer would call the forward that is being traced."""
+    for model in (torch.nn.Sequential(fusedrnn.convert(Halved(4, 7))), fusedrnn.convert(Halved(4, 7))):
+        with pytest.raises(torch.fx.proxy.TraceError, match="make Halved a leaf"):
+            torch.fx.symbolic_trace(model)
 
 
 # --- explain -----------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ struct Forward : Recurrence<Cell, S, N> {
   const bool copied_input = plan.copied_input && !p.prepared;
   PackedWeights<Cell, S, N, W> weights{p, this->weight_sets, (plan.packed_input && !copied_input) || p.prepared,
                                        plan.packed || p.prepared};
-  // As large as what backward packs, so that both passes of a step take turns in one block.
+  // As large as what backward packs, where it shares out work alike, so that both passes of a step take turns in one block.
   Scratch<S> recurrent = scratch<S>(p.prepared ? 0 : weights.recurrent());
   Scratch<S> others = scratch<S>(p.prepared ? 0 : weights.others());
   // A slice's copy of some of W_ih.

@@ -78,10 +78,10 @@ constexpr int64_t large_if_converted = 1 << 19;
 
 enum class Pass { forward, backward };
 
-// Most numbers that teams pack which share out rows and pack all weights for themselves; more of them share one copy. What another core
-// has just written comes slowly: for LSTM, GRU and RNN of 64 to 256 whose rows were shared out anyway, 8 to 32 rows, 4 to 128 steps, own
-// weights made forward 1.0 to 1.12 times as fast with cores near to each other (50 ns), 1.05 to 1.65 with cores far apart (200 ns), of 64
-// with 4 and 8 steps 1.13 to 1.6; backward 1.0 to 1.03 and 1.0 to 1.14.
+// Most numbers of W_ih and W_hh in all copies (64 MiB of float32), where teams that share out rows pack them each for itself; more teams
+// share one copy. What another core has just written comes slowly: for LSTM, GRU and RNN of 64 to 256 whose rows were shared out anyway, 8
+// to 32 rows, 4 to 128 steps, own copies made forward 1.0 to 1.12 times as fast with cores near to each other (50 ns), 1.05 to 1.65 with
+// cores far apart (200 ns), of 64 with 4 and 8 steps 1.13 to 1.6; backward, of W_hh, 1.0 to 1.03 and 1.0 to 1.14.
 constexpr int64_t most_own_weights = 1 << 24;
 constexpr bool packs_own(int64_t teams, int64_t I, int64_t H, int64_t gates) {
   return teams * gates * H * (I + H) <= most_own_weights;
@@ -102,13 +102,12 @@ constexpr bool packs_own(int64_t teams, int64_t I, int64_t H, int64_t gates) {
 // AVX2 on a Zen 4, training, LSTM and GRU of 160 to 256 (4 to 12): 1.01 to 1.02, with cores far apart 1.1 to 1.25.
 // `mean` rows are in a step; of a packed batch the longest may be one alone.
 constexpr int64_t team_rows(Pass pass, int64_t T, int64_t B, int64_t mean, int64_t I, int64_t H, int64_t gates,
-                            int64_t vector, Pairs pairs, int64_t teams, bool even) {
+                            int64_t vector, Pairs pairs, int64_t teams, bool even, bool own_weights) {
   if (pass == Pass::forward) {
     const bool by_rows = gates > 1 && pairs != Pairs::tiles;  // a tile's product takes as long for one row as for 16
     const bool small = gates * H * H * B < 50'000 || (by_rows && H <= 48 && mean >= 2 * teams),
                few_inputs = gates * H * I < 20'000 || (by_rows && !even),
-               many_rows =
-                   by_rows && mean >= 4 * teams && T * mean >= (packs_own(teams, I, H, gates) ? 64 : 384) * teams;
+               many_rows = by_rows && mean >= 4 * teams && T * mean >= (own_weights ? 64 : 384) * teams;
     if (small && few_inputs) return 2;
     return H < 48 || gates == 1 || (vector >= 16 && H <= 64 && I <= 96) || many_rows ? 4 : 16;
   }
@@ -216,16 +215,16 @@ constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t rows, int64_t 
   // cores near and far apart, so many: LSTM of 128, T = 16, B = 8: 1.01 to 1.02, 1.17; of 256, T = 32, B = 8: 0.98 to 1.0, 1.07; T =
   // B = 16: 0.97 to 0.99, 1.14; GRU of 256: 0.94 to 1.01, 1.09; of 256, T = 1, B = 32: 0.86).
   const int64_t spare = threads / plan.groups;
-  const bool even = plan.share_units && panels % spare == 0;
+  const bool even = plan.share_units && panels % spare == 0, own = packs_own(plan.groups * spare, I, H, gates);
   const int64_t mean = rows / std::max<int64_t>(T, 1);
-  if (spare > 1 && H <= 256 && B >= spare * team_rows(pass, T, B, mean, I, H, gates, vector, pairs, spare, even) &&
+  if (spare > 1 && H <= 256 && B >= spare * team_rows(pass, T, B, mean, I, H, gates, vector, pairs, spare, even, own) &&
       (pass == Pass::forward || 2 * T * B >= H * spare)) {
     plan.groups *= spare;
     plan.slices = 1;
     // A block's states and what belongs to them should stay near, too (LSTM of 256, 4096 rows, training: 1228 ms in
     // blocks of 256, 1386 in two).
     plan.row_blocks = spare * ((B + spare * row_block - 1) / (spare * row_block));
-    plan.own_weights = packs_own(plan.groups, I, H, gates);
+    plan.own_weights = own;
   }
   const int64_t block_rows = std::max<int64_t>((B + plan.row_blocks - 1) / plan.row_blocks, 1);
   if (pass == Pass::backward) {
