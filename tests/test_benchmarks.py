@@ -159,7 +159,7 @@ def test_limit_is_arithmetic_or_weights(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_rates_are_measured() -> None:
     pytest.importorskip("fusedrnn._C", exc_type=ImportError)
-    assert roofline.peak_flops() > 1e8
+    assert roofline.peak_flops("float32") > 1e8
     assert roofline.peak_flops("bfloat16") > 1e8
     assert roofline.bandwidth(1 << 16) > 1e8
 

@@ -253,6 +253,28 @@ def test_fx_says_that_it_cannot_trace_a_subclass():
             torch.fx.symbolic_trace(model)
 
 
+def test_what_torch_makes_a_subclass_of_is_to_be_converted_before():
+    layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.LSTM(4, 7), "weight_hh_l0")
+    with pytest.warns(UserWarning, match=r"left the model alone: it is parametrized \(convert first\)"):
+        fusedrnn.convert(layer)
+
+
+def test_a_subclass_of_ours_is_not_reverted():
+    class Mine(fusedrnn.LSTM):
+        pass
+
+    model = torch.nn.Sequential(Mine(4, 7))
+    with pytest.warns(UserWarning, match="left 0 alone: Mine is a subclass"):
+        fusedrnn.revert(model)
+    assert type(model[0]) is Mine
+
+
+def test_a_model_without_recurrent_modules():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    assert fusedrnn.convert(model) is model
+    assert fusedrnn.revert(model) is model
+
+
 # --- explain -----------------------------------------------------------------------------------------
 
 

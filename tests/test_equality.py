@@ -47,6 +47,19 @@ def test_weights_are_fetched_ahead():
         torch.set_num_threads(threads)
 
 
+@pytest.mark.usefixtures("isa")
+def test_rows_shared_out_with_one_copy_of_the_weights():
+    """Two copies would be more than most_own_weights of csrc/cpu/tuning.h."""
+    case = Case("lstm", T=8, B=8, I=65_600, H=32)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert "share the rows" in fusedrnn.explain(case.module(fusedrnn), make_data(case).x).reason
+        check(case)
+    finally:
+        torch.set_num_threads(threads)
+
+
 # Fewer rows than gathered_rows of csrc/cpu/tuning.h for each of two threads, or of the two that each direction has.
 GATHERED = (
     Case("lstm", T=20, B=5, I=18, H=20),
