@@ -90,7 +90,8 @@ constexpr bool packs_own(int64_t teams, int64_t I, int64_t H, int64_t gates) {
 // Fewest rows for a team, where teams share out the batch of a layer of at most 256 units, whose weights stay in a core's own
 // cache. Gained over sharing units, 128 steps, 2 threads (rows a thread; AVX-512, and much the same with AVX2). Forward: RNN of 64
 // (2): 2.2, of 100 (2): 1.3, of 128 (4): 1.7, (2): 1.04, of 256 (4): 1.2, (2): 0.82; LSTM of 24 (2): 1.4, of 40 (2): 1.3; with
-// AVX-512 and 50 steps of 48 (4): 1.5, of 64 (4): 1.07 to 1.19, (3): 0.78, GRU of 64 (4): 1.2.
+// AVX-512 and 50 steps of 48 (4): 1.5, of 64 (4): 1.07 to 1.19, (3): 0.78, GRU of 64 (4): 1.2. On the Zen 3, W_ih read at every step,
+// LSTM of 256 (8): 0.85 to 0.94, (16): 1.0; what follows has not been timed there.
 // LSTMs and GRUs, x·W_ih there for several steps (see gathered_rows), times as fast as sharing units; first with cores near, then far
 // apart. AVX-512, from 64 rows of the sequence a team on, each with its own weights: 8 to 32 rows, 4 to 32 steps, of 64: 1.04 to 1.14, 1.2
 // to 1.4; of 128: 1.0 to 1.1, 1.06 to 1.65; of 160 to 256: 1.02 to 1.05, 1.06 to 1.54; of 128 and 256 with I = 512 and 640: 0.99 to
