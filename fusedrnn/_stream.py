@@ -33,7 +33,7 @@ class Stream:
     On a CPU the weights are copied once, in the kernels' order: they are those of the moment in which the stream was
     made, or of the last :meth:`refresh`. A step is then one call for all layers, and however a sequence is divided, its
     outputs have the same bits. The layer itself gives these bits too, where a call of several steps packs all its
-    weights: up to 511 units from 20 rows × steps on, above from 128.
+    weights: up to 191 units from 20 rows × steps on, up to 511 from 64, above from 128.
 
     One call at a time: threads that share a stream would share its state.
 

@@ -237,6 +237,8 @@ CORNER = (
         (1, 12, 33, 2),
         (6, 1, 64, 256),  # large enough that threads share the work
         (6, 4, 64, 256),
+        (40, 1, 16, 200),  # weights are read in place
+        (6, 4, 3, 516),
         (40, 3, 2, 5),
     ),
     *for_all_cells({"bidirectional": True, "T": 6, "B": 4, "H": 140}),

@@ -41,7 +41,7 @@ SHAPES = (
     (3, 16, 40, 3),
     (7, 9, 100, 1),
     (30, 5, 33, 2),
-    (1, 64, 256, 2),
+    (2, 64, 256, 2),
 )
 
 
@@ -60,6 +60,18 @@ def test_any_division_gives_the_same_bits(dtype, name, shape):
     assert_bits(whole(x), y)
     for stream in (step_by_step, by_chunks, whole):
         assert_bits(stream.state, last)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    ("hidden", "rows", "steps"), [(191, 1, 20), (192, 1, 64), (511, 16, 4), (512, 1, 128), (512, 16, 8)]
+)
+@pytest.mark.usefixtures("isa")
+def test_the_layer_gives_the_same_bits_from_some_rows_on(hidden, rows, steps, name):
+    """As many rows × steps as Stream's docstring names."""
+    layer, x = make(name, 8, hidden, steps=steps, rows=rows)
+    assert_bits(layer.stream(rows)(x), layer(x)[0])
 
 
 @needs_kernels

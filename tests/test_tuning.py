@@ -52,7 +52,16 @@ def test_a_single_step_packs_nothing(threads):
         assert made["step"]
         assert not made["packed"]
     assert plan(T=1, B=1000, I=256, H=256)["packed"]
-    assert plan(T=50, B=1, I=256, H=256)["packed"]
+
+
+def test_a_few_steps_of_wide_layers_pack_nothing(threads):
+    threads(2)
+    for T, B, H in ((63, 1, 256), (63, 1, 1023), (8, 4, 512)):
+        assert not plan(T=T, B=B, I=256, H=H)["packed"]
+    for T, B, H in ((64, 1, 256), (63, 1, 128), (16, 1, 1024), (8, 5, 512), (9, 2, 512), (8, 4, 1024)):
+        assert plan(T=T, B=B, I=256, H=H)["packed"]
+    assert not plan("gru", T=23, B=1, I=256, H=1024)["packed"]
+    assert plan("gru", T=24, B=1, I=256, H=1024)["packed"]
 
 
 def test_rows_are_shared_where_there_are_enough(threads):
@@ -98,11 +107,11 @@ def test_explain_knows_what_autocast_leaves():
     ("module", "x", "words"),
     [
         (fusedrnn.LSTM(256, 256), torch.zeros(1, 1, 256), ("in place", "2 threads share the units")),
-        (fusedrnn.LSTM(256, 256), torch.zeros(50, 1, 256), ("packed", "2 threads share the units")),
+        (fusedrnn.LSTM(256, 256), torch.zeros(70, 1, 256), ("packed", "2 threads share the units")),
         (fusedrnn.LSTM(64, 64, batch_first=True), torch.zeros(200, 50, 64), ("packed", "2 threads share the rows")),
         (
             fusedrnn.GRU(64, 256, bidirectional=True),
-            torch.zeros(50, 1, 64),
+            torch.zeros(70, 1, 64),
             ("packed", "2 threads share the directions"),
         ),
         (fusedrnn.RNN(8, 8), torch.zeros(50, 8), ("packed", "1 thread")),

@@ -264,12 +264,14 @@ struct Forward : Recurrence<Cell, S, N> {
                                      backwards, far});
       return;
     }
-    for (int64_t i = 0; i < n; ++i, sum += panel_stride)
+    for (int64_t j = 0; j < n; ++j) {
+      const int64_t i = backwards ? n - 1 - j : j;
       for (int g = 0; g < gates; ++g) {
         const W* own = static_cast<const W*>(weights) + (gate_of(g) * H + (panel + i) * N) * K;
-        multiply_unpacked<V, S, Dots<S, W>, 1>({{{own, A, K, lda}}}, this->units(panel + i), count, sum + g * N,
-                                               sums * N, H);
+        multiply_unpacked<V, S, Dots<S, W>, 1>({{{own, A, K, lda}}}, this->units(panel + i), count,
+                                               sum + i * panel_stride + g * N, sums * N, H);
       }
+    }
   }
 
   // The cell's first half, for `count` rows of n panels.

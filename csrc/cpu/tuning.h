@@ -128,22 +128,38 @@ constexpr int64_t most_step_rows = 128, most_converted_step_rows = 64, most_step
 // Whether weights are packed. Packing moves every weight twice; a dot product reads it once per few rows from a near cache.
 // For a single step dot products are as fast up to 128 rows (AVX2, LSTM of 256, B = 16: 120 µs unpacked, 142 packed; B = 128:
 // 865 and 882; AVX-512, LSTM and GRU of 128 to 1024, B = 64 to 120: 0.75 to 0.95 of packing's time), but those of narrow layers
-// are mostly tails. Several steps read W_hh again and again, W_ih only once for some of them (LSTM of 1024, B = 1, T = 16: 3.9 ms
-// with none or W_hh packed, 4.7 with both; T = 32: 8.1, 6.7, 7.4; LSTM of 512, B = 4, T = 8: 1.01, 0.91, 0.97; of 256, B = 16,
-// T = 8: 0.96, 0.93, 0.85). Two to four steps of fewer than 20 rows together: LSTM of 256, T = 2, B = 8: 1.09 times as fast in
-// place, of 512, T = B = 4: 1.28 (AVX2: 1.11, 1.12), GRU of 128, T = B = 4: 1.03 (0.90); but six steps of 2 rows, LSTM of 256:
-// 0.98. bfloat16 W_ih are better packed, and widened, from 16 rows on: LSTM of 512, B = 4, T = 25: 4.4 ms in place, 3.0 packed.
+// are mostly tails. Several steps read W_hh again and again, every other one backwards, W_ih only once for some of them. Two to four
+// steps of fewer than 20 rows together: LSTM of 256, T = 2, B = 8: 1.09 times as fast in place, of 512, T = B = 4: 1.28 (AVX2: 1.11,
+// 1.12), GRU of 128, T = B = 4: 1.03 (0.90); but six steps of 2 rows, LSTM of 256: 0.98.
+// More steps of float32, times as fast in place (Zen 4, cores near to each other, AVX-512 | AVX2). W_hh of one row, T = 16: of 64 0.7 |
+// 0.8, of 128 1.0 | 1.0, of 256 1.1 | 1.1, of 384 to 768 1.14 to 1.2, of 1024 1.15 | 1.2; T = 32: of 256 1.04 | 1.04, of 384 to 768 1.11
+// to 1.14 | 1.1, GRU of 1024 1.01; T = 64: of 128 0.98, of 256 to 512 1.0 to 1.05, of 768 1.06, GRU of 1024 0.93. Two to eight rows, 32 rows
+// of the sequence or 8 steps at most, of 512 to 768, GRU of 1024: 1.03 to 1.2 | 0.97 to 1.1, with more 0.87 to 1.0. One thread gains as
+// much. LSTM of 1024 and 1536, whose W_hh is half of a last-level cache of 32 MiB and more: 0.8 to 1.2, one thread 0.77 to 1.04. W_ih
+// beside that, rows of the sequence 16: of 192 0.95 to 1.02, of 256 0.98 to 1.07, of 384 1.15; 24: of 192 to 320 1.02 to 1.1; 32: of 384
+// 1.03 to 1.1; 48: of 256 0.96; 64: of 384 1.01 to 1.03. Nothing of this has been timed on the other processors.
+// bfloat16 W_ih are better packed, and widened, from 16 rows on: LSTM of 512, B = 4, T = 25: 4.4 ms in place, 3.0 packed.
 // Backward reads unpacked weights across their rows, which caches like less (training, LSTM of 1024, T·B = 16: 15.0 ms unpacked,
 // 12.4 packed; T·B = 8: 7.9 and 8.5). Tiles (tiles.h) pay for packing sooner: a step of an LSTM of 512 in bfloat16, B = 8: 0.84
 // times as fast packed; of 256, B = 16: 1.24; of 512, B = 48: 2.3. Training a step, of 512: B = 8: 0.94, 16: 1.06, 32: 1.19.
-constexpr bool packs(Pass pass, int64_t T, int64_t B, int64_t H, bool converted, bool tiled) {
-  if (H < 64) return T * B >= 8;
-  if (pass == Pass::backward) return T * B >= (T == 1 && !tiled ? 40 : 16);
-  if (T == 1) return B >= (tiled ? most_step_rows_beside_tiles : converted ? most_converted_step_rows : most_step_rows);
-  return B == 1 ? T >= 16 : T * B >= (T <= 4 && !tiled ? 20 : 10);
+constexpr bool packs_for_step(int64_t B, int64_t H, bool converted, bool tiled) {
+  if (H < 64) return B >= 8;
+  return B >= (tiled ? most_step_rows_beside_tiles : converted ? most_converted_step_rows : most_step_rows);
+}
+constexpr bool packs(Pass pass, int64_t T, int64_t B, int64_t H, int64_t gates, bool converted, bool tiled) {
+  const int64_t rows = T * B;
+  if (pass == Pass::forward && T == 1) return packs_for_step(B, H, converted, tiled);
+  if (H < 64) return rows >= 8;
+  if (pass == Pass::backward) return rows >= (T == 1 && !tiled ? 40 : 16);
+  const bool in_place = !converted && H >= 192 && gates * H * H < 1 << 22;
+  if (B == 1) return T >= (!in_place ? 16 : H < 1024 ? 64 : 24);
+  return in_place && H >= 512 ? T > 8 || rows > 32 : rows >= (T <= 4 && !tiled ? 20 : 10);
 }
 constexpr bool packs_input(int64_t T, int64_t B, int64_t H, bool converted) {
-  return T * B >= (H < 64 ? 8 : !converted && (T == 1 || H >= 512) ? most_step_rows : 16);
+  const int64_t rows = T * B;
+  if (H < 64) return rows >= 8;
+  if (converted || (T > 1 && H < 192)) return rows >= 16;
+  return rows >= (T == 1 || H >= 512 ? most_step_rows : H >= 320 ? 64 : 32);
 }
 
 // Rows whose gradients are taken in one go: the more, the less often the weights' gradients are fetched and stored (1/256
@@ -200,7 +216,7 @@ constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t rows, int64_t 
   const int64_t panels = (H + vector - 1) / vector, step_flops = 2 * gates * H * H * B;
   // A thread is only woken (a few µs) for work that lasts longer.
   if (T * step_flops * directions < 200'000) threads = 1;
-  Plan plan{1, threads, false, 1, 1, packs_input(T, B, H, converted), packs(pass, T, B, H, converted, tiles)};
+  Plan plan{1, threads, false, 1, 1, packs_input(T, B, H, converted), packs(pass, T, B, H, gates, converted, tiles)};
   if (directions == 2 && threads >= 2) {
     plan.groups = 2;
     plan.slices = threads / 2;
