@@ -239,6 +239,7 @@ CORNER = (
         (6, 4, 64, 256),
         (40, 1, 16, 200),  # weights are read in place
         (6, 4, 3, 516),
+        (9, 12, 20, 130),  # many enough that backward packs them
         (40, 3, 2, 5),
     ),
     *for_all_cells({"bidirectional": True, "T": 6, "B": 4, "H": 140}),

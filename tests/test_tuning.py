@@ -60,6 +60,10 @@ def test_a_few_steps_of_wide_layers_pack_nothing(threads):
         assert not plan(T=T, B=B, I=256, H=H)["packed"]
     for T, B, H in ((64, 1, 256), (63, 1, 128), (16, 1, 1024), (8, 5, 512), (9, 2, 512), (8, 4, 1024)):
         assert plan(T=T, B=B, I=256, H=H)["packed"]
+    for T, B, H in ((15, 1, 64), (3, 5, 512)):
+        assert not plan(backward=True, T=T, B=B, I=256, H=H)["packed"]
+    for T, B, H in ((96, 1, 64), (12, 8, 512), (24, 1, 1024)):
+        assert plan(backward=True, T=T, B=B, I=256, H=H)["packed"]
     assert not plan("gru", T=23, B=1, I=256, H=1024)["packed"]
     assert plan("gru", T=24, B=1, I=256, H=1024)["packed"]
 

@@ -139,18 +139,16 @@ constexpr int64_t most_step_rows = 128, most_converted_step_rows = 64, most_step
 // beside that, rows of the sequence 16: of 192 0.95 to 1.02, of 256 0.98 to 1.07, of 384 1.15; 24: of 192 to 320 1.02 to 1.1; 32: of 384
 // 1.03 to 1.1; 48: of 256 0.96; 64: of 384 1.01 to 1.03. Nothing of this has been timed on the other processors.
 // bfloat16 W_ih are better packed, and widened, from 16 rows on: LSTM of 512, B = 4, T = 25: 4.4 ms in place, 3.0 packed.
-// Backward reads unpacked weights across their rows, which caches like less (training, LSTM of 1024, T·B = 16: 15.0 ms unpacked,
-// 12.4 packed; T·B = 8: 7.9 and 8.5). Tiles (tiles.h) pay for packing sooner: a step of an LSTM of 512 in bfloat16, B = 8: 0.84
-// times as fast packed; of 256, B = 16: 1.24; of 512, B = 48: 2.3. Training a step, of 512: B = 8: 0.94, 16: 1.06, 32: 1.19.
+// Tiles (tiles.h) pay for packing sooner: a step of an LSTM of 512 in bfloat16, B = 8: 0.84 times as fast packed; of 256, B = 16: 1.24;
+// of 512, B = 48: 2.3.
 constexpr bool packs_for_step(int64_t B, int64_t H, bool converted, bool tiled) {
   if (H < 64) return B >= 8;
   return B >= (tiled ? most_step_rows_beside_tiles : converted ? most_converted_step_rows : most_step_rows);
 }
-constexpr bool packs(Pass pass, int64_t T, int64_t B, int64_t H, int64_t gates, bool converted, bool tiled) {
+constexpr bool packs(int64_t T, int64_t B, int64_t H, int64_t gates, bool converted, bool tiled) {
   const int64_t rows = T * B;
-  if (pass == Pass::forward && T == 1) return packs_for_step(B, H, converted, tiled);
+  if (T == 1) return packs_for_step(B, H, converted, tiled);
   if (H < 64) return rows >= 8;
-  if (pass == Pass::backward) return rows >= (T == 1 && !tiled ? 40 : 16);
   const bool in_place = !converted && H >= 192 && gates * H * H < 1 << 22;
   if (B == 1) return T >= (!in_place ? 16 : H < 1024 ? 64 : 24);
   return in_place && H >= 512 ? T > 8 || rows > 32 : rows >= (T <= 4 && !tiled ? 20 : 10);
@@ -160,6 +158,20 @@ constexpr bool packs_input(int64_t T, int64_t B, int64_t H, bool converted) {
   if (H < 64) return rows >= 8;
   if (converted || (T > 1 && H < 192)) return rows >= 16;
   return rows >= (T == 1 || H >= 512 ? most_step_rows : H >= 320 ? 64 : 32);
+}
+// Backward reads unpacked weights across their rows: with AVX-512 a tile takes four vectors of each, 256 bytes, with AVX2 three, 96. Of
+// W_hh a thread reads `share` numbers in a step. Backward, times as fast in place (Zen 4, 2 threads, LSTM, GRU and RNN, B = 1 to 8, cores
+// near; far apart), rows of the sequence: AVX-512, of 64 to 256, 16: 1.1 to 1.3; 1.5, 32: 1.1 to 1.15; 1.3, 64: 1.02 to 1.15, 128: 0.98 to
+// 1.1; of 512, 16: 1.04 to 1.2, 32: 0.97 to 1.18, 64: 1.02 to 1.1, 128: 0.95 to 1.08; one thread, 48 and 64: 0.95, 0.76; of 1024, 16: 1.0 to
+// 1.1, 32: 0.85 to 1.0; of 16 to 32: 0.9 to 1.1. AVX2, of 64 and 128, 16: 1.1 to 1.2, 32 and 48: 1.03; of 256 0.95 to 1.08, of 512 0.81
+// to 1.0, of 1024 0.6 to 0.7. One step, AVX-512, 40 to 128 rows: 1.04 to 1.2. In tiles, training a step of an LSTM of 512 in bfloat16,
+// times as fast packed, B = 8: 0.94, 16: 1.06, 32: 1.19.
+constexpr bool packs_backward(int64_t T, int64_t B, int64_t H, int64_t share, int64_t vector, bool converted,
+                              bool tiled) {
+  const int64_t rows = T * B;
+  if (H < 64) return rows >= 8;
+  if (!converted && vector >= 16) return rows >= (share <= 600'000 ? 96 : T == 1 ? 40 : 24);
+  return rows >= ((T == 1 && !tiled) || (!converted && H < 256) ? 40 : 16);
 }
 
 // Rows whose gradients are taken in one go: the more, the less often the weights' gradients are fetched and stored (1/256
@@ -216,7 +228,10 @@ constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t rows, int64_t 
   const int64_t panels = (H + vector - 1) / vector, step_flops = 2 * gates * H * H * B;
   // A thread is only woken (a few µs) for work that lasts longer.
   if (T * step_flops * directions < 200'000) threads = 1;
-  Plan plan{1, threads, false, 1, 1, packs_input(T, B, H, converted), packs(pass, T, B, H, gates, converted, tiles)};
+  const int64_t share = gates * H * H * directions / std::max<int64_t>(threads, directions);
+  const bool packed = pass == Pass::forward ? packs(T, B, H, gates, converted, tiles)
+                                            : packs_backward(T, B, H, share, vector, converted, tiles);
+  Plan plan{1, threads, false, 1, 1, packs_input(T, B, H, converted), packed};
   if (directions == 2 && threads >= 2) {
     plan.groups = 2;
     plan.slices = threads / 2;
