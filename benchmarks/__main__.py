@@ -154,7 +154,9 @@ def main() -> int:
             for case in chosen:
                 if case.step and mode == "training":
                     continue
-                rival = onnxruntime if mode == "inference" and case.dtype == "float32" else None
+                # ONNX has no projections.
+                has_rival = mode == "inference" and case.dtype == "float32" and not case.projection
+                rival = onnxruntime if has_rival else None
                 try:
                     measured = measure(case, mode, "torch" in args.against, rival, seconds)
                 except ResultsDifferError as error:

@@ -192,7 +192,8 @@ def overview(rows: Iterable[Row]) -> str:
     """README's results: for each machine the whole grid in a few lines; of a GPU torch.nn only, and not every model."""
     lines: list[str] = []
     for machine, group in by_machine(rows).items():
-        sets: dict[str, tuple[Case, ...]] = {"grid": GRID, "one step": SETS["streaming"], "bfloat16": SETS["bfloat16"]}
+        sets: dict[str, tuple[Case, ...]] = {"grid": GRID, "one step": SETS["streaming"]}
+        sets |= {name: SETS[name] for name in ("bfloat16", "projected")}
         if group[0].machine.get("gpu"):
             sets = {name: cases for name, cases in GPU_DTYPE_SETS.items() if "models" not in name}
         lines += [f"**{machine}** ({_versions(group)})", "", *_overview_lines(group, sets, [TORCH, ONNXRUNTIME]), ""]

@@ -35,6 +35,11 @@ class Workload:
     hx: State
 
 
+def projected(case: Case) -> dict[str, int]:
+    """What only an LSTM's constructor takes."""
+    return {"proj_size": case.projection} if case.projection else {}
+
+
 def torch_workload(case: Case) -> Workload:
     """The case with torch.nn: random weights, input and state, the same at every call."""
     torch.manual_seed(0)
@@ -45,7 +50,7 @@ def torch_workload(case: Case) -> Workload:
         h, c = torch.randn(2, case.batch, case.hidden, dtype=dtype).unbind()
         return Workload(cell, one, one, (h.clone(), c.clone()) if case.cell == "LSTM" else h.clone())
     module: torch.nn.RNNBase = getattr(torch.nn, case.cell)(
-        case.input, case.hidden, case.layers, bidirectional=case.bidirectional, dtype=dtype
+        case.input, case.hidden, case.layers, bidirectional=case.bidirectional, dtype=dtype, **projected(case)
     )
     padded = torch.randn(case.seq, case.batch, case.input, dtype=dtype, requires_grad=True)
     x: Tensor | PackedSequence = padded

@@ -26,7 +26,8 @@ def bandwidth(size: int) -> float:
 
 def weight_bytes(case: Case) -> int:
     """Bytes of one layer's recurrent weights, all directions: what every step reads."""
-    return case.directions * GATES[case.cell] * case.hidden**2 * BYTES[case.dtype]
+    rows = GATES[case.cell] * case.state + case.projection  # W_hr beside W_hh
+    return case.directions * rows * case.hidden * BYTES[case.dtype]
 
 
 def limit(case: Case, mode: Mode) -> float:
@@ -37,7 +38,7 @@ def limit(case: Case, mode: Mode) -> float:
     size = weight_bytes(case)
     reads = case.seq * case.layers * size * (1 if mode == "inference" else 2)
     if case.seq == 1:
-        inputs = case.input + (case.layers - 1) * case.directions * case.hidden
+        inputs = case.input + (case.layers - 1) * case.directions * case.state
         once = case.directions * GATES[case.cell] * case.hidden * inputs * BYTES[case.dtype]
         reads += once
         size += once // case.layers

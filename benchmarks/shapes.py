@@ -29,6 +29,12 @@ class Case:
     dtype: str = "float32"
     source: str = ""
     step: bool = False  # a cell, which takes one step, in place of a layer
+    projection: int = 0  # numbers of an LSTM's projected hidden state (proj_size)
+
+    @property
+    def state(self) -> int:
+        """Numbers of a hidden state."""
+        return self.projection or self.hidden
 
     @property
     def directions(self) -> int:
@@ -38,6 +44,8 @@ class Case:
     def id(self) -> str:
         """Readable and unique, e.g. ``doctr-LSTM-B64-T32-I512-H128-L2-bi``."""
         parts = [self.name, self.cell, f"B{self.batch}", f"T{self.seq}", f"I{self.input}", f"H{self.hidden}"]
+        if self.projection:
+            parts.append(f"P{self.projection}")
         if self.layers > 1:
             parts.append(f"L{self.layers}")
         if self.bidirectional:
@@ -60,10 +68,9 @@ class Case:
 
     def flops(self, mode: Mode) -> int:
         """Floating-point operations of the matrix products over the valid steps, 2 per multiply-add."""
-        inputs = self.input + (self.layers - 1) * self.directions * self.hidden
-        columns = inputs + self.layers * self.hidden
-        rows = self.directions * GATES[self.cell] * self.hidden
-        forward = 2 * sum(self.sequence_lengths()) * rows * columns
+        inputs = self.input + (self.layers - 1) * self.directions * self.state
+        columns = GATES[self.cell] * (inputs + self.layers * self.state) + self.layers * self.projection
+        forward = 2 * sum(self.sequence_lengths()) * self.directions * self.hidden * columns
         # The backward pass has two products per forward product: one for the data, one for the weights.
         return forward if mode == "inference" else 3 * forward
 
@@ -160,6 +167,24 @@ MODELS: tuple[Case, ...] = (
 )
 # fmt: on
 
+_RNNT = "He et al. 2019, streaming RNN-T"
+# fmt: off
+PROJECTED: tuple[Case, ...] = (
+    Case("rnnt-encoder", "LSTM", 1, 1, 640, 2048, projection=640, source=f"{_RNNT}, an encoder layer, one step"),
+    Case("rnnt-encoder", "LSTM", 1, 50, 640, 2048, projection=640, source=f"{_RNNT}, an encoder layer; T chosen"),
+    Case("rnnt-encoder", "LSTM", 16, 50, 640, 2048, projection=640, source=f"{_RNNT}, an encoder layer; B, T chosen"),
+    Case("rnnt-predictor", "LSTM", 16, 25, 640, 2048, projection=640, layers=2,
+         source=f"{_RNNT}, the prediction network; B, T chosen"),
+    Case("acoustic", "LSTM", 32, 20, 40, 800, projection=512, layers=2, source="Sak et al. 2014, two layers; B chosen"),
+    Case("elmo", "LSTM", 8, 30, 512, 4096, projection=512, bidirectional=True,
+         source="Peters et al. 2018 (ELMo), one of two layers; B, T chosen"),
+    Case("projected", "LSTM", 1, 100, 128, 256, projection=128, source=_SPREAD),
+    Case("projected", "LSTM", 8, 100, 128, 512, projection=128, source=_SPREAD),
+    Case("projected", "LSTM", 32, 50, 256, 512, projection=256, source=_SPREAD),
+    Case("projected", "LSTM", 128, 128, 64, 128, projection=64, source=_SPREAD),
+)
+# fmt: on
+
 _DEEPBENCH = "Baidu DeepBench, a selection of its sizes of at most 45 GFLOP forward"
 _DEEPBENCH_SIZES: tuple[tuple[Cell, int, int, int], ...] = (
     ("RNN", 32, 1, 672), ("RNN", 64, 1, 96),
@@ -248,6 +273,7 @@ SETS: dict[str, tuple[Case, ...]] = {
     "streaming": STREAMING,
     "bfloat16": BFLOAT16,
     "growth": GROWTH,
+    "projected": PROJECTED,
 }
 
 _QUICK_IDS = (

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import fusedrnn
-from benchmarks.rivals import OnnxRuntime, Workload, torch_workload
+from benchmarks.rivals import OnnxRuntime, Workload, projected, torch_workload
 from benchmarks.shapes import Case, Mode
 from fusedrnn._bench import inference_call, interleaved_medians, training_call
 
@@ -48,6 +48,7 @@ def fused_module(case: Case, workload: Workload) -> torch.nn.Module:
         case.layers,
         bidirectional=case.bidirectional,
         dtype=getattr(torch, case.dtype),
+        **projected(case),
     )
     module.load_state_dict(workload.module.state_dict())
     return module

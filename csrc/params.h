@@ -1,9 +1,9 @@
 // What a recurrence kernel is given: plain pointers and sizes, no framework.
 //
 // Letters: T steps, B rows of the batch, N rows of the sequence (T*B when padded, the sum of all lengths when
-// packed), I inputs, H hidden units, D directions (1 or 2). All arrays are dense, row-major, of the scalar
-// type that the params name, and owned by the caller. Weights, their gradients, and what is saved for backward may be of another
-// type (ScalarKind), and then so may be x, y, the states and their gradients (narrow_sequence, narrow_states). For a GPU they lie
+// packed), I inputs, H hidden units, R numbers in a hidden state (H, or fewer where it is projected), D directions (1 or 2). All
+// arrays are dense, row-major, of the scalar type that the params name, and owned by the caller. Weights, their gradients, and what is
+// saved for backward may be of another type (ScalarKind), and then so may be x, y, the states and their gradients (narrow_sequence, narrow_states). For a GPU they lie
 // there, but for offsets. Nothing may alias anything else, but y and h_n may be one array when there is a single step and direction,
 // being the same numbers then.
 #pragma once
@@ -38,9 +38,10 @@ struct Sequence {
 // cells/).
 struct Weights {
   const void* w_ih;  // [gates*H, I]
-  const void* w_hh;  // [gates*H, H]
+  const void* w_hh;  // [gates*H, R]
   const void* b_ih;  // [gates*H], or nullptr
   const void* b_hh;  // [gates*H], or nullptr
+  const void* w_hr;  // [R, H] of a projection, or nullptr
 };
 
 // How the processor multiplies bfloat16s that are packed in pairs (cpu/tiles.h): not at all, in tiles, or by dot products.
@@ -51,6 +52,7 @@ struct Problem {
   ScalarKind scalar;
   Sequence sequence;
   int64_t I, H;
+  int64_t projection;  // R of an LSTM with h = W_hr·(o∘tanh(c)), on CPUs only; else 0
   int directions;
   Weights weights[2];
   bool narrow_sequence = false;  // of float32_of_bfloat16: whether x, y and their gradients are bfloat16, too
@@ -59,15 +61,16 @@ struct Problem {
   Pairs pairs = Pairs::none;
   bool slow_cache = false;  // see has_slow_cache
 
+  int64_t R() const { return projection ? projection : H; }
   bool converts_weights() const { return scalar == ScalarKind::float32_of_bfloat16; }
 };
 
 struct ForwardParams : Problem {
   const void* x;   // [N, I]
-  const void* hx;  // [D, B, H]
+  const void* hx;  // [D, B, R]
   const void* cx;  // [D, B, H], cells with a cell state only
-  void* y;         // [N, D*H]
-  void* h_n;       // [D, B, H]
+  void* y;         // [N, D*R]
+  void* h_n;       // [D, B, R]
   void* c_n;       // [D, B, H], cells with a cell state only
   void* gates;     // [D, N, saved*H] activated gates for backward, or nullptr when no backward will follow
   void* cells;     // [D, N, H] cell state after every step, or nullptr likewise
@@ -86,6 +89,7 @@ struct WeightGradients {
   void* w_hh;
   void* b_ih;
   void* b_hh;
+  void* w_hr;
 };
 
 struct BackwardParams : Problem {
@@ -95,12 +99,12 @@ struct BackwardParams : Problem {
   const void* cx;
   const void* gates;
   const void* cells;
-  const void* dy;      // [N, D*H], or nullptr for zero
-  const void* dh_n;    // [D, B, H], or nullptr for zero
+  const void* dy;      // [N, D*R], or nullptr for zero
+  const void* dh_n;    // [D, B, R], or nullptr for zero
   const void* dc_n;    // [D, B, H], or nullptr for zero
   const void* dcells;  // [D, N, H] of the cell states themselves, of their type, or nullptr for zero
   void* dx;            // [N, I], or nullptr when nobody asks
-  void* dhx;           // [D, B, H], or nullptr when nobody asks
+  void* dhx;           // [D, B, R], or nullptr when nobody asks
   void* dcx;           // [D, B, H], cells with a cell state only, or nullptr likewise
   WeightGradients gradients[2];
 };

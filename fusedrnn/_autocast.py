@@ -34,21 +34,30 @@ def cast(
     implementation: str,
     state_kept: bool,
     one_step: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor], torch.dtype]:
-    """x, states and weights as autocast makes them, and the dtype of what they give.
+    projected: bool = False,
+) -> tuple[Tensor, list[Tensor], list[Tensor], tuple[torch.dtype, torch.dtype]]:
+    """x, states and weights as autocast makes them, and the dtypes of what they give: output and h, and c.
 
     ``one_step``: weights that a CPU reads once stay as they are, for a copy in another dtype would take longer than
-    the step.
+    the step. ``projected``: an LSTM with a projection, which torch composes of operations on a CPU; its cell state goes
+    through none that is cast.
     """
+    given = dtype, dtype
+    projected = projected and x.is_cpu
+    state_kept = not projected and state_kept and implementation != "cuda"
     x = x.to(dtype)
-    state_kept = state_kept and implementation != "cuda" and all(s.dtype == torch.float32 for s in states)
-    if not state_kept:
+    if projected:
+        given = dtype, torch.promote_types(states[1].dtype, dtype)
+        states = [s.float() for s in states]
+    elif state_kept and all(s.dtype == torch.float32 for s in states):
+        given = torch.float32, torch.float32
+    else:
+        state_kept = False
         states = [s.to(dtype) for s in states]
-    given = torch.float32 if state_kept else dtype
     if one_step and implementation == "cpu" and all(w.dtype == torch.float32 for w in weights):
         return x.float(), [s.float() for s in states], weights, given
     weights = [_casts.cast(w, dtype) for w in weights]
-    if not state_kept:
+    if not (state_kept or projected):
         return x, states, weights, given
     if dtype != torch.bfloat16 or implementation != "cpu":
         weights = [_casts.cast(w, torch.float32) for w in weights]  # the kernels take bfloat16 weights as they are

@@ -28,7 +28,7 @@ def recurrence(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
 ) -> Results:
-    """:func:`fusedrnn._reference.recurrence` on the compiled kernels, without projection.
+    """:func:`fusedrnn._reference.recurrence` on the compiled kernels, on a GPU without projection.
 
     float32, float64 or bfloat16, on a GPU float16 too. On a CPU x and the states may be float32 beside bfloat16
     weights, each for themselves.

@@ -68,15 +68,15 @@ def tensors(value: object) -> list[Tensor]:
 
 
 def random_state(module: torch.nn.RNNBase, batch: int) -> State:
-    """An initial state (layers * directions, batch, hidden) that requires a gradient; a pair for an LSTM."""
+    """An initial state (layers * directions, batch, hidden or proj_size) that requires a gradient; an LSTM's pair."""
     weight = next(module.parameters())
-    directions = 2 if module.bidirectional else 1
-    shape = (module.num_layers * directions, batch, module.hidden_size)
+    rows = module.num_layers * (2 if module.bidirectional else 1)
 
-    def part() -> Tensor:
-        return torch.randn(shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
+    def part(size: int) -> Tensor:
+        return torch.randn(rows, batch, size, dtype=weight.dtype, device=weight.device, requires_grad=True)
 
-    return (part(), part()) if module.mode == "LSTM" else part()
+    h = part(module.proj_size or module.hidden_size)
+    return (h, part(module.hidden_size)) if module.mode == "LSTM" else h
 
 
 def inference_call(module: torch.nn.Module, x: Tensor | PackedSequence, hx: State) -> Callable[[], list[Tensor]]:

@@ -128,10 +128,10 @@ def implementation_for(device: torch.device, dtype: torch.dtype, projected: bool
         missing = why_no_cuda if cuda_extension is None else _why_no_kernels(index_of(device))
         if missing:
             return Explanation("torch", missing)
-    if projected:
-        return Explanation("torch", f"the {device.type.upper()} kernels do not cover proj_size yet")
-    if extension is None:
-        return Explanation("reference", why_no_extension)
+    if projected and device.type == "cuda":
+        return Explanation("torch", "the CUDA kernels do not cover proj_size yet")
+    if extension is None:  # torch.nn has projections itself
+        return Explanation("torch" if projected else "reference", why_no_extension)
     if device.type == "cuda":
         if dtype in CUDA_DTYPES:
             return Explanation("cuda", f"fused {name} kernels")
@@ -164,12 +164,11 @@ def choose(x: Tensor, projected: bool = False, more: bool = False, stacklevel: i
     # torch.onnx.export(dynamo=False) makes nodes of the operators that it sees, and knows torch's only: no fallback.
     if torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export():
         return "reference" if more else "torch"
-    if not projected:
-        if x.is_cpu:
-            if extension is not None and x.dtype in KERNEL_DTYPES:
-                return "cpu"
-        elif on_gpu_kernels(x):
-            return "cuda"
+    if x.is_cpu:
+        if extension is not None and x.dtype in KERNEL_DTYPES:
+            return "cpu"
+    elif not projected and on_gpu_kernels(x):
+        return "cuda"
     found = implementation_for(x.device, x.dtype, projected)
     implementation, reason = instead_of_torch(found) if more else found
     if implementation not in ("cpu", "cuda") and not x.is_meta:  # of a meta tensor nothing is computed

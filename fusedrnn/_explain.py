@@ -112,8 +112,9 @@ def _path(module: torch.nn.Module, input: Tensor | PackedSequence, dtype: torch.
     kept = _autocast.keeps_state(module, isinstance(input, PackedSequence))
     wide = kept and data.dtype == torch.float32  # what autocast leaves so
     plan = extension.plan(
-        cell, name, False, steps, batch, module.input_size, module.hidden_size, directions, narrow=not wide
-    )
+        cell, name, False, steps, batch, module.input_size, module.hidden_size, directions, narrow=not wide,
+        projection=getattr(module, "proj_size", 0),
+    )  # fmt: skip
     layout = "weights packed into tiles" if plan["tiled"] else "packed weights"
     weights = layout if plan["packed"] else "weights read in place"
     threads = plan["teams"] * plan["members"]

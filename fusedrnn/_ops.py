@@ -28,11 +28,12 @@ def _forward_shapes(
     save: bool,
     tf32: bool = False,  # noqa: ARG001
 ) -> list[Tensor]:
-    directions, _, hidden = hx.shape
+    directions, _, width = hx.shape  # of a projected state less than there are hidden units
+    hidden = width if cx is None else cx.size(-1)
     rows = math.prod(x.shape[:-1])
-    results = [x.new_empty(*x.shape[:-1], directions * hidden), hx.new_empty(hx.shape)]
+    results = [x.new_empty(*x.shape[:-1], directions * width), hx.new_empty(hx.shape)]
     if cx is not None:
-        results.append(hx.new_empty(hx.shape))
+        results.append(hx.new_empty(cx.shape))
     if save and SAVED[cell]:
         results.append(weights[0].new_empty(directions, rows, SAVED[cell] * hidden))
     if save and cx is not None:
@@ -66,27 +67,31 @@ def _step_shapes(cell: str, x: Tensor, hx: Tensor, cx: Tensor | None, weights: l
     return [x.new_empty(hx.shape) for _ in range(1 if cx is None else 2)]
 
 
-def _products(x: Sequence[int], weights: Sequence[Sequence[int]]) -> list[int]:
-    """Operations of x·W_ih and h·W_hh for all rows, from shapes."""
-    rows, matrices = math.prod(x[:-1]), [math.prod(w) for w in weights if len(w) == 2]
-    return [2 * rows * sum(matrices[::2]), 2 * rows * sum(matrices[1::2])]
+def _by_matrix(hx: Sequence[int], weights: Sequence[Any]) -> tuple[Sequence[Any], ...]:
+    """What belongs to W_ih, W_hh and W_hr of a projection, of each direction, in a list like that of the weights."""
+    each = len(weights) // (hx[0] if len(hx) == 3 else 1)
+    return weights[::each], weights[1::each], weights[each - 1 :: each] if each % 2 else []
+
+
+def _products(rows: int, hx: Sequence[int], weights: Sequence[Sequence[int]]) -> list[int]:
+    """Operations of the products with W_ih, W_hh and W_hr for so many rows, from shapes."""
+    return [2 * rows * sum(map(math.prod, shapes)) for shapes in _by_matrix(hx, weights)]
 
 
 def _forward_flops(_: str, x: Any, hx: Any, cx: Any, weights: Any, *__: Any, **___: Any) -> int:  # noqa: ARG001
-    return sum(_products(x, weights))
+    return sum(_products(math.prod(x[:-1]), hx, weights))
 
 
 def _backward_flops(
     _: str, dy: Any, dh_n: Any, dc_n: Any, x: Any, y: Any, hx: Any, cx: Any, saved: Any, weights: Any,  # noqa: ARG001
     batch_sizes: Any, lengths: Any, resets: Any, wanted: Sequence[bool], *__: Any, **___: Any,  # noqa: ARG001
 ) -> int:  # fmt: skip
-    """dX, dW_ih and dW_hh where they are wanted, and what goes back through W_hh, to hx where that is wanted."""
-    of_input, of_state = _products(x, weights)
-    to_hx = _products(hx[1:], weights)[1]
-    of_weights = zip(weights, wanted[2 if cx is None else 3 :], strict=True)
-    matrices = [want for weight, want in of_weights if len(weight) == 2]
-    back = of_state - (0 if wanted[1] else to_hx)
-    return of_input * (wanted[0] + any(matrices[::2])) + of_state * any(matrices[1::2]) + back
+    """dX and the matrices' gradients where they are wanted; what goes back through W_hr and W_hh, to hx on request."""
+    products = _products(math.prod(x[:-1]), hx, weights)
+    asked = map(any, _by_matrix(hx, wanted[2 if cx is None else 3 :]))
+    to_hx = _products(hx[1], hx, weights)[1]
+    back = [products[0] * wanted[0], products[1] - (0 if wanted[1] else to_hx), products[2]]
+    return sum(back) + sum(product for product, want in zip(products, asked, strict=True) if want)
 
 
 def differentiate(name: str, kernel: Callable[..., Any]) -> None:

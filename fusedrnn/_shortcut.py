@@ -45,7 +45,7 @@ def layer(module: torch.nn.RNNBase, name: str, x: Tensor, hx: Any, lengths: Any 
     layers = module.num_layers
     if torch.is_grad_enabled() and (layers > 1 or module.recompute):
         return None  # a stack's layers are a node of the graph each
-    if module.proj_size or (layers > 1 and module.training and module.dropout):
+    if (module.proj_size and device == "cuda") or (layers > 1 and module.training and module.dropout):
         return None
     ragged = lengths is not None or resets is not None
     if ragged and (torch.is_grad_enabled() or device == "cuda"):
@@ -58,7 +58,7 @@ def layer(module: torch.nn.RNNBase, name: str, x: Tensor, hx: Any, lengths: Any 
     if not x.is_contiguous():
         x = x.contiguous()
     rows = layers * (2 if module.bidirectional else 1)
-    h, c = _states(name, x, hx, module.hidden_size, rows)
+    h, c = _states(name, x, hx, module.hidden_size, rows, module.proj_size)
     weights = list(map(module._parameters.get, module._flat_weights_names))
     if any(map(is_not, weights, module._flat_weights)):
         return None  # other weights than its parameters, perhaps
@@ -94,11 +94,16 @@ def _device(x: Any, rank: int, inputs: int) -> str | None:
     return "cuda" if type(x) is Tensor and _dispatch.on_gpu_kernels(x) else None
 
 
-def _states(name: str, x: Tensor, hx: Any, units: int, rows: int | None = None) -> tuple[Any, Any]:
-    """h and c as given or zero, ``[B, units]`` or ``[rows, B, units]``; None instead of what cannot be a state."""
+def _states(name: str, x: Tensor, hx: Any, units: int, rows: int | None = None, projection: int = 0) -> tuple[Any, Any]:
+    """h and c as given or zero, ``[B, units]`` or ``[rows, B, units]``; None instead of what cannot be a state.
+
+    A projected h has ``projection`` numbers.
+    """
     if hx is None:
-        zeros = x.new_zeros((x.shape[0], units) if rows is None else (rows, x.shape[1], units))
-        return zeros, zeros if name == "lstm" else None
+        shape = (x.shape[0],) if rows is None else (rows, x.shape[1])
+        zeros = x.new_zeros((*shape, units))
+        h = x.new_zeros((*shape, projection)) if projection else zeros
+        return h, zeros if name == "lstm" else None
     if name != "lstm":
         return hx, None
     return hx if type(hx) in (tuple, list) and len(hx) == 2 else (None, None)

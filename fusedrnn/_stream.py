@@ -66,7 +66,7 @@ class Stream:
             places = [_address(s) for s in self._states]
             self._stack = _dispatch.extension.Stack(
                 module.mode.lower(), _STORED[weight.dtype], batch_size, module.input_size, module.hidden_size,
-                module.num_layers, places[0], places[-1],
+                module.proj_size, module.num_layers, places[0], places[-1],
             )  # fmt: skip
         self.refresh()
         if hx is not None:
@@ -83,15 +83,14 @@ class Stream:
             if isinstance(hook, _HOOKS):
                 hook(module, ())
         weights = [w.detach() for w in module._weights()]
-        each = len(weights) // module.num_layers
+        each, width = len(weights) // module.num_layers, self._step_out[1]
         for layer in range(module.num_layers):
             group = weights[layer * each : (layer + 1) * each]
-            inputs = module.hidden_size if layer else module.input_size
             rows = group[0].size(0)
-            for i, weight in enumerate(group):
-                shape = (
-                    ((rows, inputs), (rows, module.hidden_size), (rows,), (rows,))[i] if self._stack else weight.shape
-                )
+            shapes = [(rows, width if layer else module.input_size), (rows, width), *[(rows,)] * (each // 4 * 2)]
+            shapes += [(width, module.hidden_size)] * (each % 2)
+            for weight, expected in zip(group, shapes, strict=True):
+                shape = expected if self._stack else weight.shape
                 if weight.shape != shape or weight.dtype != self._dtype or weight.device != self._device:
                     raise RuntimeError(
                         f"{self._name}: expected a weight of shape {list(shape)}, {self._dtype} on {self._device} as "

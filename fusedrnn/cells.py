@@ -34,11 +34,11 @@ class _Cell(Scriptable, torch.nn.RNNCellBase):
         if autocast is not None:
             kept = _autocast.keeps_state(self, packed=False)
             states = [h] if c is None else [h, c]
-            x, states, weights, dtype = _autocast.cast(x, states, weights, autocast, implementation, kept, True)
+            x, states, weights, given = _autocast.cast(x, states, weights, autocast, implementation, kept, True)
             h, c = states if len(states) == 2 else (states[0], None)
         h, c = functional.step(self._mode(), x, h, c, weights, implementation)
         if autocast is not None:
-            h, c = h.to(dtype), c if c is None else c.to(dtype)
+            h, c = h.to(given[0]), c if c is None else c.to(given[1])
         if input.dim() == 1:
             h, c = h.squeeze(0), c if c is None else c.squeeze(0)
         return h if c is None else (h, c)

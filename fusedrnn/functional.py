@@ -70,7 +70,7 @@ def stack(
         lengths is not None
         and implementation == "cpu"
         and states is None
-        and _ragged.worth_packing(lengths, x.size(0), hx.size(-1))
+        and _ragged.worth_packing(lengths, x.size(0), (hx if cx is None else cx).size(-1))
     ):
         rows = _ragged.Rows(lengths, x.size(0))
         x, resets = rows.pack(x), None if resets is None else rows.pack(resets)

@@ -197,7 +197,9 @@ class _Layer(Scriptable, FlatWeights):
         if autocast is not None:
             kept = _autocast.keeps_state(self, packed=batch_sizes is not None)
             one_step = batch_sizes is None and x.size(0) == 1 and every is None
-            x, states, weights, dtype = _autocast.cast(x, states, weights, autocast, implementation, kept, one_step)
+            x, states, weights, given = _autocast.cast(
+                x, states, weights, autocast, implementation, kept, one_step, self.proj_size > 0
+            )
         h, c = states if len(states) == 2 else (states[0], None)
         dropout = self.dropout if self.training else 0.0
         y, h, c = functional.stack(
@@ -205,7 +207,7 @@ class _Layer(Scriptable, FlatWeights):
             batch_sizes, lengths, resets, self.recompute, every,
         )  # fmt: skip
         if autocast is not None:
-            y, h, c = y.to(dtype), h.to(dtype), c if c is None else c.to(dtype)
+            y, h, c = y.to(given[0]), h.to(given[0]), c if c is None else c.to(given[1])
         return y, [h] if c is None else [h, c]
 
 
@@ -238,7 +240,7 @@ class LSTM(_Layer, torch.nn.LSTM):
     """:class:`torch.nn.LSTM` on fused kernels: same constructor, parameters, ``state_dict``, inputs and outputs.
 
     i, f, o = σ(·), g = tanh(·) of W_i• x + b_i• + W_h• h + b_h•; c' = f∘c + i∘g; h' = o∘tanh(c')
-    (Hochreiter & Schmidhuber 1997; Gers et al. 2000).
+    (Hochreiter & Schmidhuber 1997; Gers et al. 2000), with ``proj_size`` h' = W_hr (o∘tanh(c')) (Sak et al. 2014).
     """
 
 

@@ -93,6 +93,8 @@ def _recurrence(
     if save:
         raise NotImplementedError("ONNX's recurrent nodes give no cell states but the last: return_all_states=True")
     directions, hidden = hx.shape[0], hx.shape[2]
+    if len(weights) // directions % 2:
+        raise NotImplementedError("ONNX's LSTM has no projection: expected a layer without proj_size")
     y, *states = _node(cell, x, hx, cx, weights, lengths, directions, hidden)
     if lengths is not None:  # onnxruntime gives zero for rows without a step
         without = op.Unsqueeze(op.Equal(lengths, op.Constant(value_ints=[0])), [0, 2])

@@ -12,7 +12,6 @@ import torch
 
 def pytest_configure(config: pytest.Config) -> None:
     # Known and announced once per process; any other fallback is an error in these tests.
-    config.addinivalue_line("filterwarnings", "ignore:fusedrnn runs on a fallback. .*proj_size")
     # torch.nn says this of its own projected LSTM, once per process.
     config.addinivalue_line("filterwarnings", "ignore:LSTM with projections is not supported with oneDNN")
 

@@ -89,6 +89,8 @@ def test_flops_counts_every_product() -> None:
     first, second = 4 * 7 * (5 + 7), 4 * 7 * (14 + 7)
     assert case.flops("inference") == 2 * (2 * 3) * 2 * (first + second)
     assert case.flops("training") == 3 * case.flops("inference")
+    first, second = 7 * (4 * (5 + 3) + 3), 7 * (4 * (6 + 3) + 3)
+    assert replace(case, projection=3).flops("inference") == 2 * (2 * 3) * 2 * (first + second)
 
 
 def test_interleaved_medians_alternates_the_order() -> None:

@@ -173,3 +173,10 @@ def test_what_onnx_lacks():
     layer = fusedrnn.GRU(4, 7).requires_grad_(False)
     with pytest.raises(torch.onnx.errors.OnnxExporterError, match="cannot reset their state"):
         export(Resets(), torch.randn(5, 3, 4), torch.zeros(5, 3, dtype=torch.bool), dynamic=None)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_projection_is_refused():
+    """torch makes of torch.nn's an LSTM node whose states onnxruntime finds of the wrong shape."""
+    with pytest.raises(torch.onnx.errors.OnnxExporterError, match="ONNX's LSTM has no projection"):
+        export(fusedrnn.LSTM(4, 7, proj_size=3), torch.randn(5, 3, 4), dynamic=None)

@@ -256,8 +256,21 @@ SEQUENCE_MISTAKES = {
     "cx missing": ({"cx": None}, "expected cx for lstm and for no other cell"),
     "cx too many": ({"cell": "gru"}, "expected cx for lstm and for no other cell"),
     "cx size": ({"cx": zeros(1, 3, 8)}, "expected cx " + SHAPE("1, 3, 7", "1, 3, 8")),
-    "no weights": ({"weights": []}, "expected 2 weights .4 with bias. for each of 1 directions, got 0"),
-    "three weights": ({"weights": weights((28, 4), (28, 7), (28,))}, "expected 2 weights .*, got 3"),
+    "no weights": ({"weights": []}, "expected 2 weights .4 with bias.* for each of 1 directions, got 0"),
+    "six weights": ({"weights": weights((28, 4), (28, 7), *[(28,)] * 4)}, "expected 2 weights .*, got 6"),
+    "w_hr size": ({"weights": weights((28, 4), (28, 7), (28,))}, "expected w_hr " + SHAPE("7, 7", "28")),
+    "projection of a gru": (
+        {"cell": "gru", "cx": None, "weights": weights((21, 4), (21, 7), (7, 7))},
+        "expected a projection's weights for lstm and for no other cell",
+    ),
+    "wide projection": (
+        {"hx": zeros(1, 3, 8), "weights": weights((28, 4), (28, 8), (8, 7))},
+        "expected a projection of 7 units to at most as many, got 8",
+    ),
+    "projection to nothing": (
+        {"hx": zeros(1, 3, 0), "weights": weights((28, 4), (28, 0), (0, 7))},
+        "expected 2 weights .4 with bias. without a projection, got 3",
+    ),
     "w_ih size": ({"weights": weights((28, 5), (28, 7))}, "expected w_ih " + SHAPE("28, 4", "28, 5")),
     "w_hh size": ({"weights": weights((28, 4), (21, 7))}, "expected w_hh " + SHAPE("28, 7", "21, 7")),
     "w_hh dtype": ({"weights": [zeros(28, 4), zeros(28, 7).double()]}, "expected w_hh " + INPUT_DTYPE),
@@ -293,6 +306,10 @@ STEP_MISTAKES = {
     "hx batch": ({"hx": zeros(2, 7)}, r"expected x \[B, I\] and hx \[B, H\], got \[3, 4\] and \[2, 7\]"),
     **{name: SEQUENCE_MISTAKES[name] for name in ("unknown cell", "cx missing", "cx too many", "no weights")},
     "cx size": ({"cx": zeros(3, 8)}, "expected cx " + SHAPE("3, 7", "3, 8")),
+    "a projection": (
+        {"weights": weights((28, 4), (28, 7), (7, 7))},
+        "expected 2 weights .4 with bias. without a projection, got 3",
+    ),
 }
 MISTAKES = [
     pytest.param(operator, proper, *mistake, id=f"{name}: {about}")

@@ -222,8 +222,10 @@ def test_no_valid_step_and_no_row():
 
 
 def test_a_fallback_is_said_once(monkeypatch):
-    """torch.nn runs projections, but knows neither lengths nor resets; the reference does."""
+    """Without the extension torch.nn runs projections, but knows neither lengths nor resets; the reference does."""
     monkeypatch.setattr(_dispatch, "_warned", set())
+    monkeypatch.setattr(_dispatch, "extension", None)
+    monkeypatch.setattr(_dispatch, "why_no_extension", "the extension is not there")
     layer, x, resets = fusedrnn.LSTM(4, 7, proj_size=3), torch.randn(5, 3, 4), torch.zeros(5, 3) > 0
     explained = fusedrnn.explain(layer, x, resets=resets)
     assert explained.implementation == "reference"

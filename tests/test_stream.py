@@ -162,13 +162,24 @@ def test_weights_are_those_of_the_last_refresh(name):
     stream(x)  # the layer lives on with the stream
 
 
-@pytest.mark.filterwarnings("ignore:fusedrnn runs on a fallback")
-def test_projection_runs_on_the_reference():
-    layer, x = make("LSTM", 4, 9, 2, proj_size=3, steps=8)
-    stream = layer.stream(2)
-    outputs = torch.stack([stream(step) for step in x])
-    torch.testing.assert_close(outputs, layer(x)[0])
-    assert not outputs.requires_grad
+@needs_kernels
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.usefixtures("isa")
+def test_projection(rows, bias):
+    layer, x = make("LSTM", 4, 70, 2, proj_size=33, rows=rows, bias=bias)
+    stream, by_chunks, hx = layer.stream(rows), layer.stream(rows), (torch.randn(2, rows, 33), torch.randn(2, rows, 70))
+    for one in stream, by_chunks:
+        one.load_state_dict(dict(zip("hc", hx, strict=True)))
+    y, last = layer(x, hx)
+    assert_bits(torch.stack([stream(step) for step in x]), y)
+    assert_bits(torch.cat([by_chunks(chunk) for chunk in x.split([7, 1, 32])]), y)
+    assert_bits(stream.state, last)
+    with torch.no_grad():
+        layer.weight_hr_l0.mul_(2)
+    stream.refresh()
+    stream.load_state_dict(dict(zip("hc", hx, strict=True)))
+    assert_bits(stream(x), layer(x, hx)[0])
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -193,26 +193,43 @@ class SequenceStorage {
   std::vector<int64_t> offsets_, lengths_;
 };
 
-inline Problem make_problem(const CellInfo& cell, const Tensor& x, Tensor& hx, MaybeTensor& cx,
+// How many weights each of `directions` directions has.
+inline int64_t weights_each(const Tensors& weights, int64_t directions) {
+  const int64_t count = static_cast<int64_t>(weights.size()), each = count / directions;
+  FUSEDRNN_EXPECT(each >= 2 && each <= 5 && each * directions == count,
+                  "expected 2 weights (4 with bias, and 1 more with a projection) for each of ", directions,
+                  " directions, got ", count);
+  return each;
+}
+
+inline Problem make_problem(const CellInfo& cell, const Tensor& x, Tensor& hx, MaybeTensor& cx, const Tensors& weights,
                             const Sequence& sequence) {
   FUSEDRNN_EXPECT(hx.size(0) == 1 || hx.size(0) == 2, "expected hx of 1 or 2 directions, got ", hx.size(0));
   check(hx, "hx", x, hx.scalar_type(), shape(hx));
   FUSEDRNN_EXPECT(cx.has_value() == cell.has_cell, "expected cx for lstm and for no other cell");
-  if (cx) check(*cx, "cx", x, cx->scalar_type(), shape(hx));
   Problem p{};
   p.cell = cell.kind;
   p.sequence = sequence;
   p.H = hx.size(2);
   p.directions = static_cast<int>(hx.size(0));
+  if (weights_each(weights, p.directions) % 2) {
+    FUSEDRNN_EXPECT(cell.has_cell, "expected a projection's weights for lstm and for no other cell");
+    p.projection = p.H;
+    p.H = cx->dim() ? cx->size(cx->dim() - 1) : 0;
+    FUSEDRNN_EXPECT(p.projection <= p.H, "expected a projection of ", p.H, " units to at most as many, got ",
+                    p.projection);
+  }
+  if (cx) check(*cx, "cx", x, cx->scalar_type(), {hx.size(0), hx.size(1), p.H});
   return p;
 }
 
-// Weights per direction: w_ih, w_hh and, with bias, b_ih and b_hh, all of one dtype. x gives I.
+// Weights per direction: w_ih, w_hh, with bias b_ih and b_hh, and with a projection w_hr, all of one dtype. x gives I.
 inline void set_weights(const Backend& backend, Problem& p, const CellInfo& cell, const Tensor& x, const Tensor& hx,
                         const MaybeTensor& cx, Tensors& weights) {
-  const int64_t D = p.directions, each = static_cast<int64_t>(weights.size()) / D;
-  FUSEDRNN_EXPECT((each == 2 || each == 4) && each * D == static_cast<int64_t>(weights.size()),
-                  "expected 2 weights (4 with bias) for each of ", D, " directions, got ", weights.size());
+  const int64_t D = p.directions, each = weights_each(weights, D);
+  FUSEDRNN_EXPECT(each % 2 == (p.projection ? 1 : 0), "expected 2 weights (4 with bias) without a projection, got ",
+                  each);
+  FUSEDRNN_EXPECT(!p.projection || backend.on_host, "expected no projection on a GPU");
   p.I = x.size(x.dim() - 1);
   const ScalarType dtype = weights[0].scalar_type();
   backend.set_types(p, x.scalar_type(), hx.scalar_type(), dtype);
@@ -220,14 +237,18 @@ inline void set_weights(const Backend& backend, Problem& p, const CellInfo& cell
   for (int64_t d = 0; d < D; ++d) {
     Tensor* w = &weights[d * each];
     check(w[0], "w_ih", x, dtype, {cell.gates * p.H, p.I});
-    check(w[1], "w_hh", x, dtype, {cell.gates * p.H, p.H});
+    check(w[1], "w_hh", x, dtype, {cell.gates * p.H, p.R()});
     p.weights[d].w_ih = w[0].const_data_ptr();
     p.weights[d].w_hh = w[1].const_data_ptr();
-    if (each == 4) {
+    if (each >= 4) {
       check(w[2], "b_ih", x, dtype, {cell.gates * p.H});
       check(w[3], "b_hh", x, dtype, {cell.gates * p.H});
       p.weights[d].b_ih = w[2].const_data_ptr();
       p.weights[d].b_hh = w[3].const_data_ptr();
+    }
+    if (p.projection) {
+      check(w[each - 1], "w_hr", x, dtype, {p.projection, p.H});
+      p.weights[d].w_hr = w[each - 1].const_data_ptr();
     }
   }
 }
@@ -249,10 +270,10 @@ Tensors forward(const Backend& backend, const std::string& cell_name, Tensor x, 
   check(x, "x", x, x.scalar_type(), shape(x));
   const SequenceStorage storage(backend, x, hx.size(1), batch_sizes, lengths, resets);
   ForwardParams p{};
-  static_cast<Problem&>(p) = make_problem(cell, x, hx, cx, storage.sequence);
+  static_cast<Problem&>(p) = make_problem(cell, x, hx, cx, weights, storage.sequence);
   set_weights(backend, p, cell, x, hx, cx, weights);
   const int64_t D = p.directions, N = storage.rows();
-  Tensors results{backend.make(x, with_last(x, D * p.H)), backend.make(hx, shape(hx))};
+  Tensors results{backend.make(x, with_last(x, D * p.R())), backend.make(hx, shape(hx))};
   p.x = x.const_data_ptr();
   p.hx = hx.const_data_ptr();
   p.cx = data(cx);
@@ -262,7 +283,7 @@ Tensors forward(const Backend& backend, const std::string& cell_name, Tensor x, 
     results.push_back(backend.make(like, sizes));
     return results.back().mutable_data_ptr();
   };
-  if (cell.has_cell) p.c_n = add(hx, shape(hx));
+  if (cell.has_cell) p.c_n = add(hx, shape(*cx));
   if (save && cell.saved) p.gates = add(weights[0], {D, N, cell.saved * p.H});
   if (save && cell.has_cell) p.cells = add(weights[0], {D, N, p.H});
   run(p);
@@ -281,10 +302,10 @@ Tensors backward(const Backend& backend, const std::string& cell_name, MaybeTens
   check(x, "x", x, dtype, shape(x));
   const SequenceStorage storage(backend, x, hx.size(1), batch_sizes, lengths, resets);
   BackwardParams p{};
-  static_cast<Problem&>(p) = make_problem(cell, x, hx, cx, storage.sequence);
+  static_cast<Problem&>(p) = make_problem(cell, x, hx, cx, weights, storage.sequence);
   set_weights(backend, p, cell, x, hx, cx, weights);
   const int64_t D = p.directions, H = p.H, N = storage.rows();
-  check(y, "y", x, dtype, with_last(x, D * H));
+  check(y, "y", x, dtype, with_last(x, D * p.R()));
   const ScalarType saved_dtype = weights[0].scalar_type();
   const size_t saved_count = (cell.saved ? 1 : 0) + (cell.has_cell ? 1 : 0);
   FUSEDRNN_EXPECT(saved.size() == saved_count, "expected ", saved_count, " saved tensors, got ", saved.size());
@@ -299,7 +320,7 @@ Tensors backward(const Backend& backend, const std::string& cell_name, MaybeTens
   if (dy) check(*dy, "dy", x, dtype, shape(y));
   if (dh_n) check(*dh_n, "dh_n", x, hx.scalar_type(), shape(hx));
   FUSEDRNN_EXPECT(!dc_n || cell.has_cell, "expected dc_n for lstm and for no other cell");
-  if (dc_n) check(*dc_n, "dc_n", x, hx.scalar_type(), shape(hx));
+  if (dc_n) check(*dc_n, "dc_n", x, hx.scalar_type(), shape(*cx));
   FUSEDRNN_EXPECT(!dcells || cell.has_cell, "expected dcells for lstm and for no other cell");
   if (dcells) check(*dcells, "dcells", x, saved_dtype, {D, N, H});
   const size_t states = cell.has_cell ? 3 : 2;  // x, hx and perhaps cx come before the weights
@@ -327,10 +348,11 @@ Tensors backward(const Backend& backend, const std::string& cell_name, MaybeTens
     const size_t i = d * each;
     p.gradients[d].w_ih = result(states + i, weights[i]);
     p.gradients[d].w_hh = result(states + i + 1, weights[i + 1]);
-    if (each == 4) {
+    if (each >= 4) {
       p.gradients[d].b_ih = result(states + i + 2, weights[i + 2]);
       p.gradients[d].b_hh = result(states + i + 3, weights[i + 3]);
     }
+    if (p.projection) p.gradients[d].w_hr = result(states + i + each - 1, weights[i + each - 1]);
   }
   run(p);
   return results;

@@ -2,8 +2,8 @@
 // kernel. What is not for them, by shape, dtype, layout or place, is given back with None: the caller takes the operators,
 // which say what is wrong, if anything is.
 //
-// Padded batches x [T, B, I] with states [layers*D, B, H], or one step of x [B, I] with states [B, H]. Weights are torch.nn's
-// flat list.
+// Padded batches x [T, B, I] with states [layers*D, B, H], or one step of x [B, I] with states [B, H]; where an LSTM's hidden state
+// is projected, it has R numbers. Weights are torch.nn's flat list.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -27,11 +27,12 @@ struct Call {
   CellInfo cell;
   ScalarKind scalar;  // of all tensors
   bool step;
-  int64_t layers, T, B, I, H, D, element;
+  bool projected;
+  int64_t layers, T, B, I, H, R, D, element;
   void *x, *hx, *cx = nullptr;
   std::vector<Weights> weights;  // per layer and direction
 
-  int64_t state() const { return D * B * H * element; }  // bytes of one layer's
+  int64_t state(int64_t width) const { return D * B * width * element; }  // bytes of one layer's
 
   ForwardParams problem(int64_t layer) const {
     ForwardParams p{};
@@ -40,8 +41,9 @@ struct Call {
     p.scalar = p.narrow_states ? ScalarKind::float32_of_bfloat16 : scalar;
     p.sequence.T = T;
     p.sequence.B = B;
-    p.I = layer ? D * H : I;
+    p.I = layer ? D * R : I;
     p.H = H;
+    p.projection = projected ? R : 0;
     p.directions = static_cast<int>(D);
     std::copy_n(&weights[layer * D], D, p.weights);
     return p;
@@ -61,7 +63,7 @@ inline std::optional<Call> call(const std::string& name, pybind11::handle x, pyb
   c.D = rows / layers;
   c.T = c.step ? 1 : input->sizes[0];
   c.B = h->sizes[h->rank - 2];
-  c.H = h->sizes[h->rank - 1];
+  c.H = c.R = h->sizes[h->rank - 1];
   c.I = input->sizes[input->rank - 1];
   if (c.D * layers != rows || c.D < 1 || c.D > 2 || input->sizes[input->rank - 2] != c.B || h->scalar != c.scalar)
     return {};
@@ -70,22 +72,29 @@ inline std::optional<Call> call(const std::string& name, pybind11::handle x, pyb
   if (c.cell.has_cell == cx.is_none()) return {};
   if (c.cell.has_cell) {
     const std::optional<View> cells = view(cx);
-    if (!cells || cells->scalar != c.scalar ||
-        !std::equal(h->sizes, h->sizes + h->rank, cells->sizes, cells->sizes + cells->rank))
+    if (!cells || cells->scalar != c.scalar || cells->rank != h->rank ||
+        !std::equal(h->sizes, h->sizes + h->rank - 1, cells->sizes))
       return {};
     c.cx = cells->data;
+    c.H = cells->sizes[h->rank - 1];
   }
   const int64_t count = static_cast<int64_t>(weights.size()), each = count / rows, sums = c.cell.gates * c.H;
-  if (each * rows != count || (each != 2 && each != 4)) return {};
+  c.projected = each % 2;
+  if (each * rows != count || each < 2 || each > 5) return {};
+  if (c.projected ? !c.cell.has_cell || c.step || c.R < 1 || c.R > c.H : c.R != c.H) return {};
   for (int64_t row = 0; row < rows; ++row) {
-    const void* data[4] = {};
+    const void* data[5] = {};
     for (int64_t i = 0; i < each; ++i) {
       const std::optional<View> w = view(pybind11::object(weights[row * each + i]));
-      const int64_t inputs = i ? c.H : row < c.D ? c.I : c.D * c.H;
-      if (!w || !(i < 2 ? w->is(c.scalar, {sums, inputs}) : w->is(c.scalar, {sums}))) return {};
-      data[i] = w->data;
+      const bool projection = c.projected && i == each - 1;
+      const int64_t inputs = i ? c.R : row < c.D ? c.I : c.D * c.R;
+      if (!w || !(projection ? w->is(c.scalar, {c.R, c.H})
+                  : i < 2    ? w->is(c.scalar, {sums, inputs})
+                             : w->is(c.scalar, {sums})))
+        return {};
+      data[projection ? 4 : i] = w->data;
     }
-    c.weights.push_back({data[0], data[1], data[2], data[3]});
+    c.weights.push_back({data[0], data[1], data[2], data[3], data[4]});
   }
   return c;
 }
@@ -136,9 +145,11 @@ inline pybind11::object forward(const std::string& name, pybind11::handle x, pyb
   const std::optional<Call> given = call(name, x, hx, cx, weights, layers);
   if (!given) return pybind11::none();
   const Call& c = *given;
-  const auto state = [&] { return c.step ? make(x, c, {c.B, c.H}) : make(x, c, {layers * c.D, c.B, c.H}); };
-  std::pair<pybind11::object, void*> y, h_n = state(), c_n, gates, cells;
-  if (c.cell.has_cell) c_n = state();
+  const auto state = [&](int64_t width) {
+    return c.step ? make(x, c, {c.B, width}) : make(x, c, {layers * c.D, c.B, width});
+  };
+  std::pair<pybind11::object, void*> y, h_n = state(c.R), c_n, gates, cells;
+  if (c.cell.has_cell) c_n = state(c.H);
   if (save && c.cell.saved) gates = make_saved(x, c, c.cell.saved * c.H);
   if (save && c.cell.has_cell) cells = make_saved(x, c, c.H);
   const auto part = [](void* of_all, int64_t offset) { return of_all ? static_cast<char*>(of_all) + offset : nullptr; };
@@ -148,12 +159,12 @@ inline pybind11::object forward(const std::string& name, pybind11::handle x, pyb
     p.sequence.resets = reinterpret_cast<const bool*>(resets);
     p.x = layer ? y.second : c.x;
     const pybind11::object input = std::move(y.first);
-    y = !c.step ? make(x, c, {c.T, c.B, c.D * c.H}) : save ? state() : h_n;
+    y = !c.step ? make(x, c, {c.T, c.B, c.D * c.R}) : save ? state(c.R) : h_n;
     p.y = y.second;
-    p.hx = part(c.hx, layer * c.state());
-    p.cx = part(c.cx, layer * c.state());
-    p.h_n = part(h_n.second, layer * c.state());
-    p.c_n = part(c_n.second, layer * c.state());
+    p.hx = part(c.hx, layer * c.state(c.R));
+    p.cx = part(c.cx, layer * c.state(c.H));
+    p.h_n = part(h_n.second, layer * c.state(c.R));
+    p.c_n = part(c_n.second, layer * c.state(c.H));
     p.gates = gates.second;
     p.cells = cells.second;
     const pybind11::gil_scoped_release unlocked;
@@ -180,11 +191,11 @@ inline pybind11::object backward(const std::string& name, pybind11::handle dy, p
     fit = fit && v && v->is(c.scalar, sizes);
     return fit ? v->data : nullptr;
   };
-  const auto read_state = [&](pybind11::handle tensor) {
-    return c.step ? read(tensor, {c.B, c.H}) : read(tensor, {c.D, c.B, c.H});
+  const auto read_state = [&](pybind11::handle tensor, int64_t width) {
+    return c.step ? read(tensor, {c.B, width}) : read(tensor, {c.D, c.B, width});
   };
   const auto read_output = [&](pybind11::handle tensor) {
-    return c.step ? read(tensor, {c.B, c.H}) : read(tensor, {c.T, c.B, c.D * c.H});
+    return c.step ? read(tensor, {c.B, c.R}) : read(tensor, {c.T, c.B, c.D * c.R});
   };
   BackwardParams p{};
   static_cast<Problem&>(p) = c.problem(0);
@@ -193,8 +204,8 @@ inline pybind11::object backward(const std::string& name, pybind11::handle dy, p
   p.cx = c.cx;
   p.y = read_output(y);
   p.dy = read_output(dy);
-  p.dh_n = read_state(dh_n);
-  p.dc_n = read_state(dc_n);
+  p.dh_n = read_state(dh_n, c.R);
+  p.dc_n = read_state(dc_n, c.H);
   const size_t expected = (c.cell.saved ? 1 : 0) + (c.cell.has_cell ? 1 : 0), count = 3 + weights.size();
   if (saved.size() != expected || wanted.size() != count) return pybind11::none();
   if (c.cell.saved) p.gates = read(pybind11::object(saved[0]), {c.D, c.T * c.B, c.cell.saved * c.H});
@@ -209,17 +220,18 @@ inline pybind11::object backward(const std::string& name, pybind11::handle dy, p
     return places[i];
   };
   p.dx = c.step ? want(0, {c.B, c.I}) : want(0, {c.T, c.B, c.I});
-  p.dhx = c.step ? want(1, {c.B, c.H}) : want(1, {c.D, c.B, c.H});
+  p.dhx = c.step ? want(1, {c.B, c.R}) : want(1, {c.D, c.B, c.R});
   p.dcx = c.step ? want(2, {c.B, c.H}) : want(2, {c.D, c.B, c.H});
   const int64_t each = weights.size() / c.D, sums = c.cell.gates * c.H;
   for (int64_t d = 0; d < c.D; ++d) {
     const size_t i = 3 + d * each;
     p.gradients[d].w_ih = want(i, {sums, c.I});
-    p.gradients[d].w_hh = want(i + 1, {sums, c.H});
-    if (each == 4) {
+    p.gradients[d].w_hh = want(i + 1, {sums, c.R});
+    if (each >= 4) {
       p.gradients[d].b_ih = want(i + 2, {sums});
       p.gradients[d].b_hh = want(i + 3, {sums});
     }
+    if (c.projected) p.gradients[d].w_hr = want(i + each - 1, {c.R, c.H});
   }
   {
     const pybind11::gil_scoped_release unlocked;

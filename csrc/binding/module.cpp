@@ -40,7 +40,7 @@ py::array evaluate_function(const std::string& name, const py::array& x) {
 }
 
 py::dict plan(const std::string& cell, const std::string& dtype, bool backward, int64_t T, int64_t B, int64_t I,
-              int64_t H, int directions, bool narrow) {
+              int64_t H, int directions, bool narrow, int64_t projection) {
   Problem p{};
   p.cell = cell_info(cell).kind;
   p.scalar = binding::scalar_named(dtype);
@@ -48,6 +48,7 @@ py::dict plan(const std::string& cell, const std::string& dtype, bool backward, 
   p.sequence.B = B;
   p.I = I;
   p.H = H;
+  p.projection = projection;
   p.directions = directions;
   p.narrow_sequence = p.narrow_states = narrow && p.converts_weights();
   const cpu::PlanInfo info = cpu::kernels().plan(p, backward, threads().count);
@@ -123,7 +124,7 @@ PYBIND11_MODULE(_C, m) {
       "use_threads", [](bool at_once) { binding::pool_runs_at_once = at_once; }, py::arg("at_once"),
       "Whether torch's thread pool runs the parts of a parallel loop at the same time (OpenMP does).");
   m.def("plan", &plan, py::arg("cell"), py::arg("dtype"), py::arg("backward"), py::arg("T"), py::arg("B"), py::arg("I"),
-        py::arg("H"), py::arg("directions"), py::arg("narrow") = true,
+        py::arg("H"), py::arg("directions"), py::arg("narrow") = true, py::arg("projection") = 0,
         "How a pass over a padded batch with weights of a dtype would be carried out (csrc/cpu/tuning.h); narrow: with "
         "bfloat16 ones whether input and states are bfloat16, too.");
   m.def("peak_flops", &peak_flops, py::arg("dtype"),
@@ -143,12 +144,13 @@ PYBIND11_MODULE(_C, m) {
         "None.");
   py::class_<binding::Stack>(m, "Stack",
                              "Layers in one direction with weights packed once and a state in place, unchecked.")
-      .def(py::init<const std::string&, const std::string&, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t>(),
-           py::arg("cell"), py::arg("dtype"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("layers"), py::arg("h"),
-           py::arg("c"))
+      .def(py::init<const std::string&, const std::string&, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t,
+                    uintptr_t>(),
+           py::arg("cell"), py::arg("dtype"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("projection"),
+           py::arg("layers"), py::arg("h"), py::arg("c"))
       .def("prepare", &binding::Stack::prepare, py::arg("weights"), "Pack the weights of these addresses, per layer.")
       .def("forward", &binding::Stack::forward, py::arg("T"), py::arg("x"), py::arg("y"), py::arg("resets"),
-           "T steps: x [T, B, I] to y [T, B, H], by address.");
+           "T steps: x [T, B, I] to y [T, B, R], by address.");
   m.def("evaluate", &evaluate_function, py::arg("function"), py::arg("x"),
         "sigmoid or tanh as the kernels compute them, of a float32 or float64 array.");
 }

@@ -36,7 +36,13 @@ struct LSTM {
   static FUSEDRNN_INLINE V forward(const V (&a)[4], V, V& c, V* gate) {
     for (int k = 0; k < 4; ++k) gate[k] = a[k];
     c = a[1] * c + a[0] * a[2];
-    return a[3] * tanh(c);
+    return output(a, c);
+  }
+
+  // h' from the activated gates and c'.
+  template <class V>
+  static FUSEDRNN_INLINE V output(const V* gate, V c) {
+    return gate[3] * tanh(c);
   }
 
   // In: the activated gates, c, c', h, h', dh', and dc'. Out: da, dc in place of dc'; returns what of dh does

@@ -13,21 +13,27 @@ template <class Cell, class S, int N, class W>
 struct Backward : Recurrence<Cell, S, N> {
   using Base = Recurrence<Cell, S, N>;
   using Base::block_rows;
-  using Base::gates, Base::sums, Base::saved, Base::sequence, Base::B, Base::H, Base::own_weights, Base::panels,
-      Base::padded_H, Base::plan;
+  using Base::gates, Base::sums, Base::saved, Base::sequence, Base::B, Base::H, Base::R, Base::own_weights,
+      Base::panels, Base::padded_H, Base::padded_R, Base::plan;
   using typename Base::V;
 
   using Given = Numbers<const S, const W>;
   using Made = Numbers<S, W>;
 
   const BackwardParams& p;
-  Columns<V, S, W> w_hh{
-      H, gates, H, hidden_gates(), p.directions, this->weight_sets, plan.packed, plan.tiled || B <= narrow_rows};
+  const bool narrow = plan.tiled || B <= narrow_rows;
+  Columns<V, S, W> w_hh{R, gates, H, hidden_gates(), p.directions, this->weight_sets, plan.packed, narrow},
+      w_hr{H, p.projection ? 1 : 0, R, {}, p.directions, this->weight_sets, plan.packed, narrow};
   Gradients<Cell, S, N, W> gradients{*this, p};
-  Scratch<S> packed = scratch<S>(w_hh.numbers());
+  Scratch<S> packed = scratch<S>(w_hh.numbers() + w_hr.numbers());
   const int64_t chunk_rows = plan.chunk * block_rows, stride = row_stride<S>(sums * H + transposed_overrun<V>);
   Scratch<S> dsums = scratch<S>(plan.groups * chunk_rows * stride);
-  Scratch<S> dh_carry = scratch<S>(plan.groups * block_rows * padded_H);
+  // Of a projection: the gradients of a chunk's states, what they are projected from, and a step's gradients of that.
+  const int64_t state_stride = row_stride<S>(R + transposed_overrun<V>);
+  Scratch<S> dstates = scratch<S>(p.projection ? plan.groups * chunk_rows * state_stride : 0);
+  Scratch<S> outputs = scratch<S>(p.projection ? plan.groups * chunk_rows * padded_H : 0);
+  Scratch<S> doutputs = scratch<S>(p.projection ? plan.groups * block_rows * padded_H : 0);
+  Scratch<S> dh_carry = scratch<S>(plan.groups * block_rows * padded_R);
   Scratch<S> dc_carry = scratch<S>(Cell::has_cell ? plan.groups * block_rows * padded_H : 0);
 
   static constexpr std::array<int, 4> hidden_gates() {
@@ -37,41 +43,55 @@ struct Backward : Recurrence<Cell, S, N> {
   }
 
   Backward(const BackwardParams& params, const Threads& threads) : Base(params, threads, Pass::backward), p(params) {
-    for (int64_t d = 0; d < p.directions; ++d) w_hh.set(d, p.weights[d].w_hh);
+    for (int64_t d = 0; d < p.directions; ++d) {
+      w_hh.set(d, p.weights[d].w_hh);
+      w_hr.set(d, p.weights[d].w_hr);
+    }
     w_hh.place(packed.get());
-    if (!own_weights) w_hh.pack(threads);
+    w_hr.place(packed.get() + w_hh.numbers());
+    if (!own_weights) w_hh.pack(threads), w_hr.pack(threads);
     this->run(threads, [&](const Job& job, Member& member, int64_t team, int64_t slice) {
-      if (own_weights && job.first) w_hh.pack(job.set);
+      if (own_weights && job.first) w_hh.pack(job.set), w_hr.pack(job.set);
       steps(job, member, team, slice);
     });
     gradients.finish(threads);
   }
 
   void steps(const Job& job, Member& member, int64_t team, int64_t slice) {
-    S* dh = dh_carry.get() + team * block_rows * padded_H;
+    S* dh = dh_carry.get() + team * block_rows * padded_R;
+    S* doutput = doutputs.get() + team * block_rows * padded_H;
     S* dc = dc_carry.get() + team * block_rows * padded_H;
     const TileRegisters registers(p.pairs == Pairs::tiles && plan.tiled);
     const TileRows<V> tiles = gradients.tiles_of(team);
-    take(job, member, dh, Given::at(p.dh_n, p.narrow_states));
-    if constexpr (Cell::has_cell) take(job, member, dc, Given::at(p.dc_n, p.narrow_states));
+    take(job, of_hidden(member), dh, Given::at(p.dh_n, p.narrow_states));
+    if constexpr (Cell::has_cell) take(job, of_cells(member), dc, Given::at(p.dc_n, p.narrow_states));
     for (int64_t s_end = job.T; s_end > 0;) {
       const int64_t s_begin = std::max<int64_t>(0, s_end - plan.chunk), one = job.step(s_begin),
                     other = job.step(s_end - 1);
-      const Chunk<S> chunk{job, std::min(one, other), std::max(one, other) + 1,
-                           dsums.get() + team * chunk_rows * stride, stride};
+      const Chunk<S> chunk{job,
+                           std::min(one, other),
+                           std::max(one, other) + 1,
+                           {dsums.get() + team * chunk_rows * stride, stride},
+                           {dstates.get() + team * chunk_rows * state_stride, state_stride},
+                           {outputs.get() + team * chunk_rows * padded_H, padded_H}};
       for (int64_t s = s_end - 1; s >= s_begin; --s) {
         const int64_t t = job.step(s), count = job.rows_end(t) - job.row_begin;
-        cell(chunk, t, member, dh, dc);
+        if constexpr (Cell::has_cell)
+          if (p.projection) {
+            states(chunk, t, member, dh);
+            member.meet_in_step();
+            through_projection(chunk, t, member, doutput, s % 2);
+          }
+        cell(chunk, t, member, p.projection ? doutput : dh, dc);
         if (plan.tiled) gradients.fill_tiles(chunk, chunk.row(t), count, member.begin, member.end, tiles);
         member.meet_in_step();
         if (count > 0 && (s > 0 || p.dhx)) {  // every other step backwards through the weights, as forward
-          S* C = dh + member.begin * N;
+          const int64_t begin = member.state_begin, end = member.state_end;
+          S* C = dh + begin * N;
           if (plan.tiled)
-            w_hh.multiply_tiles(p.pairs, job.set, tiles.from(0, chunk.row(t)), count, member.begin, member.end, C,
-                                padded_H, s % 2);
+            w_hh.multiply_tiles(p.pairs, job.set, tiles.from(0, chunk.row(t)), count, begin, end, C, padded_R, s % 2);
           else
-            w_hh.multiply(job.set, chunk.at(t, job.row_begin), stride, count, member.begin, member.end, C, padded_H,
-                          s % 2);
+            w_hh.multiply(job.set, chunk.dsums.at(chunk.row(t)), stride, count, begin, end, C, padded_R, s % 2);
         }
         if (sequence.resets) forget(job, t, member, dh, dc);
       }
@@ -80,53 +100,98 @@ struct Backward : Recurrence<Cell, S, N> {
       member.meet();
       s_end = s_begin;
     }
-    if (p.dhx) give(job, member, dh, Made::at(p.dhx, p.narrow_states));
+    if (p.dhx) give(job, of_hidden(member), dh, Made::at(p.dhx, p.narrow_states));
     if constexpr (Cell::has_cell)
-      if (p.dcx) give(job, member, dc, Made::at(p.dcx, p.narrow_states));
+      if (p.dcx) give(job, of_cells(member), dc, Made::at(p.dcx, p.narrow_states));
   }
 
-  // The carried gradients of the member's units, from a [D, B, H] state, and to one.
-  void take(const Job& job, const Member& member, S* carry, Given state) const {
-    each_unit(job, member, [&](int64_t own, int64_t at, int count) {
+  // Of a [D, B, width] state the member's panels [begin, end); `stride` is that of rows of its carried gradients.
+  struct Part {
+    int64_t width, stride, begin, end;
+  };
+  Part of_hidden(const Member& member) const { return {R, padded_R, member.state_begin, member.state_end}; }
+  Part of_cells(const Member& member) const { return {H, padded_H, member.begin, member.end}; }
+
+  // The carried gradients of a part, from the state's gradient, and to it.
+  void take(const Job& job, const Part& part, S* carry, Given state) const {
+    each_panel(job, part, [&](int64_t own, int64_t at, int count) {
       state.template load_or_zero<V>(at, count).store(carry + own);
     });
   }
-  void give(const Job& job, const Member& member, const S* carry, Made state) const {
-    each_unit(job, member, [&](int64_t own, int64_t at, int count) { state.store(V::load(carry + own), at, count); });
+  void give(const Job& job, const Part& part, const S* carry, Made state) const {
+    each_panel(job, part, [&](int64_t own, int64_t at, int count) { state.store(V::load(carry + own), at, count); });
   }
   template <class F>
-  void each_unit(const Job& job, const Member& member, const F& f) const {
+  void each_panel(const Job& job, const Part& part, const F& f) const {
     for (int64_t b = job.row_begin; b < job.row_end; ++b)
-      for (int64_t panel = member.begin; panel < member.end; ++panel)
-        f((b - job.row_begin) * padded_H + panel * N, this->state_at(job, b, panel * N), this->units(panel));
+      for (int64_t panel = part.begin; panel < part.end; ++panel)
+        f((b - job.row_begin) * part.stride + panel * N, this->state_at(job, b, part.width, panel * N),
+          static_cast<int>(std::min<int64_t>(N, part.width - panel * N)));
   }
 
   // No gradient crosses a reset.
   void forget(const Job& job, int64_t t, const Member& member, S* dh, S* dc) {
     for (int64_t b = job.row_begin; b < job.rows_end(t); ++b) {
       if (t >= sequence.length(b) || !job.reset_at(t, b)) continue;
-      for (int64_t panel = member.begin; panel < member.end; ++panel) {
-        const int64_t at = (b - job.row_begin) * padded_H + panel * N;
-        V(S(0)).store(dh + at);
-        if constexpr (Cell::has_cell) V(S(0)).store(dc + at);
+      clear(of_hidden(member), b - job.row_begin, dh);
+      if constexpr (Cell::has_cell) clear(of_cells(member), b - job.row_begin, dc);
+    }
+  }
+  static void clear(const Part& part, int64_t row, S* carry) {
+    for (int64_t panel = part.begin; panel < part.end; ++panel) V(S(0)).store(carry + row * part.stride + panel * N);
+  }
+
+  // The rows of a job in step t that a chunk has dsums of.
+  int64_t rows_end(const Chunk<S>& chunk, int64_t t) const {
+    return chunk.whole() ? chunk.job.rows_end(t) : chunk.job.row_end;
+  }
+
+  // With a projection: the gradients of the states after step t, all of which goes back through it.
+  void states(const Chunk<S>& chunk, int64_t t, const Member& member, S* dh_carry) {
+    const Job& job = chunk.job;
+    const Part part = of_hidden(member);
+    for (int64_t b = job.row_begin; b < rows_end(chunk, t); ++b) {
+      const int64_t row = b - job.row_begin;
+      S* to = chunk.dstates.at(chunk.row(t) + row);
+      const Given dy =
+          Given::at(p.dy, p.narrow_sequence) + ((sequence.start(t) + b) * p.directions + job.direction) * R;
+      const bool valid = t < sequence.length(b);
+      for (int64_t panel = part.begin; panel < part.end; ++panel) {
+        const int count = this->numbers(panel);
+        V dh(S(0));
+        if (valid) dh = V::load(dh_carry + row * part.stride + panel * N);
+        if (valid && dy) dh = dh + dy.template load<V>(panel * N, count);
+        dh.store(to + panel * N, count);
       }
+      if (valid) clear(part, row, dh_carry);
     }
   }
 
+  // The gradients of the member's outputs, from those of the states.
+  void through_projection(const Chunk<S>& chunk, int64_t t, const Member& member, S* doutput, bool backwards) {
+    const Job& job = chunk.job;
+    const int64_t count = job.rows_end(t) - job.row_begin;
+    for (int64_t row = 0; row < count; ++row) clear(of_cells(member), row, doutput);
+    if (count > 0)
+      w_hr.multiply(job.set, chunk.dstates.at(chunk.row(t)), state_stride, count, member.begin, member.end,
+                    doutput + member.begin * N, padded_H, backwards);
+  }
+
+  // `dh_carry`: with a projection the outputs' gradients.
   void cell(const Chunk<S>& chunk, int64_t t, const Member& member, S* dh_carry, S* dc_carry) {
     const Job& job = chunk.job;
-    const int64_t y_width = p.directions * H, y_at = job.direction * H;
+    const bool projects = Cell::has_cell && p.projection;
+    const int64_t y_width = p.directions * R, y_at = job.direction * R;
     const Given outputs = Given::at(p.y, p.narrow_sequence) + y_at;
     const Given all_cells = Given::at(p.cells, true) + this->sequence_at(job, 0, H);
     const V zero(S(0));
-    const int64_t end = chunk.whole() ? job.rows_end(t) : job.row_end;
-    for (int64_t b = job.row_begin; b < end; ++b) {
-      const int64_t row = sequence.start(t) + b;
-      S* dsums = chunk.at(t, b);
+    for (int64_t b = job.row_begin; b < rows_end(chunk, t); ++b) {
+      const int64_t row = sequence.start(t) + b, own_row = chunk.row(t) + b - job.row_begin;
+      S *dsums = chunk.dsums.at(own_row), *output = chunk.outputs.at(own_row);
       const bool valid = t < sequence.length(b);
       Given h_before, c_before;
-      if (valid && Cell::needs_previous) h_before = this->before(job, t, b, outputs, y_width, p.hx);
-      if (valid && Cell::has_cell) c_before = this->before(job, t, b, all_cells, H, p.cx);
+      if (valid && Cell::needs_previous) h_before = this->before(job, t, b, outputs, y_width, p.hx, R);
+      if (valid && Cell::has_cell) c_before = this->before(job, t, b, all_cells, H, p.cx, H);
       const W* gates_in = static_cast<const W*>(p.gates) + this->sequence_at(job, row, saved * H);
       const W* dcells = p.dcells ? static_cast<const W*>(p.dcells) + this->sequence_at(job, row, H) : nullptr;
       const Given dy = Given::at(p.dy, p.narrow_sequence) + (row * y_width + y_at);
@@ -148,11 +213,14 @@ struct Backward : Recurrence<Cell, S, N> {
           if (dcells) dc = dc + load<V>(dcells + unit, count);
         }
         V dh = V::load(dh_carry + at);
-        if (dy) dh = dh + dy.template load<V>(unit, count);
+        if (dy && !projects) dh = dh + dy.template load<V>(unit, count);
         const V passed = Cell::backward(gate, c, c_next, h, h_next, dh, dc, da);
         for (int k = 0; k < sums; ++k) da[k].store(dsums + k * H + unit, count);
-        passed.store(dh_carry + at);  // the product adds to it what comes back through W_hh
-        if constexpr (Cell::has_cell) dc.store(dc_carry + at);
+        if (!projects) passed.store(dh_carry + at);  // the product adds to it what comes back through W_hh
+        if constexpr (Cell::has_cell) {
+          dc.store(dc_carry + at);
+          if (projects) Cell::output(gate, c_next).store(output + unit);
+        }
       };
       int64_t panel = member.begin;
       for (; panel < member.end && (panel + 1) * N <= H; ++panel) units(panel, std::integral_constant<int, N>());

@@ -13,8 +13,8 @@ template <class Cell, class S, int N, class W>
 struct Forward : Recurrence<Cell, S, N> {
   using Base = Recurrence<Cell, S, N>;
   using Base::block_rows;
-  using Base::gates, Base::sums, Base::sequence, Base::B, Base::H, Base::own_weights, Base::panels, Base::padded_H,
-      Base::plan;
+  using Base::gates, Base::sums, Base::sequence, Base::B, Base::H, Base::R, Base::own_weights, Base::panels,
+      Base::state_panels, Base::padded_H, Base::padded_R, Base::plan;
   using typename Base::V;
   using Given = Numbers<const S, const W>;
   using Made = Numbers<S, W>;
@@ -40,14 +40,17 @@ struct Forward : Recurrence<Cell, S, N> {
   static constexpr int64_t copied_panels = input_columns / gates, copied_vector = row_stride<S>(input_rows * N);
   const int64_t copy_size = copied_panels * gates * copied_vector;
   Scratch<S> copies = scratch<S>(copied_input ? plan.groups * plan.slices * copy_size : 0);
-  Scratch<S> h_state = scratch<S>(plan.groups * 2 * block_rows * padded_H);
+  Scratch<S> h_state = scratch<S>(plan.groups * 2 * block_rows * padded_R);
   Scratch<S> c_state = scratch<S>(Cell::has_cell ? plan.groups * block_rows * padded_H : 0);
+  // Of a team with a projection, what is to be projected and what it becomes.
+  Scratch<S> outputs = scratch<S>(p.projection ? plan.groups * block_rows * padded_H : 0);
+  Scratch<S> projected = scratch<S>(p.projection ? plan.groups * block_rows * padded_R : 0);
   Scratch<S> pre_activations = scratch<S>(plan.groups * plan.slices * panels_kept * capacity * sums * N);
   // What tiles are multiplied with: a team's states, twice as in h_state, and for every slice the rows of x that a chunk has.
   const bool tiled = weights.tiled && (plan.packed || p.prepared),
              tiled_input = weights.tiled && (plan.packed_input || p.prepared);
   const int64_t x_rows = chunked ? capacity : block_rows,
-                h_size = TileRows<V>::size(tiled ? block_rows : 0, blocks_of(H)),
+                h_size = TileRows<V>::size(tiled ? block_rows : 0, blocks_of(R)),
                 x_size = TileRows<V>::size(tiled_input ? x_rows : 0, blocks_of(I));
   Scratch<uint16_t> h_tiles = scratch<uint16_t>(plan.groups * 2 * h_size);
   Scratch<uint16_t> x_tiles = scratch<uint16_t>(plan.groups * plan.slices * x_size);
@@ -82,31 +85,35 @@ struct Forward : Recurrence<Cell, S, N> {
     });
   }
 
-  // The initial state of the member's units, in both halves of the double buffer: a reverse direction starts
+  // The initial state of the member's units, h in both halves of the double buffer: a reverse direction starts
   // late in short rows.
   void start(const Job& job, const Member& member, S* h, S* c) {
     for (int64_t b = job.row_begin; b < job.row_end; ++b) {
       const bool empty = sequence.length(b) == 0, reset = !empty && job.reset_at(job.first_step(b), b);
-      for (int64_t panel = member.begin; panel < member.end; ++panel) {
-        const int64_t state = this->state_at(job, b, panel * N), at = (b - job.row_begin) * padded_H + panel * N;
-        const int count = this->units(panel);
-        const V h0 = Given::at(p.hx, p.narrow_states).template load<V>(state, count), zero(S(0));
-        for (int half = 0; half < 2; ++half) (reset ? zero : h0).store(h + half * block_rows * padded_H + at);
+      const V zero(S(0));
+      for (int64_t panel = member.state_begin; panel < member.state_end; ++panel) {
+        const int64_t state = this->state_at(job, b, R, panel * N), at = (b - job.row_begin) * padded_R + panel * N;
+        const int count = this->numbers(panel);
+        const V h0 = Given::at(p.hx, p.narrow_states).template load<V>(state, count);
+        for (int half = 0; half < 2; ++half) (reset ? zero : h0).store(h + half * block_rows * padded_R + at);
         if (empty) Made::at(p.h_n, p.narrow_states).store(h0, state, count);
-        if constexpr (Cell::has_cell) {
+      }
+      if constexpr (Cell::has_cell)
+        for (int64_t panel = member.begin; panel < member.end; ++panel) {
+          const int64_t state = this->state_at(job, b, H, panel * N);
+          const int count = this->units(panel);
           const V c0 = Given::at(p.cx, p.narrow_states).template load<V>(state, count);
-          (reset ? zero : c0).store(c + at);
+          (reset ? zero : c0).store(c + (b - job.row_begin) * padded_H + panel * N);
           if (empty) Made::at(p.c_n, p.narrow_states).store(c0, state, count);
         }
-      }
     }
   }
 
-  // The member's units of some rows of a state, for tiles.
+  // The member's numbers of some rows of a state, for tiles.
   void fill_tiles(const Member& member, const S* h, int64_t count, const TileRows<V>& to) const {
     if constexpr (takes_tiles<V, W>)
-      if (tiled && member.begin < member.end)
-        to.fill(h, padded_H, count, 0, 0, member.begin * N, std::min(member.end * N, H), H);
+      if (tiled && member.state_begin < member.state_end)
+        to.fill(h, padded_R, count, 0, 0, member.state_begin * N, std::min(member.state_end * N, R), R);
   }
 
   // `count` rows of x, from `row` of the sequence on, as they are multiplied; copies are rows of `tiles` or `wide` from `at` on. A
@@ -152,11 +159,11 @@ struct Forward : Recurrence<Cell, S, N> {
   void steps(const Job& job, Member& member, int64_t team, int64_t slice) {
     const TileRegisters registers(p.pairs == Pairs::tiles && (tiled || tiled_input));
     const auto h_half = [&](int64_t half) {
-      return TileRows<V>::of(h_tiles.get() + (team * 2 + half) * h_size, p.pairs, block_rows, blocks_of(H));
+      return TileRows<V>::of(h_tiles.get() + (team * 2 + half) * h_size, p.pairs, block_rows, blocks_of(R));
     };
     const TileRows<V> h_rows[2] = {h_half(0), h_half(1)},
                       own_x = TileRows<V>::of(x_tiles.get() + slice * x_size, p.pairs, x_rows, blocks_of(I));
-    S* h = h_state.get() + team * 2 * block_rows * padded_H;
+    S* h = h_state.get() + team * 2 * block_rows * padded_R;
     S* c = c_state.get() + team * block_rows * padded_H;
     S* a = pre_activations.get() + slice * panels_kept * capacity * sums * N;
     S* own_wide = wide_x.get() + team * wide_size;
@@ -167,8 +174,9 @@ struct Forward : Recurrence<Cell, S, N> {
     for (int64_t s = 0; s < job.T; ++s) {
       const int64_t t = job.step(s);
       const auto [row, count] = rows_of(job, t);
-      const Rows h_in{h + (s % 2) * block_rows * padded_H, padded_H, H, tiled ? h_rows[s % 2] : TileRows<V>{}};
-      S* h_out = h + ((s + 1) % 2) * block_rows * padded_H;
+      const Rows h_in{h + (s % 2) * block_rows * padded_R, padded_R, R, tiled ? h_rows[s % 2] : TileRows<V>{}};
+      S* h_out = h + ((s + 1) % 2) * block_rows * padded_R;
+      S* out = p.projection ? outputs.get() + team * block_rows * padded_H : h_out;
       if (chunked) {
         const int64_t n = member.end - member.begin;
         if (s % chunk == 0) {
@@ -177,7 +185,7 @@ struct Forward : Recurrence<Cell, S, N> {
           at = job.reverse() ? rows : 0;
         }
         if (job.reverse()) at -= count;
-        step(job, t, member.begin, n, job.row_begin, count, a + at * sums * N, h_in, h_out, c, s % 2);
+        step(job, t, member.begin, n, job.row_begin, count, a + at * sums * N, h_in, out, c, s % 2);
         if (!job.reverse()) at += count;
       } else {
         const Rows x = input(member, row, count, own_x, own_wide);
@@ -185,18 +193,24 @@ struct Forward : Recurrence<Cell, S, N> {
           for (int64_t r = 0; r < count; r += capacity) {
             const int64_t n = std::min(panels_kept, member.end - panel), rows = std::min(capacity, count - r);
             project(job, panel, n, x.from(r), rows, a);
-            step(job, t, panel, n, job.row_begin + r, rows, a, h_in, h_out, c);
+            step(job, t, panel, n, job.row_begin + r, rows, a, h_in, out, c);
           }
       }
+      if constexpr (Cell::has_cell)
+        if (p.projection) {
+          member.meet_in_step();
+          project_outputs(job, member, t, count, out, projected.get() + team * block_rows * padded_R, h_out,
+                          chunked && s % 2);
+        }
       if (s + 1 < job.T) fill_tiles(member, h_out, count, h_rows[(s + 1) % 2]);
       member.meet_in_step();
     }
   }
 
-  // Step t for n panels and `count` rows from b on, from their pre-activations without h. A step that goes backwards through
-  // the weights of a forwards one finds in the caches what that one read last.
+  // Step t for n panels and `count` rows from b on, from their pre-activations without h, to `out`: the next state, or what is
+  // projected to it. A step that goes backwards through the weights of a forwards one finds in the caches what that one read last.
   void step(const Job& job, int64_t t, int64_t panel, int64_t n, int64_t b, int64_t count, S* sum, const Rows& h_in,
-            S* h_out, S* c, bool backwards = false) {
+            S* out, S* c, bool backwards = false) {
     const Rows A = h_in.from(b - job.row_begin);
     const void* w_hh = p.weights[job.direction].w_hh;
     weights.narrow ? product<Cell::hidden_gate>(job, panel, n, reinterpret_cast<const Packed<W>*>(weights.w_hh), w_hh,
@@ -204,7 +218,7 @@ struct Forward : Recurrence<Cell, S, N> {
                    : product<Cell::hidden_gate>(job, panel, n, static_cast<const S*>(weights.w_hh), w_hh, A, count, sum,
                                                 backwards);
     activate(n, count, sum);
-    cell(job, t, panel, n, b, b + count, sum, h_in.first, h_out, c);
+    cell(job, t, panel, n, b, count, sum, h_in.first, out, c);
   }
 
   // pre-activations = bias + x·W_ih for n panels and some rows of the sequence.
@@ -257,7 +271,7 @@ struct Forward : Recurrence<Cell, S, N> {
       }
     if (packed) {
       // A step reads both weights, unless x·W_ih is there for all steps of a chunk.
-      const bool far = gates * H * (chunked ? K : I + H) / plan.slices > far_weights;
+      const bool far = gates * H * (chunked ? K : I + R) / plan.slices > far_weights;
       const int64_t size = packed_size<Stored>(K) * N;
       multiply<V, S, Stored, gates>({packed + (job.set * panels + panel) * gates * size, size, N, n * gates, A, lda, K,
                                      count, sum, sums * N, gates == 1 ? panel_stride : N, false, panel_stride,
@@ -291,47 +305,94 @@ struct Forward : Recurrence<Cell, S, N> {
     }
   }
 
-  // The second half, for rows [begin, end): two panels at a time, a last one twice.
-  void cell(const Job& job, int64_t t, int64_t panel, int64_t n, int64_t begin, int64_t end, const S* sum,
-            const S* h_in, S* h_out, S* c_state) {
-    const int64_t y_width = p.directions * H, panel_stride = capacity * sums * N;
+  // The second half, for `count` rows: two panels at a time, a last one twice.
+  void cell(const Job& job, int64_t t, int64_t panel, int64_t n, int64_t first_row, int64_t count, const S* sum,
+            const S* h_in, S* out, S* c_state) {
+    const bool projects = Cell::has_cell && p.projection;
+    const int64_t panel_stride = capacity * sums * N;
     const Made y = Made::at(p.y, p.narrow_sequence), h_n = Made::at(p.h_n, p.narrow_states),
                c_n = Made::at(p.c_n, p.narrow_states);
     const Twin<V> zero(S(0));
-    for (int64_t b = begin; b < end; ++b, sum += sums * N) {
+    for (int64_t b = first_row; b < first_row + count; ++b, sum += sums * N) {
       const int64_t row = sequence.start(t) + b, at = (b - job.row_begin) * padded_H;
-      const bool valid = t < sequence.length(b), last = t == job.last_step(b),
-                 reset = valid && !last && job.reset_at(job.next(t), b);
-      const int64_t y_at = row * y_width + job.direction * H;
+      const End end = end_of(job, t, b);
       W* gates_out = p.gates ? static_cast<W*>(p.gates) + this->sequence_at(job, row, Base::saved * H) : nullptr;
       W* cells = p.cells ? static_cast<W*>(p.cells) + this->sequence_at(job, row, H) : nullptr;
-      if (!valid) {
-        y.clear(y_at + panel * N, std::min(n * N, H - panel * N));
+      if (!end.valid) {
+        if (!projects) y.clear(end.y_at + panel * N, std::min(n * N, H - panel * N));
         continue;
       }
       const auto units = [&](int64_t i, int64_t more, auto first, auto second) __attribute__((always_inline)) {
         const int64_t unit = (panel + i) * N, next = more * N;
         const S* own_sums = sum + i * panel_stride;
-        Twin<V> a[sums], gate[std::max(1, Base::saved)], c = zero;
+        Twin<V> a[sums], gate[std::max(1, Base::saved)], before = zero, c = zero;
         for (int k = 0; k < sums; ++k) a[k] = Twin<V>::load(own_sums + k * N, more * panel_stride);
         if constexpr (Cell::has_cell) c = Twin<V>::load(c_state + at + unit, next);
-        const Twin<V> h = Cell::forward(a, Twin<V>::load(h_in + at + unit, next), c, gate);
-        y.store(h, y_at + unit, next, first, second);
+        if constexpr (Cell::needs_previous) before = Twin<V>::load(h_in + at + unit, next);
+        const Twin<V> h = Cell::forward(a, before, c, gate);
         if (gates_out)
           for (int k = 0; k < Base::saved; ++k)
             to_saved<Cell, W>(k, gate[k]).store(gates_out + k * H + unit, next, first, second);
-        (reset ? zero : h).store(h_out + at + unit, next);
-        if (last) h_n.store(h, this->state_at(job, b, unit), next, first, second);
+        if (projects) {
+          h.store(out + at + unit, next);
+        } else {
+          y.store(h, end.y_at + unit, next, first, second);
+          (end.reset ? zero : h).store(out + at + unit, next);
+          if (end.last) h_n.store(h, this->state_at(job, b, H, unit), next, first, second);
+        }
         if constexpr (Cell::has_cell) {
           if (cells) c.store(cells + unit, next, first, second);
-          (reset ? zero : c).store(c_state + at + unit, next);
-          if (last) c_n.store(c, this->state_at(job, b, unit), next, first, second);
+          (end.reset ? zero : c).store(c_state + at + unit, next);
+          if (end.last) c_n.store(c, this->state_at(job, b, H, unit), next, first, second);
         }
       };
       constexpr std::integral_constant<int, N> whole;
       int64_t i = 0;
       for (; i + 2 <= n && (panel + i + 2) * N <= H; i += 2) units(i, 1, whole, whole);
       for (; i < n; ++i) units(i, 0, this->units(panel + i), this->units(panel + i));
+    }
+  }
+
+  // What becomes of row b's state after step t.
+  struct End {
+    int64_t y_at;  // where it is in y
+    bool valid, last, reset;
+  };
+  End end_of(const Job& job, int64_t t, int64_t b) const {
+    const bool valid = t < sequence.length(b), last = t == job.last_step(b);
+    return {((sequence.start(t) + b) * p.directions + job.direction) * R, valid, last,
+            valid && !last && job.reset_at(job.next(t), b)};
+  }
+
+  // The member's numbers of the states after step t, for `count` rows: W_hr times their outputs.
+  void project_outputs(const Job& job, const Member& member, int64_t t, int64_t count, const S* out, S* sums, S* h_out,
+                       bool backwards) {
+    const int64_t begin = member.state_begin, n = member.state_end - begin;
+    if (weights.w_hr) {
+      multiply<V, S>({weights.w_hr + (job.set * state_panels + begin) * H * N, H * N, N, n, out, padded_H, H, count,
+                      sums + begin * N, padded_R, N, true, 0, backwards, n * H * N > far_weights});
+    } else {
+      const W* w_hr = static_cast<const W*>(p.weights[job.direction].w_hr);
+      for (int64_t r = 0; r < count; ++r)
+        for (int64_t i = begin; i < begin + n; ++i) V(S(0)).store(sums + r * padded_R + i * N);
+      for (int64_t i = begin; i < begin + n; ++i)
+        multiply_unpacked<V, S, Dots<S, W>, 1>({{{w_hr + i * N * H, out, H, padded_H}}}, this->numbers(i), count,
+                                               sums + i * N, padded_R, N);
+    }
+    const Made y = Made::at(p.y, p.narrow_sequence), h_n = Made::at(p.h_n, p.narrow_states);
+    for (int64_t r = 0; r < count; ++r) {
+      const End end = end_of(job, t, job.row_begin + r);
+      if (!end.valid) {
+        y.clear(end.y_at + begin * N, std::max<int64_t>(std::min(n * N, R - begin * N), 0));
+        continue;
+      }
+      for (int64_t i = begin; i < begin + n; ++i) {
+        const V h = V::load(sums + r * padded_R + i * N);
+        const int own = this->numbers(i);
+        y.store(h, end.y_at + i * N, own);
+        (end.reset ? V(S(0)) : h).store(h_out + r * padded_R + i * N);
+        if (end.last) h_n.store(h, this->state_at(job, job.row_begin + r, R, i * N), own);
+      }
     }
   }
 };

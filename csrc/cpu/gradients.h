@@ -4,6 +4,8 @@
 //   dW_ih = Σ_n dgates[n] ⊗ x[n]
 //   dW_hh = Σ_n dgates[n] ⊗ h[before n]
 //   db    = Σ_n dgates[n]
+// and with a projection of the outputs, q = o∘tanh(c), to the states h = W_hr·q:
+//   dW_hr = Σ_n dh[n] ⊗ q[n]
 // They are taken chunk by chunk, while the chunk's dsums are still in cache. The members of a team share out the columns of
 // the weights. A team of its own for each direction adds where the gradients belong, unless they are bfloat16; teams that share
 // a direction add up for themselves first, so that no sum depends on who comes first. A bfloat16 dX is rounded chunk by chunk, and
@@ -15,23 +17,33 @@
 namespace fusedrnn::cpu {
 namespace {
 
-// Steps [t_begin, t_end) of a job with the dsums of their rows. A job of all rows of the batch has them without gaps, as
-// the sequence has them.
+// What is kept of a chunk's rows.
+template <class S>
+struct RowsOf {
+  S* first;
+  int64_t stride;
+
+  S* at(int64_t row) const { return first + row * stride; }
+};
+
+// Steps [t_begin, t_end) of a job with the dsums of their rows and, with a projection, the gradients of their states and what these
+// are projected from. A job of all rows of the batch has them without gaps, as the sequence has them.
 template <class S>
 struct Chunk {
   const Job& job;
   int64_t t_begin, t_end;
-  S* dsums;
-  int64_t stride;
+  RowsOf<S> dsums, dstates, outputs;
 
   bool whole() const { return job.row_begin == 0 && job.row_end == job.sequence.B; }
   int64_t row(int64_t t) const {
     return whole() ? job.sequence.start(t) - job.sequence.start(t_begin)
                    : (t - t_begin) * (job.row_end - job.row_begin);
   }
-  S* at(int64_t t, int64_t b) const { return dsums + (row(t) + b - job.row_begin) * stride; }
   int64_t rows() const { return row(t_end); }
 };
+
+// The matrices that have gradients.
+enum class Matrix { input, hidden, projection };
 
 template <class Cell, class S, int N, class W>
 struct Gradients {
@@ -45,19 +57,21 @@ struct Gradients {
   const Base& base;
   const BackwardParams& p;
   const Sequence& sequence = p.sequence;
-  const int64_t I = p.I, H = p.H, D = p.directions;
-  const int64_t input_vectors = (I + N - 1) / N, hidden_vectors = (H + N - 1) / N;
+  const int64_t I = p.I, H = p.H, R = p.R(), D = p.directions;
+  const int64_t input_vectors = (I + N - 1) / N, hidden_vectors = (R + N - 1) / N,
+                output_vectors = p.projection ? (H + N - 1) / N : 0;
   const bool shared = base.plan.row_blocks > 1;        // whether several teams work on one direction
   const int64_t sets = shared ? base.plan.groups : D;  // of sums; set s has direction s % D
   const bool tiled = base.plan.tiled;
   Scratch<S> dx_reverse = scratch<S>(!p.dx || D == 1 ? 0 : p.narrow_sequence ? (base.rows * I + 1) / 2 : base.rows * I);
-  Scratch<S> ih_sums, hh_sums, bias_sums = scratch<S>(sets * sums * H);
+  Scratch<S> ih_sums, hh_sums, hr_sums, bias_sums = scratch<S>(sets * sums * H);
   // A slice's own: a copy of some rows in pairs of vectors (see weight), or in tiles beside the dsums of 16 units; or of some of
   // W_ih (see input), beside a last vector of dX that sticks out of its row.
   const int64_t chunk_rows = base.plan.chunk * base.block_rows, copied_rows = std::min(gradient_rows, chunk_rows);
   // Whether a product is a whole sum: then it goes, rounded, to the gradient itself, and no sums of all of it are needed.
   const bool at_once = !std::is_same_v<S, W> && !shared && base.plan.chunk >= sequence.T && chunk_rows <= gradient_rows;
-  const int64_t vectors_at_once = std::min(2 * gradient_pairs, std::max(input_vectors, hidden_vectors) + 1);
+  const int64_t vectors_at_once =
+      std::min(2 * gradient_pairs, std::max({input_vectors, hidden_vectors, output_vectors}) + 1);
   const int64_t tile_numbers = packed_size<bfloat16_pair>(copied_rows) * N;  // of a vector of copied rows
   const int64_t copy_room = tiled ? (vectors_at_once + 2) * tile_numbers : copied_rows * vectors_at_once * N;
   const int64_t sums_room = at_once ? rounded_rows * vectors_at_once * N : 0;  // behind the copy
@@ -77,7 +91,8 @@ struct Gradients {
   Gradients(const Base& recurrence, const BackwardParams& params) : base(recurrence), p(params) {
     if (at_once) return;
     if (!adds_in_place(I)) ih_sums = scratch<S>(sets * gates * H * input_vectors * N);
-    if (!adds_in_place(H)) hh_sums = scratch<S>(sets * gates * H * hidden_vectors * N);
+    if (!adds_in_place(R)) hh_sums = scratch<S>(sets * gates * H * hidden_vectors * N);
+    if (!adds_in_place(H)) hr_sums = scratch<S>(sets * R * output_vectors * N);
   }
 
   // Where a row of the gradient ends with a vec and nobody else adds to it, the products go straight to their place.
@@ -92,7 +107,7 @@ struct Gradients {
                   const TileRows<V>& to) const {
     if constexpr (takes_tiles<V, W>)
       for (int64_t k = 0; k < sums && begin < end; ++k)
-        to.fill(chunk.dsums + row * chunk.stride + k * H, chunk.stride, count, k * blocks_of(H), row, begin * N,
+        to.fill(chunk.dsums.at(row) + k * H, chunk.dsums.stride, count, k * blocks_of(H), row, begin * N,
                 std::min(end * N, H), H);
   }
 
@@ -104,16 +119,21 @@ struct Gradients {
     const WeightGradients& wanted = p.gradients[direction];
     const bool first = !member.started[direction];
     member.started[direction] = true;
-    const int64_t of_input = wanted.w_ih ? input_vectors : 0, of_hidden = wanted.w_hh ? hidden_vectors : 0;
+    const int64_t of_input = wanted.w_ih ? input_vectors : 0, of_hidden = wanted.w_hh ? hidden_vectors : 0,
+                  of_outputs = wanted.w_hr ? output_vectors : 0;
     if (tiled) {
       const auto [begin, end] = member.share(base.panels);
-      weight_in_tiles<false>(chunk, set, begin, end, of_input, first, own_room);
-      weight_in_tiles<true>(chunk, set, begin, end, of_hidden, first, own_room);
+      weight_in_tiles<Matrix::input>(chunk, set, begin, end, of_input, first, own_room);
+      weight_in_tiles<Matrix::hidden>(chunk, set, begin, end, of_hidden, first, own_room);
     } else {
       const auto [begin, end] = member.share(of_input + of_hidden);
-      weight<false>(chunk, set, std::min(begin, of_input), std::min(end, of_input), first, own_room);
-      weight<true>(chunk, set, std::max(begin - of_input, int64_t(0)), std::max(end - of_input, int64_t(0)), first,
-                   own_room);
+      weight<Matrix::input>(chunk, set, std::min(begin, of_input), std::min(end, of_input), first, own_room);
+      weight<Matrix::hidden>(chunk, set, std::max(begin - of_input, int64_t(0)), std::max(end - of_input, int64_t(0)),
+                             first, own_room);
+      if constexpr (Cell::has_cell) {  // whose columns are shorter
+        const auto [begin, end] = member.share(of_outputs);
+        weight<Matrix::projection>(chunk, set, begin, end, first, own_room);
+      }
     }
     if (wanted.b_ih || wanted.b_hh) {
       const auto [unit, last] = member.share(sums * H);
@@ -130,7 +150,7 @@ struct Gradients {
     if (begin < first_copied)
       each_run(chunk, member, by_columns, [&](int64_t row, int64_t at, int64_t rows) {
         S* dx = sums_of_input(chunk, row, at, wide);
-        multiply<V, S, W>({w_ih + begin * N, N, I, first_copied - begin, input_sums(chunk, row), chunk.stride,
+        multiply<V, S, W>({w_ih + begin * N, N, I, first_copied - begin, input_sums(chunk, row), chunk.dsums.stride,
                            gates * H, rows, dx + begin * N, I, N, true});
       });
     for (int64_t vector = first_copied; vector < end; vector += block_columns)
@@ -170,8 +190,8 @@ struct Gradients {
           return multiply_tiles<V>(p.pairs,
                                    {reinterpret_cast<const bfloat16_pair*>(W_block), vectors, gates * blocks_of(H),
                                     tiles.from(Cell::input_sum * blocks_of(H), row), rows, C, ldc, N, true});
-      multiply<V, S>({W_block, copied_column, N, vectors, input_sums(chunk, row) + k, chunk.stride, size, rows, C, ldc,
-                      N, k == 0});
+      multiply<V, S>({W_block, copied_column, N, vectors, input_sums(chunk, row) + k, chunk.dsums.stride, size, rows, C,
+                      ldc, N, k == 0});
     };
     each_run(chunk, member, by_columns, [&](int64_t row, int64_t at, int64_t rows) {
       S* to = sums_of_input(chunk, row, at, wide) + vector * N;
@@ -194,9 +214,7 @@ struct Gradients {
     }
   }
 
-  const S* input_sums(const Chunk<S>& chunk, int64_t row) const {
-    return chunk.dsums + row * chunk.stride + Cell::input_sum * H;
-  }
+  const S* input_sums(const Chunk<S>& chunk, int64_t row) const { return chunk.dsums.at(row) + Cell::input_sum * H; }
 
   // Some columns of `size` rows of W_ih as output vectors; for tiles of all rows, each gate's padded by themselves.
   void copy_weights(const W* from, int64_t columns, int64_t size, S* to) const {
@@ -210,66 +228,92 @@ struct Gradients {
     pack_columns<V>(from, I, 0, columns, size, to, copied_column);
   }
 
-  // Where the sums of dW_hh (recurrent) or dW_ih are, for one direction of a team, and how wide a row is.
-  template <bool recurrent>
+  template <Matrix of, class T>
+  static constexpr T& choose(T& input, T& hidden, T& projection) {
+    return of == Matrix::input ? input : of == Matrix::hidden ? hidden : projection;
+  }
+  template <Matrix of>
+  int64_t columns() const {
+    return choose<of>(I, R, H);
+  }
+  // Of which `blocks` make the rows.
+  template <Matrix of>
+  int64_t block() const {
+    return of == Matrix::projection ? R : H;
+  }
+  template <Matrix of>
+  static constexpr int blocks = of == Matrix::projection ? 1 : gates;
+
+  // Where the sums of a matrix's gradient are, for one direction of a team, and how wide a row is.
+  template <Matrix of>
   std::pair<S*, int64_t> total(const Chunk<S>& chunk, int64_t set) const {
-    const int64_t width = recurrent ? hidden_vectors * N : input_vectors * N;
-    if (adds_in_place(recurrent ? H : I)) return {static_cast<S*>(gradient<recurrent>(chunk)), width};
-    return {(recurrent ? hh_sums : ih_sums).get() + set * gates * H * width, width};
+    const int64_t width = choose<of>(input_vectors, hidden_vectors, output_vectors) * N;
+    if (adds_in_place(columns<of>())) return {static_cast<S*>(gradient<of>(chunk)), width};
+    return {choose<of>(ih_sums, hh_sums, hr_sums).get() + set * blocks<of> * block<of>() * width, width};
   }
 
-  template <bool recurrent>
+  template <Matrix of>
   void* gradient(const Chunk<S>& chunk) const {
     const WeightGradients& wanted = p.gradients[chunk.job.direction];
-    return recurrent ? wanted.w_hh : wanted.w_ih;
+    return choose<of>(wanted.w_ih, wanted.w_hh, wanted.w_hr);
   }
 
   // `count` vectors from `vector` on, of `rows` rows of a gradient from `row` on, which product(C, its row's length) makes or adds
   // to.
-  template <bool recurrent, class F>
+  template <Matrix of, class F>
   void add_product(const Chunk<S>& chunk, int64_t set, int64_t row, int64_t rows, int64_t vector, int64_t count,
                    S* room, const F& product) const {
     if (!at_once) {
-      const auto [to, width] = total<recurrent>(chunk, set);
+      const auto [to, width] = total<of>(chunk, set);
       product(to + row * width + vector * N, width);
       return;
     }
-    const int64_t columns = recurrent ? H : I, width = std::min(count * N, columns - vector * N);
+    const int64_t width = std::min(count * N, columns<of>() - vector * N);
     product(room, count * N);
     for (int64_t i = 0; i < rows; ++i) {
-      W* to = static_cast<W*>(gradient<recurrent>(chunk)) + (row + i) * columns + vector * N;
+      W* to = static_cast<W*>(gradient<of>(chunk)) + (row + i) * columns<of>() + vector * N;
       each_vector(width, [&](int64_t k, auto n) { store(V::load(room + i * count * N + k, n), to + k, n); });
     }
   }
 
-  // Vectors [begin, end) of the columns of dW_hh (recurrent) or dW_ih.
-  template <bool recurrent>
+  // Of a block of a matrix's rows the gradients that go into it, and its place among torch's.
+  template <Matrix of>
+  static constexpr int sum_of(int g) {
+    return of == Matrix::input ? Cell::input_sum + g : g;
+  }
+  template <Matrix of>
+  static constexpr int gate_of(int g) {
+    return of == Matrix::hidden ? Cell::hidden_gate(g) : g;
+  }
+
+  // Vectors [begin, end) of the columns of a matrix's gradient.
+  template <Matrix of>
   void weight(const Chunk<S>& chunk, int64_t set, int64_t begin, int64_t end, bool fresh, S* right) {
-    const int64_t rows = chunk.rows(), blocks = (rows + gradient_rows - 1) / gradient_rows;
-    const int64_t units_at_once = at_once ? rounded_rows : H;
+    const RowsOf<S>& left = of == Matrix::projection ? chunk.dstates : chunk.dsums;
+    const int64_t rows = chunk.rows(), parts = (rows + gradient_rows - 1) / gradient_rows;
+    const int64_t height = block<of>(), at_a_time = at_once ? rounded_rows : height;
     for (int64_t vector = begin; vector < end; vector += 2 * gradient_pairs)
-      for (int64_t block = 0; block < blocks; ++block) {
+      for (int64_t i = 0; i < parts; ++i) {
         const int64_t count = std::min<int64_t>(2 * gradient_pairs, end - vector);
-        const int64_t row = rows * block / blocks, K = rows * (block + 1) / blocks - row;
-        copy<recurrent>(chunk, row, row + K, vector, count, right);
-        for (int g = 0; g < gates; ++g) {
-          const int64_t sum = recurrent ? g : Cell::input_sum + g, torch_gate = recurrent ? Cell::hidden_gate(g) : g;
-          for (int64_t unit = 0; unit < H; unit += units_at_once) {
-            const int64_t units = std::min(units_at_once, H - unit);
-            add_product<recurrent>(
-                chunk, set, torch_gate * H + unit, units, vector, count, right + copy_room, [&](S* C, int64_t ldc) {
-                  multiply_transposed<V, S>({right, N, 2 * N, count, chunk.dsums + row * chunk.stride + sum * H + unit,
-                                             chunk.stride, K, units, C, ldc, N, fresh && block == 0},
-                                            2 * N * K);
-                });
+        const int64_t row = rows * i / parts, K = rows * (i + 1) / parts - row;
+        copy<of>(chunk, row, row + K, vector, count, right);
+        for (int g = 0; g < blocks<of>; ++g)
+          for (int64_t unit = 0; unit < height; unit += at_a_time) {
+            const int64_t units = std::min(at_a_time, height - unit);
+            add_product<of>(chunk, set, gate_of<of>(g) * height + unit, units, vector, count, right + copy_room,
+                            [&](S* C, int64_t ldc) {
+                              multiply_transposed<V, S>(
+                                  {right, N, 2 * N, count, left.at(row) + sum_of<of>(g) * height + unit, left.stride, K,
+                                   units, C, ldc, N, fresh && i == 0},
+                                  2 * N * K);
+                            });
           }
-        }
       }
   }
 
   // Panels [begin, end) of the rows of dW_hh or dW_ih, all of their columns: the other way round, since the dsums must be
   // transposed.
-  template <bool recurrent>
+  template <Matrix of>
   void weight_in_tiles(const Chunk<S>& chunk, int64_t set, int64_t begin, int64_t end, int64_t vectors, bool fresh,
                        S* memory) {
     if constexpr (takes_tiles<V, W>) {
@@ -282,19 +326,18 @@ struct Gradients {
           const int64_t row = rows * block / blocks, K = rows * (block + 1) / blocks - row;
           const auto left = TileRows<V>::of(reinterpret_cast<uint16_t*>(right + vectors_at_once * tile_numbers),
                                             p.pairs, N, blocks_of(K));
-          copy_to_tiles<recurrent>(chunk, row, K, vector, count, right);
-          for (int g = 0; g < gates; ++g) {
-            const int64_t sum = recurrent ? g : Cell::input_sum + g, torch_gate = recurrent ? Cell::hidden_gate(g) : g;
+          copy_to_tiles<of>(chunk, row, K, vector, count, right);
+          for (int g = 0; g < gates; ++g)
             for (int64_t panel = begin; panel < end; ++panel) {
               const int units = base.units(panel);
-              transpose_to_tiles(chunk.dsums + row * chunk.stride + sum * H + panel * N, chunk.stride, K, units, left);
-              add_product<recurrent>(chunk, set, torch_gate * H + panel * N, units, vector, count, memory + copy_room,
-                                     [&](S* C, int64_t ldc) {
-                                       multiply_tiles<V>(p.pairs, {right, count, blocks_of(K), left, units, C, ldc, N,
-                                                                   fresh && block == 0});
-                                     });
+              transpose_to_tiles(chunk.dsums.at(row) + sum_of<of>(g) * H + panel * N, chunk.dsums.stride, K, units,
+                                 left);
+              add_product<of>(chunk, set, gate_of<of>(g) * H + panel * N, units, vector, count, memory + copy_room,
+                              [&](S* C, int64_t ldc) {
+                                multiply_tiles<V>(
+                                    p.pairs, {right, count, blocks_of(K), left, units, C, ldc, N, fresh && block == 0});
+                              });
             }
-          }
         }
     }
   }
@@ -313,11 +356,11 @@ struct Gradients {
       units == N ? square(k, std::integral_constant<int, N>()) : square(k, units);
   }
 
-  // Row k of the chunk of x or of the state before; none past a row's end, where the gradient is zero, but x may be NaN.
-  template <bool recurrent, class F>
+  // Row k of the chunk of what a matrix is multiplied with; none past a row's end, where the gradient is zero, but x may be NaN.
+  template <Matrix of, class F>
   void each_row(const Chunk<S>& chunk, int64_t begin, int64_t end, const F& f) const {
     const Job& job = chunk.job;
-    const Given x = Given::at(p.x, p.narrow_sequence), outputs = Given::at(p.y, p.narrow_sequence) + job.direction * H;
+    const Given x = Given::at(p.x, p.narrow_sequence), outputs = Given::at(p.y, p.narrow_sequence) + job.direction * R;
     for (int64_t t = chunk.t_begin; t < chunk.t_end; ++t) {
       const int64_t first = chunk.row(t);
       if (first >= end) break;
@@ -326,35 +369,37 @@ struct Gradients {
         if (k >= end || (chunk.whole() && b >= sequence.rows_at(t))) break;
         Given from;
         if (t < sequence.length(b))
-          from = recurrent ? base.before(job, t, b, outputs, D * H, p.hx) : x + (sequence.start(t) + b) * I;
+          from = of == Matrix::input    ? x + (sequence.start(t) + b) * I
+                 : of == Matrix::hidden ? base.before(job, t, b, outputs, D * R, p.hx, R)
+                                        : Given{chunk.outputs.at(k)};
         f(k - begin, from);
       }
     }
   }
 
   // Rows [begin, end) of them, `count` vectors from `vector` on, in pairs: for every pair its rows, one after the other.
-  template <bool recurrent>
+  template <Matrix of>
   void copy(const Chunk<S>& chunk, int64_t begin, int64_t end, int64_t vector, int64_t count, S* pairs) const {
-    const int64_t K = end - begin, columns = recurrent ? H : I, whole = std::min(count, columns / N - vector);
-    each_row<recurrent>(chunk, begin, end, [&](int64_t k, const Given& row) {
+    const int64_t K = end - begin, width = columns<of>(), whole = std::min(count, width / N - vector);
+    each_row<of>(chunk, begin, end, [&](int64_t k, const Given& row) {
       const auto to = [&](int64_t v) { return pairs + ((v / 2 * K + k) * 2 + v % 2) * N; };
       const Given from = row + vector * N;
       constexpr std::integral_constant<int, N> all;
       for (int64_t v = 0; v < whole; ++v) from.template load_or_zero<V>(v * N, all).store(to(v));
-      if (whole < count) from.template load_or_zero<V>(whole * N, static_cast<int>(columns % N)).store(to(whole));
+      if (whole < count) from.template load_or_zero<V>(whole * N, static_cast<int>(width % N)).store(to(whole));
     });
   }
 
   // K rows of them from `row` on, as weights of a product over K.
-  template <bool recurrent>
+  template <Matrix of>
   void copy_to_tiles(const Chunk<S>& chunk, int64_t row, int64_t K, int64_t vector, int64_t count,
                      bfloat16_pair* tiles) const {
-    const int64_t columns = recurrent ? H : I, end = padded<bfloat16_pair>(K);
+    const int64_t end = padded<bfloat16_pair>(K);
     std::array<Given, gradient_rows> rows{};  // a multiple of 32
-    each_row<recurrent>(chunk, row, row + K, [&](int64_t k, const Given& from) { rows[k] = from; });
+    each_row<of>(chunk, row, row + K, [&](int64_t k, const Given& from) { rows[k] = from; });
     for (int64_t v = 0; v < count; ++v, tiles += end / 2 * N) {
       const int64_t column = (vector + v) * N;
-      const int width = static_cast<int>(std::min<int64_t>(N, columns - column));
+      const int width = static_cast<int>(std::min<int64_t>(N, columns<of>() - column));
       const auto rounded = [&](int64_t k) {
         return V((typename V::Register)to_bfloat16(rows[k].template load_or_zero<V>(column, width)));
       };
@@ -369,7 +414,7 @@ struct Gradients {
       for (int64_t row = 0; row < chunk.rows();) {
         V sum(S(0));
         for (const int64_t stop = std::min(row + summation_block, chunk.rows()); row < stop; ++row)
-          sum = sum + V::load(chunk.dsums + row * chunk.stride + unit, n);
+          sum = sum + V::load(chunk.dsums.at(row) + unit, n);
         all = all + sum;
       }
       all.store(total + unit, n);
@@ -382,11 +427,12 @@ struct Gradients {
     const int64_t rows = base.rows;
     for (int64_t d = 0; d < D; ++d) {
       const WeightGradients& wanted = p.gradients[d];
-      const bool left = ih_sums || hh_sums || rows == 0;
+      const bool left = ih_sums || hh_sums || hr_sums || rows == 0;
       threads.parallel(left ? gates * H : 0, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
-          if (wanted.w_ih) collect(static_cast<W*>(wanted.w_ih), ih_sums.get(), d, row, I, input_vectors * N);
-          if (wanted.w_hh) collect(static_cast<W*>(wanted.w_hh), hh_sums.get(), d, row, H, hidden_vectors * N);
+          collect(wanted.w_ih, ih_sums.get(), d, row, gates * H, I);
+          collect(wanted.w_hh, hh_sums.get(), d, row, gates * H, R);
+          if (row < R) collect(wanted.w_hr, hr_sums.get(), d, row, R, H);  // R <= H
         }
       });
       for (int g = 0; g < gates; ++g) {
@@ -407,9 +453,11 @@ struct Gradients {
       });
   }
 
-  // One row of a weight's gradient, unless it is in its place.
-  void collect(W* gradient, const S* all, int64_t d, int64_t row, int64_t columns, int64_t width) const {
-    if (all || base.rows == 0) give(gradient + row * columns, all, gates * H * width, d, row * width, columns);
+  // One row of the `height` of a matrix's gradient, unless nobody wants it or it is in its place.
+  void collect(void* gradient, const S* all, int64_t d, int64_t row, int64_t height, int64_t columns) const {
+    const int64_t width = (columns + N - 1) / N * N;
+    if (gradient && (all || base.rows == 0))
+      give(static_cast<W*>(gradient) + row * columns, all, height * width, d, row * width, columns);
   }
 
   // A part of a gradient: `count` numbers, from `first` on, of direction d's sets, `size` numbers each, added up.

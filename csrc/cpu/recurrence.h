@@ -1,7 +1,7 @@
 // What the passes over a sequence on a CPU share: who works on what, and where its rows are.
 //
 // The batch's rows and the directions make jobs; teams of threads take jobs; the members of a team share out the hidden
-// units in panels of N and meet once per step.
+// units in panels of N and meet once per step, twice where the hidden state is projected.
 #pragma once
 
 #include <array>
@@ -44,10 +44,11 @@ struct Job {
   bool reset_at(int64_t t, int64_t b) const { return sequence.resets && sequence.resets[sequence.start(t) + b]; }
 };
 
-// One member of a team: slices [from, to) of `slices`, and of the hidden units panels [begin, end). Where a step is too
-// little work to share, the first slice has all units, and the others join in between steps only.
+// One member of a team: slices [from, to) of `slices`, of the hidden units panels [begin, end), and of a hidden state's numbers, which
+// are fewer where it is projected, panels [state_begin, state_end). Where a step is too little work to share, the first slice has all of
+// them, and the others join in between steps only.
 struct Member {
-  int64_t from, to, slices, begin, end;
+  int64_t from, to, slices, begin, end, state_begin, state_end;
   bool shares_steps;
   Arrivals* arrivals;  // of the team's slices
   int64_t generation = 0;
@@ -69,8 +70,10 @@ struct Recurrence {
 
   const Problem& problem;
   const Sequence& sequence = problem.sequence;
-  const int64_t B = sequence.B, H = problem.H, rows = sequence.start(sequence.T);
-  const int64_t panels = (H + N - 1) / N, padded_H = row_stride<S>(panels * N);  // of a row of states
+  const int64_t B = sequence.B, H = problem.H, R = problem.R(), rows = sequence.start(sequence.T);
+  const int64_t panels = (H + N - 1) / N, padded_H = row_stride<S>(panels * N);  // of a row of cell states
+  const int64_t state_panels = (R + N - 1) / N,
+                padded_R = row_stride<S>(state_panels * N);  // of a row of hidden states
   const Plan plan;
   // Whether each team packs the weights for itself, and not all of them one set for each direction.
   const bool own_weights;
@@ -80,11 +83,12 @@ struct Recurrence {
 
   Recurrence(const Problem& p, const Threads& threads, Pass pass, bool prepared = false)
       : problem(p),
-        plan(make_plan(pass, p.sequence.T, p.sequence.B, rows, p.I, p.H, p.directions, p.converts_weights(), gates, N,
-                       threads.count, packed_pairs(p), p.slow_cache)),
+        plan(make_plan(pass, p.sequence.T, p.sequence.B, rows, p.I, p.H, p.projection, p.directions,
+                       p.converts_weights(), gates, N, threads.count, packed_pairs(p), p.slow_cache)),
         own_weights(plan.own_weights && !prepared) {}
 
   int units(int64_t panel) const { return static_cast<int>(std::min<int64_t>(N, H - panel * N)); }
+  int numbers(int64_t state_panel) const { return static_cast<int>(std::min<int64_t>(N, R - state_panel * N)); }
 
   // Runs f(job, member, team, slice) for all jobs on all threads of all teams.
   template <class F>
@@ -94,11 +98,13 @@ struct Recurrence {
       for (int64_t slice = begin; slice < end;) {
         const int64_t team = slice / plan.slices, origin = team * plan.slices;
         const int64_t stop = std::min(end, origin + plan.slices);
-        Member member{slice - origin, stop - origin, plan.slices, 0, 0, plan.share_units, &arrivals[origin]};
+        Member member{slice - origin, stop - origin, plan.slices, 0, 0, 0, 0, plan.share_units, &arrivals[origin]};
         if (plan.share_units) {
           std::tie(member.begin, member.end) = member.share(panels);
+          std::tie(member.state_begin, member.state_end) = member.share(state_panels);
         } else if (member.from == 0) {
           member.end = panels;
+          member.state_end = state_panels;
         }
         for (int64_t j = team; j < problem.directions * plan.row_blocks; j += plan.groups) {
           const int64_t block = j / problem.directions, direction = j % problem.directions, begin = first_row(block);
@@ -136,16 +142,19 @@ struct Recurrence {
     return sequence.offsets && row < B ? std::min(sequence.T, std::max<int64_t>(sequence.length(row), 1)) : sequence.T;
   }
 
-  // Element `unit` of row b in a [D, B, H] state, and of a sequence row in a [D, rows, width] array.
-  int64_t state_at(const Job& job, int64_t b, int64_t unit) const { return (job.direction * B + b) * H + unit; }
+  // Element `unit` of row b in a [D, B, width] state, and of a sequence row in a [D, rows, width] array.
+  int64_t state_at(const Job& job, int64_t b, int64_t width, int64_t unit) const {
+    return (job.direction * B + b) * width + unit;
+  }
   int64_t sequence_at(const Job& job, int64_t row, int64_t width) const { return (job.direction * rows + row) * width; }
 
   // The state before step t of row b: the initial one, the step before's, or none after a reset, where it is zero.
-  // `outputs` has one row of `width` for every row of the sequence.
+  // `outputs` has one row of `width` for every row of the sequence, of which the state is a part, `initial_width` wide.
   template <class Given>
-  Given before(const Job& job, int64_t t, int64_t b, Given outputs, int64_t width, const void* initial) const {
+  Given before(const Job& job, int64_t t, int64_t b, Given outputs, int64_t width, const void* initial,
+               int64_t initial_width) const {
     if (job.reset_at(t, b)) return {};
-    if (t == job.first_step(b)) return Given::at(initial, problem.narrow_states) + state_at(job, b, 0);
+    if (t == job.first_step(b)) return Given::at(initial, problem.narrow_states) + state_at(job, b, initial_width, 0);
     return outputs + (sequence.start(job.previous(t)) + b) * width;
   }
 };

@@ -16,7 +16,7 @@ inline bool steps_in_pairs(const Problem& p) {
 }
 
 inline bool is_step(const Problem& p) {
-  return p.sequence.T == 1 && !p.sequence.lengths && !p.sequence.resets &&
+  return p.sequence.T == 1 && !p.projection && !p.sequence.lengths && !p.sequence.resets &&
          (steps_in_pairs(p) ? p.sequence.B < most_step_rows
                             : !packs_for_step(p.sequence.B, p.H, p.converts_weights(), in_tiles(p)));
 }

@@ -145,11 +145,11 @@ constexpr bool packs_for_step(int64_t B, int64_t H, bool converted, bool tiled) 
   if (H < 64) return B >= 8;
   return B >= (tiled ? most_step_rows_beside_tiles : converted ? most_converted_step_rows : most_step_rows);
 }
-constexpr bool packs(int64_t T, int64_t B, int64_t H, int64_t gates, bool converted, bool tiled) {
+constexpr bool packs(int64_t T, int64_t B, int64_t H, int64_t recurrent, bool converted, bool tiled) {
   const int64_t rows = T * B;
   if (T == 1) return packs_for_step(B, H, converted, tiled);
   if (H < 64) return rows >= 8;
-  const bool in_place = !converted && H >= 192 && gates * H * H < 1 << 22;
+  const bool in_place = !converted && H >= 192 && recurrent < 1 << 22;
   if (B == 1) return T >= (!in_place ? 16 : H < 1024 ? 64 : 24);
   return in_place && H >= 512 ? T > 8 || rows > 32 : rows >= (T <= 4 && !tiled ? 20 : 10);
 }
@@ -222,14 +222,17 @@ struct Plan {
   bool own_weights = false;   // whether each team packs all weights for itself
 };
 
-constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t rows, int64_t I, int64_t H, int directions,
-                         bool converted, int64_t gates, int64_t vector, int64_t threads, Pairs pairs, bool slow_cache) {
+constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t rows, int64_t I, int64_t H, int64_t projection,
+                         int directions, bool converted, int64_t gates, int64_t vector, int64_t threads, Pairs pairs,
+                         bool slow_cache) {
   const bool tiles = pairs != Pairs::none;
-  const int64_t panels = (H + vector - 1) / vector, step_flops = 2 * gates * H * H * B;
+  // The recurrent weights of a direction.
+  const int64_t recurrent = H * (projection ? (gates + 1) * projection : gates * H), step_flops = 2 * recurrent * B;
+  const int64_t panels = (H + vector - 1) / vector;
   // A thread is only woken (a few µs) for work that lasts longer.
   if (T * step_flops * directions < 200'000) threads = 1;
-  const int64_t share = gates * H * H * directions / std::max<int64_t>(threads, directions);
-  const bool packed = pass == Pass::forward ? packs(T, B, H, gates, converted, tiles)
+  const int64_t share = recurrent * directions / std::max<int64_t>(threads, directions);
+  const bool packed = pass == Pass::forward ? packs(T, B, H, recurrent, converted, tiles)
                                             : packs_backward(T, B, H, share, vector, converted, tiles);
   Plan plan{1, threads, false, 1, 1, packs_input(T, B, H, converted), packed};
   if (directions == 2 && threads >= 2) {
@@ -238,7 +241,7 @@ constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t rows, int64_t 
   }
   // Below this many operations a step, meeting costs more than a second thread brings (B = 1: an LSTM of 50; with cores
   // close to each other 32 would do, with cores far apart it would double the time).
-  plan.share_units = step_flops >= 20'000;
+  plan.share_units = step_flops >= (projection ? 40'000 : 20'000);  // a projected step meets twice
   // A member without a panel of its own would only keep the others waiting.
   if (plan.share_units) plan.slices = std::min(plan.slices, std::max<int64_t>(panels, 1));
   if (!plan.share_units && pass == Pass::forward) plan.slices = 1;
@@ -264,7 +267,7 @@ constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t rows, int64_t 
                   chunks = (T + most - 1) / most;
     plan.chunk = chunks ? (T + chunks - 1) / chunks : 1;  // even, for each copies W_ih
   } else if (plan.row_blocks == 1 || (gates > 1 && block_rows < gathered_rows)) {
-    const bool large = gates * H * H >= large_weights(slow_cache) ||
+    const bool large = recurrent >= large_weights(slow_cache) ||
                        (converted && gates * I * H >= large_if_converted && T * B <= projection_rows_of_large);
     const int64_t most = large ? projection_rows_of_large : projection_rows;
     plan.chunk = std::clamp<int64_t>(most / block_rows, 1, std::max<int64_t>(T, 1));

@@ -15,42 +15,57 @@ struct PackedWeights {
   static constexpr int gates = Cell::gates, sums = Cell::sums;
 
   const Problem& p;
-  const int64_t sets, I = p.I, H = p.H, panels = (H + N - 1) / N;
+  const int64_t sets, I = p.I, H = p.H, R = p.R(), panels = (H + N - 1) / N;
+  const int64_t state_panels = p.projection ? (R + N - 1) / N : 0;
   const bool tiled = takes_tiles<V, W> && in_tiles(p);       // what is packed is tiles
   const bool narrow = tiled || p.sequence.B <= narrow_rows;  // packed w_hh stays of its type
   S* w_ih = nullptr;  // [sets, panels, gates, I, N], or nullptr where it is not packed; as Packed<W> where tiled
-  S* w_hh = nullptr;  // [sets, panels, gates, H, N], or nullptr; as Packed<W> where narrow
+  S* w_hh = nullptr;  // [sets, panels, gates, R, N], or nullptr; as Packed<W> where narrow
+  S* w_hr = nullptr;  // [sets, state_panels, H, N] of a projection, beside w_hh
   S* bias = nullptr;  // [sets, panels, sums, N]
 
   PackedWeights(const Problem& problem, int64_t sets, bool input, bool hidden)
       : p(problem),
         sets(sets),
         input_size_(input ? (tiled ? packed_size<Packed<W>>(I) : I) * N : 0),
-        hidden_size_(hidden ? (narrow ? packed_size<Packed<W>>(H) : H) * N : 0) {}
+        hidden_size_(hidden ? (narrow ? packed_size<Packed<W>>(R) : R) * N : 0) {}
 
   // The numbers that it needs memory for: of what is recurrent, and of the rest.
-  int64_t recurrent() const { return sets * panels * gates * hidden_size_; }
+  int64_t recurrent() const {
+    return sets * (panels * gates * hidden_size_ + (hidden_size_ ? state_panels * H * N : 0));
+  }
   int64_t others() const { return sets * panels * (sums * N + gates * input_size_); }
   // In one block, others first.
   void place(S* memory) { place(memory + others(), memory); }
   void place(S* recurrent, S* others) {
     if (hidden_size_) w_hh = recurrent;
+    if (hidden_size_ && state_panels) w_hr = recurrent + sets * panels * gates * hidden_size_;
     bias = others;
     if (input_size_) w_ih = bias + sets * panels * sums * N;
   }
 
   void pack(const Threads& threads) {
     const bool small = panels * gates * (input_size_ + hidden_size_) < packing_for_team;
-    (small ? Threads{1, nullptr} : threads).parallel(sets * panels, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) panel(i / panels, i % panels);
+    const int64_t each = panels + state_panels;
+    (small ? Threads{1, nullptr} : threads).parallel(sets * each, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) any_panel(i / each, i % each);
     });
   }
   void pack(int64_t set) {
-    for (int64_t i = 0; i < panels; ++i) panel(set, i);
+    for (int64_t i = 0; i < panels + state_panels; ++i) any_panel(set, i);
   }
 
  private:
   int64_t input_size_, hidden_size_;  // numbers in memory of an output vector of each; 0 where it is not packed
+
+  void any_panel(int64_t set, int64_t index) {
+    if (index < panels) return panel(set, index);
+    index -= panels;
+    if (w_hr)
+      pack_rows<V>(static_cast<const W*>(p.weights[set % p.directions].w_hr), H, index * N,
+                   static_cast<int>(std::min<int64_t>(N, R - index * N)), H,
+                   w_hr + (set * state_panels + index) * H * N);
+  }
 
   void panel(int64_t set, int64_t index) {
     const Weights& w = p.weights[set % p.directions];
@@ -66,7 +81,7 @@ struct PackedWeights {
               : pack_rows<V>(from, K, row, count, K, to);
       };
       if (w_ih) pack(w.w_ih, input_row, I, w_ih + (at * gates + g) * input_size_, tiled);
-      if (w_hh) pack(w.w_hh, hidden_row, H, w_hh + (at * gates + g) * hidden_size_, narrow);
+      if (w_hh) pack(w.w_hh, hidden_row, R, w_hh + (at * gates + g) * hidden_size_, narrow);
       if (w.b_ih) add(sum + (Cell::input_sum + g) * N, static_cast<const W*>(w.b_ih) + input_row, count);
       if (w.b_hh) add(sum + g * N, static_cast<const W*>(w.b_hh) + hidden_row, count);
     }
