@@ -102,7 +102,7 @@ SHAPES = ((7, 13, 5, 33, 20), (3, 2, 4, 17, 3), (9, 5, 17, 65, 64))
 @pytest.mark.parametrize("name", calls(Case()))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @for_each_number_of_directions
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.usefixtures("isa")
 def test_lengths_and_resets(dtype, bidirectional, shape, name):
     check_call(calls(projected(*shape, bidirectional=bidirectional, dtype=dtype))[name])

@@ -164,11 +164,13 @@ def test_weights_are_those_of_the_last_refresh(name):
 
 @needs_kernels
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.usefixtures("isa")
-def test_projection(rows, bias):
-    layer, x = make("LSTM", 4, 70, 2, proj_size=33, rows=rows, bias=bias)
-    stream, by_chunks, hx = layer.stream(rows), layer.stream(rows), (torch.randn(2, rows, 33), torch.randn(2, rows, 70))
+def test_projection(dtype, rows, bias):
+    layer, x = make("LSTM", 4, 70, 2, proj_size=33, rows=rows, bias=bias, dtype=dtype)
+    hx = tuple(torch.randn(2, rows, size, dtype=dtype) for size in (33, 70))
+    stream, by_chunks = layer.stream(rows), layer.stream(rows)
     for one in stream, by_chunks:
         one.load_state_dict(dict(zip("hc", hx, strict=True)))
     y, last = layer(x, hx)

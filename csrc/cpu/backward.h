@@ -32,6 +32,8 @@ struct Backward : Recurrence<Cell, S, N> {
   const int64_t state_stride = row_stride<S>(R + transposed_overrun<V>);
   Scratch<S> dstates = scratch<S>(p.projection ? plan.groups * chunk_rows * state_stride : 0);
   Scratch<S> outputs = scratch<S>(p.projection ? plan.groups * chunk_rows * padded_H : 0);
+  const int64_t dstate_size = TileRows<V>::size(plan.tiled && p.projection ? block_rows : 0, blocks_of(R));
+  Scratch<uint16_t> dstate_tiles = scratch<uint16_t>(plan.groups * dstate_size);  // of a step
   Scratch<S> doutputs = scratch<S>(p.projection ? plan.groups * block_rows * padded_H : 0);
   Scratch<S> dh_carry = scratch<S>(plan.groups * block_rows * padded_R);
   Scratch<S> dc_carry = scratch<S>(Cell::has_cell ? plan.groups * block_rows * padded_H : 0);
@@ -62,7 +64,9 @@ struct Backward : Recurrence<Cell, S, N> {
     S* doutput = doutputs.get() + team * block_rows * padded_H;
     S* dc = dc_carry.get() + team * block_rows * padded_H;
     const TileRegisters registers(p.pairs == Pairs::tiles && plan.tiled);
-    const TileRows<V> tiles = gradients.tiles_of(team);
+    const TileRows<V> tiles = gradients.tiles_of(team),
+                      dstate_rows =
+                          TileRows<V>::of(dstate_tiles.get() + team * dstate_size, p.pairs, block_rows, blocks_of(R));
     take(job, of_hidden(member), dh, Given::at(p.dh_n, p.narrow_states));
     if constexpr (Cell::has_cell) take(job, of_cells(member), dc, Given::at(p.dc_n, p.narrow_states));
     for (int64_t s_end = job.T; s_end > 0;) {
@@ -78,9 +82,9 @@ struct Backward : Recurrence<Cell, S, N> {
         const int64_t t = job.step(s), count = job.rows_end(t) - job.row_begin;
         if constexpr (Cell::has_cell)
           if (p.projection) {
-            states(chunk, t, member, dh);
+            states(chunk, t, member, dh, dstate_rows);
             member.meet_in_step();
-            through_projection(chunk, t, member, doutput, s % 2);
+            through_projection(chunk, t, member, dstate_rows, doutput, s % 2);
           }
         cell(chunk, t, member, p.projection ? doutput : dh, dc);
         if (plan.tiled) gradients.fill_tiles(chunk, chunk.row(t), count, member.begin, member.end, tiles);
@@ -146,8 +150,8 @@ struct Backward : Recurrence<Cell, S, N> {
     return chunk.whole() ? chunk.job.rows_end(t) : chunk.job.row_end;
   }
 
-  // With a projection: the gradients of the states after step t, all of which goes back through it.
-  void states(const Chunk<S>& chunk, int64_t t, const Member& member, S* dh_carry) {
+  // With a projection: the gradients of the states after step t, all of which goes back through it; in tiles, too, where weights are.
+  void states(const Chunk<S>& chunk, int64_t t, const Member& member, S* dh_carry, const TileRows<V>& tiles) {
     const Job& job = chunk.job;
     const Part part = of_hidden(member);
     for (int64_t b = job.row_begin; b < rows_end(chunk, t); ++b) {
@@ -165,16 +169,25 @@ struct Backward : Recurrence<Cell, S, N> {
       }
       if (valid) clear(part, row, dh_carry);
     }
+    if constexpr (takes_tiles<V, W>)
+      if (plan.tiled && part.begin < part.end)
+        tiles.fill(chunk.dstates.at(chunk.row(t)), state_stride, job.rows_end(t) - job.row_begin, 0, 0, part.begin * N,
+                   std::min(part.end * N, R), R);
   }
 
   // The gradients of the member's outputs, from those of the states.
-  void through_projection(const Chunk<S>& chunk, int64_t t, const Member& member, S* doutput, bool backwards) {
+  void through_projection(const Chunk<S>& chunk, int64_t t, const Member& member, const TileRows<V>& tiles, S* doutput,
+                          bool backwards) {
     const Job& job = chunk.job;
     const int64_t count = job.rows_end(t) - job.row_begin;
     for (int64_t row = 0; row < count; ++row) clear(of_cells(member), row, doutput);
-    if (count > 0)
-      w_hr.multiply(job.set, chunk.dstates.at(chunk.row(t)), state_stride, count, member.begin, member.end,
-                    doutput + member.begin * N, padded_H, backwards);
+    if (count <= 0) return;
+    S* C = doutput + member.begin * N;
+    if (plan.tiled)
+      w_hr.multiply_tiles(p.pairs, job.set, tiles, count, member.begin, member.end, C, padded_H, backwards);
+    else
+      w_hr.multiply(job.set, chunk.dstates.at(chunk.row(t)), state_stride, count, member.begin, member.end, C, padded_H,
+                    backwards);
   }
 
   // `dh_carry`: with a projection the outputs' gradients.

@@ -51,8 +51,10 @@ struct Forward : Recurrence<Cell, S, N> {
              tiled_input = weights.tiled && (plan.packed_input || p.prepared);
   const int64_t x_rows = chunked ? capacity : block_rows,
                 h_size = TileRows<V>::size(tiled ? block_rows : 0, blocks_of(R)),
+                out_size = TileRows<V>::size(tiled && p.projection ? block_rows : 0, blocks_of(H)),
                 x_size = TileRows<V>::size(tiled_input ? x_rows : 0, blocks_of(I));
   Scratch<uint16_t> h_tiles = scratch<uint16_t>(plan.groups * 2 * h_size);
+  Scratch<uint16_t> out_tiles = scratch<uint16_t>(plan.groups * out_size);
   Scratch<uint16_t> x_tiles = scratch<uint16_t>(plan.groups * plan.slices * x_size);
   // Or else these rows of x for a team, where it is bfloat16, or where they are some of the batch's rows in several steps, which
   // are not next to each other.
@@ -109,11 +111,16 @@ struct Forward : Recurrence<Cell, S, N> {
     }
   }
 
-  // The member's numbers of some rows of a state, for tiles.
+  // The member's numbers of some rows of a state, for tiles, and its units of what is to be projected.
   void fill_tiles(const Member& member, const S* h, int64_t count, const TileRows<V>& to) const {
     if constexpr (takes_tiles<V, W>)
       if (tiled && member.state_begin < member.state_end)
         to.fill(h, padded_R, count, 0, 0, member.state_begin * N, std::min(member.state_end * N, R), R);
+  }
+  void fill_output_tiles(const Member& member, const S* out, int64_t count, const TileRows<V>& to) const {
+    if constexpr (takes_tiles<V, W>)
+      if (tiled && member.begin < member.end)
+        to.fill(out, padded_H, count, 0, 0, member.begin * N, std::min(member.end * N, H), H);
   }
 
   // `count` rows of x, from `row` of the sequence on, as they are multiplied; copies are rows of `tiles` or `wide` from `at` on. A
@@ -162,7 +169,8 @@ struct Forward : Recurrence<Cell, S, N> {
       return TileRows<V>::of(h_tiles.get() + (team * 2 + half) * h_size, p.pairs, block_rows, blocks_of(R));
     };
     const TileRows<V> h_rows[2] = {h_half(0), h_half(1)},
-                      own_x = TileRows<V>::of(x_tiles.get() + slice * x_size, p.pairs, x_rows, blocks_of(I));
+                      own_x = TileRows<V>::of(x_tiles.get() + slice * x_size, p.pairs, x_rows, blocks_of(I)),
+                      out_rows = TileRows<V>::of(out_tiles.get() + team * out_size, p.pairs, block_rows, blocks_of(H));
     S* h = h_state.get() + team * 2 * block_rows * padded_R;
     S* c = c_state.get() + team * block_rows * padded_H;
     S* a = pre_activations.get() + slice * panels_kept * capacity * sums * N;
@@ -198,8 +206,10 @@ struct Forward : Recurrence<Cell, S, N> {
       }
       if constexpr (Cell::has_cell)
         if (p.projection) {
+          fill_output_tiles(member, out, count, out_rows);
           member.meet_in_step();
-          project_outputs(job, member, t, count, out, projected.get() + team * block_rows * padded_R, h_out,
+          const Rows rows{out, padded_H, H, tiled ? out_rows : TileRows<V>{}};
+          project_outputs(job, member, t, count, rows, projected.get() + team * block_rows * padded_R, h_out,
                           chunked && s % 2);
         }
       if (s + 1 < job.T) fill_tiles(member, h_out, count, h_rows[(s + 1) % 2]);
@@ -364,19 +374,35 @@ struct Forward : Recurrence<Cell, S, N> {
             valid && !last && job.reset_at(job.next(t), b)};
   }
 
+  // `count` rows of outputs times n panels of a packed W_hr.
+  template <class Stored>
+  void project_all(const Job& job, int64_t panel, int64_t n, const Stored* packed, const Rows& out, int64_t count,
+                   S* sums, bool backwards) const {
+    const int64_t size = packed_size<Stored>(H) * N;
+    packed += (job.set * state_panels + panel) * size;
+    sums += panel * N;
+    if constexpr (takes_tiles<V, W> && in_pairs<Stored>)
+      if (out.tiles.memory)
+        return multiply_tiles<V>(p.pairs,
+                                 {packed, n, blocks_of(H), out.tiles, count, sums, padded_R, N, true, 0, backwards});
+    multiply<V, S, Stored>({packed, size, N, n, out.first, padded_H, H, count, sums, padded_R, N, true, 0, backwards,
+                            n * size > far_weights});
+  }
+
   // The member's numbers of the states after step t, for `count` rows: W_hr times their outputs.
-  void project_outputs(const Job& job, const Member& member, int64_t t, int64_t count, const S* out, S* sums, S* h_out,
-                       bool backwards) {
+  void project_outputs(const Job& job, const Member& member, int64_t t, int64_t count, const Rows& out, S* sums,
+                       S* h_out, bool backwards) {
     const int64_t begin = member.state_begin, n = member.state_end - begin;
     if (weights.w_hr) {
-      multiply<V, S>({weights.w_hr + (job.set * state_panels + begin) * H * N, H * N, N, n, out, padded_H, H, count,
-                      sums + begin * N, padded_R, N, true, 0, backwards, n * H * N > far_weights});
+      weights.narrow
+          ? project_all(job, begin, n, reinterpret_cast<const Packed<W>*>(weights.w_hr), out, count, sums, backwards)
+          : project_all(job, begin, n, static_cast<const S*>(weights.w_hr), out, count, sums, backwards);
     } else {
       const W* w_hr = static_cast<const W*>(p.weights[job.direction].w_hr);
       for (int64_t r = 0; r < count; ++r)
         for (int64_t i = begin; i < begin + n; ++i) V(S(0)).store(sums + r * padded_R + i * N);
       for (int64_t i = begin; i < begin + n; ++i)
-        multiply_unpacked<V, S, Dots<S, W>, 1>({{{w_hr + i * N * H, out, H, padded_H}}}, this->numbers(i), count,
+        multiply_unpacked<V, S, Dots<S, W>, 1>({{{w_hr + i * N * H, out.first, H, padded_H}}}, this->numbers(i), count,
                                                sums + i * N, padded_R, N);
     }
     const Made y = Made::at(p.y, p.narrow_sequence), h_n = Made::at(p.h_n, p.narrow_states);

@@ -230,7 +230,7 @@ void multiply_few(const P& p, std::integer_sequence<int, NV...>) {
 
 // How the processor multiplies weights where they are packed, and whether they are tiles.
 inline Pairs packed_pairs(const Problem& p) {
-  return p.converts_weights() && p.H >= tile_width && !p.projection ? p.pairs : Pairs::none;
+  return p.converts_weights() && p.R() >= tile_width ? p.pairs : Pairs::none;
 }
 inline bool in_tiles(const Problem& p) { return packed_pairs(p) != Pairs::none; }
 

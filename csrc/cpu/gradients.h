@@ -125,6 +125,10 @@ struct Gradients {
       const auto [begin, end] = member.share(base.panels);
       weight_in_tiles<Matrix::input>(chunk, set, begin, end, of_input, first, own_room);
       weight_in_tiles<Matrix::hidden>(chunk, set, begin, end, of_hidden, first, own_room);
+      if constexpr (Cell::has_cell) {
+        const auto [begin, end] = member.share(base.state_panels);
+        weight_in_tiles<Matrix::projection>(chunk, set, begin, end, of_outputs, first, own_room);
+      }
     } else {
       const auto [begin, end] = member.share(of_input + of_hidden);
       weight<Matrix::input>(chunk, set, std::min(begin, of_input), std::min(end, of_input), first, own_room);
@@ -311,31 +315,31 @@ struct Gradients {
       }
   }
 
-  // Panels [begin, end) of the rows of dW_hh or dW_ih, all of their columns: the other way round, since the dsums must be
+  // Panels [begin, end) of each block of a gradient's rows, all of their columns: the other way round, since the dsums must be
   // transposed.
   template <Matrix of>
   void weight_in_tiles(const Chunk<S>& chunk, int64_t set, int64_t begin, int64_t end, int64_t vectors, bool fresh,
                        S* memory) {
     if constexpr (takes_tiles<V, W>) {
       if (begin == end) return;
-      const int64_t rows = chunk.rows(), blocks = (rows + gradient_rows - 1) / gradient_rows;
+      const RowsOf<S>& from = of == Matrix::projection ? chunk.dstates : chunk.dsums;
+      const int64_t rows = chunk.rows(), parts = (rows + gradient_rows - 1) / gradient_rows, height = block<of>();
       bfloat16_pair* right = reinterpret_cast<bfloat16_pair*>(memory);
       for (int64_t vector = 0; vector < vectors; vector += 2 * gradient_pairs)
-        for (int64_t block = 0; block < blocks; ++block) {
+        for (int64_t i = 0; i < parts; ++i) {
           const int64_t count = std::min<int64_t>(2 * gradient_pairs, vectors - vector);
-          const int64_t row = rows * block / blocks, K = rows * (block + 1) / blocks - row;
+          const int64_t row = rows * i / parts, K = rows * (i + 1) / parts - row;
           const auto left = TileRows<V>::of(reinterpret_cast<uint16_t*>(right + vectors_at_once * tile_numbers),
                                             p.pairs, N, blocks_of(K));
           copy_to_tiles<of>(chunk, row, K, vector, count, right);
-          for (int g = 0; g < gates; ++g)
+          for (int g = 0; g < blocks<of>; ++g)
             for (int64_t panel = begin; panel < end; ++panel) {
-              const int units = base.units(panel);
-              transpose_to_tiles(chunk.dsums.at(row) + sum_of<of>(g) * H + panel * N, chunk.dsums.stride, K, units,
-                                 left);
-              add_product<of>(chunk, set, gate_of<of>(g) * H + panel * N, units, vector, count, memory + copy_room,
+              const int units = static_cast<int>(std::min<int64_t>(N, height - panel * N));
+              transpose_to_tiles(from.at(row) + sum_of<of>(g) * height + panel * N, from.stride, K, units, left);
+              add_product<of>(chunk, set, gate_of<of>(g) * height + panel * N, units, vector, count, memory + copy_room,
                               [&](S* C, int64_t ldc) {
                                 multiply_tiles<V>(
-                                    p.pairs, {right, count, blocks_of(K), left, units, C, ldc, N, fresh && block == 0});
+                                    p.pairs, {right, count, blocks_of(K), left, units, C, ldc, N, fresh && i == 0});
                               });
             }
         }

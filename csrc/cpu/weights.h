@@ -21,25 +21,24 @@ struct PackedWeights {
   const bool narrow = tiled || p.sequence.B <= narrow_rows;  // packed w_hh stays of its type
   S* w_ih = nullptr;  // [sets, panels, gates, I, N], or nullptr where it is not packed; as Packed<W> where tiled
   S* w_hh = nullptr;  // [sets, panels, gates, R, N], or nullptr; as Packed<W> where narrow
-  S* w_hr = nullptr;  // [sets, state_panels, H, N] of a projection, beside w_hh
+  S* w_hr = nullptr;  // [sets, state_panels, H, N] of a projection, beside w_hh and of its type
   S* bias = nullptr;  // [sets, panels, sums, N]
 
   PackedWeights(const Problem& problem, int64_t sets, bool input, bool hidden)
       : p(problem),
         sets(sets),
         input_size_(input ? (tiled ? packed_size<Packed<W>>(I) : I) * N : 0),
-        hidden_size_(hidden ? (narrow ? packed_size<Packed<W>>(R) : R) * N : 0) {}
+        hidden_size_(hidden ? (narrow ? packed_size<Packed<W>>(R) : R) * N : 0),
+        projection_size_(hidden && p.projection ? (narrow ? packed_size<Packed<W>>(H) : H) * N : 0) {}
 
   // The numbers that it needs memory for: of what is recurrent, and of the rest.
-  int64_t recurrent() const {
-    return sets * (panels * gates * hidden_size_ + (hidden_size_ ? state_panels * H * N : 0));
-  }
+  int64_t recurrent() const { return sets * (panels * gates * hidden_size_ + state_panels * projection_size_); }
   int64_t others() const { return sets * panels * (sums * N + gates * input_size_); }
   // In one block, others first.
   void place(S* memory) { place(memory + others(), memory); }
   void place(S* recurrent, S* others) {
     if (hidden_size_) w_hh = recurrent;
-    if (hidden_size_ && state_panels) w_hr = recurrent + sets * panels * gates * hidden_size_;
+    if (projection_size_) w_hr = recurrent + sets * panels * gates * hidden_size_;
     bias = others;
     if (input_size_) w_ih = bias + sets * panels * sums * N;
   }
@@ -56,15 +55,23 @@ struct PackedWeights {
   }
 
  private:
-  int64_t input_size_, hidden_size_;  // numbers in memory of an output vector of each; 0 where it is not packed
+  // Numbers in memory of an output vector of each; 0 where it is not packed.
+  int64_t input_size_, hidden_size_, projection_size_;
 
   void any_panel(int64_t set, int64_t index) {
     if (index < panels) return panel(set, index);
     index -= panels;
+    const int count = static_cast<int>(std::min<int64_t>(N, R - index * N));
     if (w_hr)
-      pack_rows<V>(static_cast<const W*>(p.weights[set % p.directions].w_hr), H, index * N,
-                   static_cast<int>(std::min<int64_t>(N, R - index * N)), H,
-                   w_hr + (set * state_panels + index) * H * N);
+      pack(p.weights[set % p.directions].w_hr, index * N, count, H,
+           w_hr + (set * state_panels + index) * projection_size_, narrow);
+  }
+
+  // `count` rows of a matrix from `row` on as an output vector.
+  void pack(const void* matrix, int64_t row, int count, int64_t K, S* to, bool stays) const {
+    const W* from = static_cast<const W*>(matrix);
+    stays ? pack_rows<V>(from, K, row, count, K, reinterpret_cast<Packed<W>*>(to))
+          : pack_rows<V>(from, K, row, count, K, to);
   }
 
   void panel(int64_t set, int64_t index) {
@@ -75,13 +82,8 @@ struct PackedWeights {
     for (int k = 0; k < sums; ++k) V(S(0)).store(sum + k * N);
     for (int g = 0; g < gates; ++g) {
       const int64_t input_row = g * H + index * N, hidden_row = Cell::hidden_gate(g) * H + index * N;
-      const auto pack = [&](const void* matrix, int64_t row, int64_t K, S* to, bool stays) {
-        const W* from = static_cast<const W*>(matrix);
-        stays ? pack_rows<V>(from, K, row, count, K, reinterpret_cast<Packed<W>*>(to))
-              : pack_rows<V>(from, K, row, count, K, to);
-      };
-      if (w_ih) pack(w.w_ih, input_row, I, w_ih + (at * gates + g) * input_size_, tiled);
-      if (w_hh) pack(w.w_hh, hidden_row, R, w_hh + (at * gates + g) * hidden_size_, narrow);
+      if (w_ih) pack(w.w_ih, input_row, count, I, w_ih + (at * gates + g) * input_size_, tiled);
+      if (w_hh) pack(w.w_hh, hidden_row, count, R, w_hh + (at * gates + g) * hidden_size_, narrow);
       if (w.b_ih) add(sum + (Cell::input_sum + g) * N, static_cast<const W*>(w.b_ih) + input_row, count);
       if (w.b_hh) add(sum + g * N, static_cast<const W*>(w.b_hh) + hidden_row, count);
     }
