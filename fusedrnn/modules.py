@@ -208,6 +208,8 @@ class _Layer(Scriptable, FlatWeights):
         )  # fmt: skip
         if autocast is not None:
             y, h, c = y.to(given[0]), h.to(given[0]), c if c is None else c.to(given[1])
+            if every is not None:
+                every[:] = [(h.to(given[0]), c if c is None else c.to(given[1])) for h, c in every]
         return y, [h] if c is None else [h, c]
 
 

@@ -181,6 +181,18 @@ def test_counted_operations():
     assert counter.get_total_flops() - forward == 2 * forward - to_hx
 
 
+def test_all_states_under_autocast():
+    """Of the dtypes of the last ones."""
+    case = projected(9, 3, 16, 70, 33, layers=2)
+    layer, x = case.module(fusedrnn), make_data(case).x
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, (h_n, c_n), (h, c) = layer(x, return_all_states=True)
+    assert (h.dtype, c.dtype) == (h_n.dtype, c_n.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(h[1], y)
+    assert torch.equal(h[:, -1], h_n)
+    torch.testing.assert_close(c[:, -1].bfloat16(), c_n.bfloat16())  # kept as backward reads them
+
+
 @pytest.mark.parametrize("hx", ["no state", "float32 state", "bfloat16 state"])
 @pytest.mark.parametrize("lengths", [None, (9, 9, 9), (9, 4, 1)], ids=str)
 @pytest.mark.parametrize("steps", [1, 9])
