@@ -51,7 +51,9 @@ def _prepared(case: Case, implementation: str) -> tuple[torch.nn.Module, Workloa
 
 def step_growth(case: Case, implementation: str, steps: int = 3) -> tuple[int, int]:
     """How far, in bytes, some steps rise above the memory before them at their peak, and how much they leave behind."""
-    small = replace(case, batch=min(case.batch, 2), seq=min(case.seq, 30), hidden=min(case.hidden, 128))
+    hidden = min(case.hidden, 128)
+    small = replace(case, batch=min(case.batch, 2), seq=min(case.seq, 30), hidden=hidden)
+    small = replace(small, projection=min(case.projection, hidden // 2))
     _train(*_prepared(small, implementation))  # loads code and starts threads
     module, workload = _prepared(case, implementation)
     before = _kilobytes("VmRSS")

@@ -193,7 +193,7 @@ def overview(rows: Iterable[Row]) -> str:
     lines: list[str] = []
     for machine, group in by_machine(rows).items():
         sets: dict[str, tuple[Case, ...]] = {"grid": GRID, "one step": SETS["streaming"]}
-        sets |= {name: SETS[name] for name in ("bfloat16", "projected")}
+        sets |= {name: SETS[name] for name in ("bfloat16", "projected", "truncated")}
         if group[0].machine.get("gpu"):
             sets = {name: cases for name, cases in GPU_DTYPE_SETS.items() if "models" not in name}
         lines += [f"**{machine}** ({_versions(group)})", "", *_overview_lines(group, sets, [TORCH, ONNXRUNTIME]), ""]

@@ -167,6 +167,16 @@ MODELS: tuple[Case, ...] = (
 )
 # fmt: on
 
+_TRUNCATED = "truncated back-propagation, sizes chosen"
+TRUNCATED: tuple[Case, ...] = (
+    Case("a2c", "LSTM", 16, 5, 512, 128, source="OpenAI Baselines A2C, cnn_lstm on Atari, 16 environments"),
+    Case("impala", "LSTM", 32, 20, 256, 256, source="Espeholt et al. 2018 (IMPALA), unrolls of 20; I chosen"),
+    *_both("truncated", 1, 16, 64, 256, _TRUNCATED),
+    *_both("truncated", 2, 5, 64, 128, _TRUNCATED),
+    *_both("truncated", 4, 8, 64, 256, _TRUNCATED),
+    *_both("truncated", 8, 4, 512, 512, _TRUNCATED),
+)
+
 _RNNT = "He et al. 2019, streaming RNN-T"
 # fmt: off
 PROJECTED: tuple[Case, ...] = (
@@ -274,6 +284,7 @@ SETS: dict[str, tuple[Case, ...]] = {
     "bfloat16": BFLOAT16,
     "growth": GROWTH,
     "projected": PROJECTED,
+    "truncated": TRUNCATED,
 }
 
 _QUICK_IDS = (
