@@ -52,8 +52,8 @@ def _prepared(case: Case, implementation: str) -> tuple[torch.nn.Module, Workloa
 def step_growth(case: Case, implementation: str, steps: int = 3) -> tuple[int, int]:
     """How far, in bytes, some steps rise above the memory before them at their peak, and how much they leave behind."""
     hidden = min(case.hidden, 128)
-    small = replace(case, batch=min(case.batch, 2), seq=min(case.seq, 30), hidden=hidden)
-    small = replace(small, projection=min(case.projection, hidden // 2))
+    projection = min(case.projection, hidden // 2)
+    small = replace(case, batch=min(case.batch, 2), seq=min(case.seq, 30), hidden=hidden, projection=projection)
     _train(*_prepared(small, implementation))  # loads code and starts threads
     module, workload = _prepared(case, implementation)
     before = _kilobytes("VmRSS")

@@ -16,12 +16,12 @@ struct PackedWeights {
 
   const Problem& p;
   const int64_t sets, I = p.I, H = p.H, R = p.R(), panels = (H + N - 1) / N;
-  const int64_t state_panels = p.projection ? (R + N - 1) / N : 0;
+  const int64_t projected_panels = p.projection ? (R + N - 1) / N : 0;
   const bool tiled = takes_tiles<V, W> && in_tiles(p);       // what is packed is tiles
   const bool narrow = tiled || p.sequence.B <= narrow_rows;  // packed w_hh stays of its type
   S* w_ih = nullptr;  // [sets, panels, gates, I, N], or nullptr where it is not packed; as Packed<W> where tiled
   S* w_hh = nullptr;  // [sets, panels, gates, R, N], or nullptr; as Packed<W> where narrow
-  S* w_hr = nullptr;  // [sets, state_panels, H, N] of a projection, beside w_hh and of its type
+  S* w_hr = nullptr;  // [sets, projected_panels, H, N] of a projection, beside w_hh and of its type
   S* bias = nullptr;  // [sets, panels, sums, N]
 
   PackedWeights(const Problem& problem, int64_t sets, bool input, bool hidden)
@@ -32,7 +32,7 @@ struct PackedWeights {
         projection_size_(hidden && p.projection ? (narrow ? packed_size<Packed<W>>(H) : H) * N : 0) {}
 
   // The numbers that it needs memory for: of what is recurrent, and of the rest.
-  int64_t recurrent() const { return sets * (panels * gates * hidden_size_ + state_panels * projection_size_); }
+  int64_t recurrent() const { return sets * (panels * gates * hidden_size_ + projected_panels * projection_size_); }
   int64_t others() const { return sets * panels * (sums * N + gates * input_size_); }
   // In one block, others first.
   void place(S* memory) { place(memory + others(), memory); }
@@ -45,13 +45,13 @@ struct PackedWeights {
 
   void pack(const Threads& threads) {
     const bool small = panels * gates * (input_size_ + hidden_size_) < packing_for_team;
-    const int64_t each = panels + state_panels;
+    const int64_t each = panels + projected_panels;
     (small ? Threads{1, nullptr} : threads).parallel(sets * each, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) any_panel(i / each, i % each);
     });
   }
   void pack(int64_t set) {
-    for (int64_t i = 0; i < panels + state_panels; ++i) any_panel(set, i);
+    for (int64_t i = 0; i < panels + projected_panels; ++i) any_panel(set, i);
   }
 
  private:
@@ -64,7 +64,7 @@ struct PackedWeights {
     const int count = static_cast<int>(std::min<int64_t>(N, R - index * N));
     if (w_hr)
       pack(p.weights[set % p.directions].w_hr, index * N, count, H,
-           w_hr + (set * state_panels + index) * projection_size_, narrow);
+           w_hr + (set * projected_panels + index) * projection_size_, narrow);
   }
 
   // `count` rows of a matrix from `row` on as an output vector.
