@@ -121,7 +121,7 @@ def _path(module: torch.nn.Module, input: Tensor | PackedSequence, dtype: torch.
     if threads == 1:
         sharing = "1 thread"
     elif plan["row_blocks"] > 1:
-        sharing = f"{threads} threads share the rows"
+        sharing = f"{threads} threads share the rows" + (" and the units" if plan["members"] > 1 else "")
     elif plan["members"] == 1:
         sharing = f"{threads} threads share the directions"
     else:

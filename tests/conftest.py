@@ -35,6 +35,14 @@ def fixed_seeds():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def threads():
+    """Sets how many threads torch has, for the length of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 def instruction_sets() -> list:
     if importlib.util.find_spec("fusedrnn._C") is None:
         skip = pytest.mark.skip(reason="fusedrnn is installed without its C++ extension")

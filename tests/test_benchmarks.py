@@ -1,7 +1,7 @@
 """The benchmarks time what they say: well-formed cases, equal results, right arithmetic, readable reports."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,11 +44,8 @@ TINY = [
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def one_thread(threads: Callable[[int], None]) -> None:
+    threads(1)
 
 
 def row(case: Case, mode: shapes.Mode, **rivals: float) -> report.Row:

@@ -37,50 +37,10 @@ def test_regular_sizes_run_on_the_kernels(case):
 
 
 @pytest.mark.usefixtures("isa")
-def test_weights_are_fetched_ahead():
+def test_weights_are_fetched_ahead(threads):
     """W_hh is more than far_weights of csrc/cpu/tuning.h, and neither its vectors nor loops over k are whole."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        check(Case("rnn", T=2, B=13, I=3, H=1101))
-    finally:
-        torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("isa")
-def test_rows_shared_out_with_one_copy_of_the_weights():
-    """Two copies would be more than most_own_weights of csrc/cpu/tuning.h."""
-    case = Case("lstm", T=8, B=8, I=65_600, H=32)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        assert "share the rows" in fusedrnn.explain(case.module(fusedrnn), make_data(case).x).reason
-        check(case)
-    finally:
-        torch.set_num_threads(threads)
-
-
-# Fewer rows than gathered_rows of csrc/cpu/tuning.h for each of two threads, or of the two that each direction has.
-GATHERED = (
-    Case("lstm", T=20, B=5, I=18, H=20),
-    Case("gru", T=70, B=11, I=33, H=70),
-    Case("gru", T=21, B=7, I=35, H=40, bidirectional=True),
-    Case("lstm", T=30, B=9, I=5, H=33, bidirectional=True, lengths=(9, 30, 4, 30, 2, 1, 1, 12, 3)),
-)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-@pytest.mark.parametrize("case", GATHERED, ids=str)
-def test_rows_gathered_from_several_steps(case, dtype, isa):
-    case = replace(case, dtype=dtype)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2 * case.directions)
-    try:
-        reason = fusedrnn.explain(case.module(fusedrnn), make_data(case).x).reason
-        assert "share the rows" in reason or (isa == "amx" and dtype == "bfloat16")  # whose tiles want 16 rows
-        check(case)
-    finally:
-        torch.set_num_threads(threads)
+    threads(1)
+    check(Case("rnn", T=2, B=13, I=3, H=1101))
 
 
 @pytest.mark.parametrize("case", FEATURE + ZERO, ids=str)

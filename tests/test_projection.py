@@ -84,16 +84,12 @@ def test_without_the_dispatcher(options, sizes, monkeypatch):
     assert all(torch.equal(again[name], value) for name, value in whole.items())
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.usefixtures("isa")
-def test_threads(threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for sizes in SIZES[-5:]:
-            check(projected(*sizes))
-    finally:
-        torch.set_num_threads(before)
+def test_threads(count, threads):
+    threads(count)
+    for sizes in SIZES[-5:]:
+        check(projected(*sizes))
 
 
 SHAPES = ((7, 13, 5, 33, 20), (3, 2, 4, 17, 3), (9, 5, 17, 65, 64))

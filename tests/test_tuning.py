@@ -17,13 +17,6 @@ def plan(cell: str = "lstm", backward: bool = False, directions: int = 1, dtype:
     return extension.plan(cell, dtype, backward, sizes["T"], sizes["B"], sizes["I"], sizes["H"], directions)
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 64])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("directions", [1, 2])
@@ -36,7 +29,8 @@ def test_no_plan_asks_for_more_threads_than_there_are(count, backward, direction
                 made = plan("gru", backward, directions, T=T, B=B, I=10, H=H)
                 assert 1 <= made["teams"] * made["members"] <= count
                 assert made["row_blocks"] <= max(1, B)
-                assert made["members"] == 1 or made["row_blocks"] == 1
+                if made["teams"] > directions:  # they take rows
+                    assert made["row_blocks"] * directions >= made["teams"]
 
 
 def test_one_thread_for_little_work(threads):
@@ -77,12 +71,33 @@ def test_rows_are_shared_where_there_are_enough(threads):
     assert plan(T=20, B=4096, I=64, H=1024)["row_blocks"] == 1
     assert plan(T=128, B=8, I=64, H=128)["row_blocks"] == 2
     assert plan(T=128, B=4, I=64, H=128)["row_blocks"] == 1
-    threads(4)
-    assert plan(T=15, B=16, I=64, H=128)["row_blocks"] == 1
-    assert plan(T=16, B=16, I=64, H=128)["row_blocks"] == 4
     threads(64)  # whose own weights would be 128 MiB: they share one copy, from 384 rows each on
-    assert plan(T=95, B=256, I=256, H=256)["row_blocks"] == 1
+    assert plan(T=95, B=256, I=256, H=256)["row_blocks"] < 64
     assert plan(T=96, B=256, I=256, H=256)["row_blocks"] == 64
+
+
+def test_more_than_two_threads_share_rows_and_units(threads):
+    """(teams, members) of LSTMs of 18, 128, 128 and 320 units; the first has a panel of 16 units and one of two."""
+
+    def split(**sizes: int) -> tuple[int, int]:
+        made = plan(**sizes)
+        return made["teams"], made["members"]
+
+    extension.use("avx512") if "avx512" in extension.instruction_sets() else pytest.skip("needs panels of 16 units")
+    try:
+        threads(4)
+        assert split(T=15, B=16, I=64, H=128) == (2, 2)
+        assert split(T=16, B=16, I=64, H=128) == (4, 1)
+        threads(16)
+        assert split(T=100, B=16, I=1, H=18) == (8, 1)  # two rows each
+        assert split(T=100, B=16, I=1, H=18, backward=True) == (8, 2)  # the other joins in for the weights' gradients
+        assert split(T=100, B=1, I=128, H=128) == (1, 8)
+        assert split(T=100, B=32, I=128, H=128) == (8, 2)
+        assert split(T=50, B=128, I=320, H=320) == (3, 5)  # 43 rows and 4 panels, not 128 and 2
+        threads(20)
+        assert split(T=50, B=128, I=320, H=320) == (1, 20)
+    finally:
+        extension.use("")
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])

@@ -56,7 +56,6 @@ py::dict plan(const std::string& cell, const std::string& dtype, bool backward, 
   named["teams"] = info.teams;
   named["members"] = info.members;
   named["row_blocks"] = info.row_blocks;
-  named["share_units"] = info.share_units;
   named["packed"] = info.packed;
   named["tiled"] = info.tiled;
   named["step"] = info.step;

@@ -53,7 +53,10 @@ struct Backward : Recurrence<Cell, S, N> {
     w_hr.place(packed.get() + w_hh.numbers());
     if (!own_weights) w_hh.pack(threads), w_hr.pack(threads);
     this->run(threads, [&](const Job& job, Member& member, int64_t team, int64_t slice) {
-      if (own_weights && job.first) w_hh.pack(job.set), w_hr.pack(job.set);
+      if (own_weights && job.first) {
+        w_hh.pack(job.set, member.state_begin, member.state_end);
+        w_hr.pack(job.set, member.begin, member.end);
+      }
       steps(job, member, team, slice);
     });
     gradients.finish(threads);

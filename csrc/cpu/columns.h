@@ -18,7 +18,6 @@ struct Columns {
   int64_t columns, gates, H;
   std::array<int, 4> gate_of;
   int64_t directions, sets, vectors = (columns + N - 1) / N, first_packed, packed = vectors - first_packed;
-  int64_t groups = (packed + vectors_at_once - 1) / vectors_at_once;
   bool narrow;
   const W* weights[2] = {};
   S* panels = nullptr;  // of Packed<W>, where they are narrow: [set][vector][gate][packed_size(H)][N]
@@ -41,12 +40,16 @@ struct Columns {
   void place(S* memory) { panels = memory; }
 
   void pack(const Threads& threads) {
-    const bool small = packed * gates * H * N < packing_for_team;
-    (small ? Threads{1, nullptr} : threads).parallel(sets * groups * gates, [&](int64_t begin, int64_t end) {
-      pack(begin, end);
+    threads.parallel(sets * packed, [&](int64_t begin, int64_t end) {
+      for (int64_t set = begin / packed, first = set * packed; first < end; ++set, first += packed)
+        pack(set, first_packed + std::max<int64_t>(begin - first, 0), std::min(first_packed + end - first, vectors));
     });
   }
-  void pack(int64_t set) { pack(set * groups * gates, (set + 1) * groups * gates); }
+  // Vectors [begin, end), those that a member reads.
+  void pack(int64_t set, int64_t begin, int64_t end) {
+    for (int64_t vector = std::max(begin, first_packed); vector < end; vector += vectors_at_once)
+      for (int g = 0; g < gates; ++g) pack(set, g, vector, std::min(vector + vectors_at_once, end));
+  }
 
   // Adds A's rows times vectors [begin, end) of a direction's columns to C.
   void multiply(int64_t set, const S* A, int64_t lda, int64_t rows, int64_t begin, int64_t end, S* C, int64_t ldc,
@@ -80,18 +83,15 @@ struct Columns {
   }
 
  private:
-  void pack(int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t set = i / (groups * gates), g = i % gates, vector = i / gates % groups * vectors_at_once;
-      const int64_t column = (first_packed + vector) * N, count = std::min(vectors_at_once * N, columns - column),
-                    to = (set * packed + vector) * gates + g;
-      const W* from = weights[set % directions] + gate_of[g] * H * columns;
-      const auto to_panels = [&](auto* panels) {
-        const int64_t size = packed_size<std::remove_pointer_t<decltype(panels)>>(H) * N;
-        pack_columns<V>(from, columns, column, count, H, panels + to * size, gates * size);
-      };
-      narrow ? to_panels(reinterpret_cast<Packed<W>*>(panels)) : to_panels(panels);
-    }
+  void pack(int64_t set, int64_t g, int64_t vector, int64_t end) {
+    const int64_t column = vector * N, count = std::min(end * N, columns) - column,
+                  to = (set * packed + vector - first_packed) * gates + g;
+    const W* from = weights[set % directions] + gate_of[g] * H * columns;
+    const auto to_panels = [&](auto* panels) {
+      const int64_t size = packed_size<std::remove_pointer_t<decltype(panels)>>(H) * N;
+      pack_columns<V>(from, columns, column, count, H, panels + to * size, gates * size);
+    };
+    narrow ? to_panels(reinterpret_cast<Packed<W>*>(panels)) : to_panels(panels);
   }
 };
 

@@ -12,7 +12,7 @@ namespace fusedrnn::cpu {
 // How a pass is carried out (see tuning.h).
 struct PlanInfo {
   int64_t teams, members, row_blocks;
-  bool share_units, packed, tiled, step;
+  bool packed, tiled, step;
 };
 
 // One build of the schedule for one instruction set. `functions` evaluates sigmoid (0) or tanh (1) for the

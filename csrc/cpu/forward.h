@@ -82,7 +82,7 @@ struct Forward : Recurrence<Cell, S, N> {
       if (!own_weights) weights.pack(threads);
     }
     this->run(threads, [&](const Job& job, Member& member, int64_t team, int64_t slice) {
-      if (own_weights && job.first) weights.pack(job.set);
+      if (own_weights && job.first) weights.pack(job.set, member);
       steps(job, member, team, slice);
     });
   }

@@ -94,12 +94,10 @@ PlanInfo plan_of(const Problem& problem, bool backward, int64_t threads) {
                 N = bytes / (p.scalar == ScalarKind::float64 ? sizeof(double) : sizeof(float));
   if (!backward && is_step(p)) {
     const int64_t panels = (p.H + N - 1) / N * p.directions;
-    return {1, step_needs_team(p, gates) ? std::min(threads, panels) : 1, 1, true, false, false, true};
+    return {1, step_needs_team(p, gates) ? std::min(threads, panels) : 1, 1, false, false, true};
   }
-  const Plan plan = make_plan(backward ? Pass::backward : Pass::forward, p.sequence.T, p.sequence.B,
-                              p.sequence.start(p.sequence.T), p.I, p.H, p.projection, p.directions,
-                              p.converts_weights(), gates, N, threads, packed_pairs(p), p.slow_cache);
-  return {plan.groups, plan.slices, plan.row_blocks, plan.share_units, plan.packed, plan.tiled, false};
+  const Plan plan = make_plan(call_of(p, backward ? Pass::backward : Pass::forward, gates, N, threads));
+  return {plan.groups, plan.slices, plan.row_blocks, plan.packed, plan.tiled, false};
 }
 
 template <int bytes, Pairs pairs = Pairs::none>

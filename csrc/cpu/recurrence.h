@@ -32,7 +32,7 @@ struct Job {
   int64_t direction, row_begin, row_end;
   int64_t T;    // steps, those of its longest row where the batch is packed
   int64_t set;  // of packed weights
-  bool first;   // of its team's jobs
+  bool first;   // of its team's jobs in this direction
 
   bool reverse() const { return direction == 1; }
   int64_t step(int64_t s) const { return reverse() ? T - 1 - s : s; }
@@ -63,6 +63,12 @@ struct Member {
   }
 };
 
+inline Call call_of(const Problem& p, Pass pass, int64_t gates, int64_t vector, int64_t threads) {
+  const Sequence& s = p.sequence;
+  return {pass,  s.T,    s.B,     s.start(s.T),    p.I,         p.H, p.projection, p.directions, p.converts_weights(),
+          gates, vector, threads, packed_pairs(p), p.slow_cache};
+}
+
 template <class Cell, class S, int N>
 struct Recurrence {
   using V = vec<S, N>;
@@ -75,16 +81,15 @@ struct Recurrence {
   const int64_t state_panels = (R + N - 1) / N,
                 padded_R = row_stride<S>(state_panels * N);  // of a row of hidden states
   const Plan plan;
-  // Whether each team packs the weights for itself, and not all of them one set for each direction.
+  // Whether each member packs what it reads of the weights, and not all threads together what several teams share.
   const bool own_weights;
-  const int64_t weight_sets = own_weights ? plan.groups : problem.directions;
+  const int64_t weight_sets = own_weights ? std::max<int64_t>(plan.groups, problem.directions) : problem.directions;
   const Scratch<int64_t> cuts = cut();
   const int64_t block_rows = most_rows();
 
   Recurrence(const Problem& p, const Threads& threads, Pass pass, bool prepared = false)
       : problem(p),
-        plan(make_plan(pass, p.sequence.T, p.sequence.B, rows, p.I, p.H, p.projection, p.directions,
-                       p.converts_weights(), gates, N, threads.count, packed_pairs(p), p.slow_cache)),
+        plan(make_plan(call_of(p, pass, gates, N, threads.count))),
         own_weights(plan.own_weights && !prepared) {}
 
   int units(int64_t panel) const { return static_cast<int>(std::min<int64_t>(N, H - panel * N)); }
@@ -108,8 +113,9 @@ struct Recurrence {
         }
         for (int64_t j = team; j < problem.directions * plan.row_blocks; j += plan.groups) {
           const int64_t block = j / problem.directions, direction = j % problem.directions, begin = first_row(block);
-          f(Job{sequence, direction, begin, first_row(block + 1), steps_of(begin), own_weights ? team : direction,
-                j == team},
+          f(Job{sequence, direction, begin, first_row(block + 1), steps_of(begin),
+                own_weights && plan.groups > 1 ? team : direction,
+                j < std::max<int64_t>(plan.groups, problem.directions)},
             member, team, slice);
         }
         slice = stop;

@@ -78,6 +78,30 @@ constexpr int64_t large_if_converted = 1 << 19;
 
 enum class Pass { forward, backward };
 
+// Below this many operations a step and member, meeting costs more than another thread brings (two threads, B = 1: an LSTM of 50; with
+// cores close to each other 32 would do, with cores far apart it would double the time). A projected step meets twice.
+constexpr int64_t member_flops = 10'000;
+
+// What a plan depends on.
+struct Call {
+  Pass pass;
+  int64_t T, B, rows;  // those of the sequence: a packed batch has fewer than T·B
+  int64_t I, H, projection;
+  int directions;
+  bool converted;  // whether weights are of another type than their products
+  int64_t gates, vector, threads;
+  Pairs pairs;
+  bool slow_cache;
+
+  constexpr int64_t mean() const { return rows / std::max<int64_t>(T, 1); }
+  constexpr int64_t panels() const { return std::max<int64_t>((H + vector - 1) / vector, 1); }  // torch.nn allows H = 0
+  // The recurrent weights of a direction, and what a step does with them.
+  constexpr int64_t recurrent() const { return H * (projection ? (gates + 1) * projection : gates * H); }
+  constexpr int64_t step_flops() const { return 2 * recurrent() * B; }
+  // How many members a step of one of `teams` is enough for.
+  constexpr int64_t worth(int64_t teams) const { return step_flops() / (teams * (projection ? 2 : 1) * member_flops); }
+};
+
 // Most numbers of W_ih and W_hh in all copies (64 MiB of float32), where teams that share out rows pack them each for itself; more teams
 // share one copy. What another core has just written comes slowly: for LSTM, GRU and RNN of 64 to 256 whose rows were shared out anyway, 8
 // to 32 rows, 4 to 128 steps, own copies made forward 1.0 to 1.12 times as fast with cores near to each other (50 ns), 1.05 to 1.65 with
@@ -102,17 +126,18 @@ constexpr bool packs_own(int64_t teams, int64_t I, int64_t H, int64_t gates) {
 // Backward: LSTM of 64 (2): 1.1, (4): 1.2; of 128 (4): 1.2, (3): 0.95; of 256 (4): 1.2, RNN of 256 (4): 1.1, (3): 0.91.
 // AVX2 on a Zen 4, training, LSTM and GRU of 160 to 256 (4 to 12): 1.01 to 1.02, with cores far apart 1.1 to 1.25.
 // `mean` rows are in a step; of a packed batch the longest may be one alone.
-constexpr int64_t team_rows(Pass pass, int64_t T, int64_t B, int64_t mean, int64_t I, int64_t H, int64_t gates,
-                            int64_t vector, Pairs pairs, int64_t teams, bool even, bool own_weights) {
-  if (pass == Pass::forward) {
-    const bool by_rows = gates > 1 && pairs != Pairs::tiles;  // a tile's product takes as long for one row as for 16
-    const bool small = gates * H * H * B < 50'000 || (by_rows && H <= 48 && mean >= 2 * teams),
-               few_inputs = gates * H * I < 20'000 || (by_rows && !even),
-               many_rows = by_rows && mean >= 4 * teams && T * mean >= (own_weights ? 64 : 384) * teams;
-    if (small && few_inputs) return 2;
-    return H < 48 || gates == 1 || (vector >= 16 && H <= 64 && I <= 96) || many_rows ? 4 : 16;
-  }
-  return H <= 64 ? 2 : 4;
+constexpr int64_t team_rows(const Call& call, int64_t threads, int64_t teams) {
+  const int64_t H = call.H, gates = call.gates;
+  if (call.pass == Pass::backward) return H <= 64 ? 2 : 4;
+  const bool even = call.worth(1) >= 2 && call.panels() % threads == 0,
+             own_weights = packs_own(teams * call.directions, call.I, H, gates);
+  const bool by_rows = gates > 1 && call.pairs != Pairs::tiles;  // a tile's product takes as long for one row as for 16
+  const bool small = gates * H * H * call.B < 50'000 || (by_rows && H <= 48 && call.mean() >= 2 * teams),
+             few_inputs = gates * H * call.I < 20'000 || (by_rows && !even),
+             many_rows =
+                 by_rows && call.mean() >= 4 * teams && call.T * call.mean() >= (own_weights ? 64 : 384) * teams;
+  if (small && few_inputs) return 2;
+  return H < 48 || gates == 1 || (call.vector >= 16 && H <= 64 && call.I <= 96) || many_rows ? 4 : 16;
 }
 
 // Hidden units from which on the products of packed bfloat16 weights are made in tiles (tiles.h), for any number of rows: 16
@@ -203,72 +228,84 @@ constexpr int64_t narrow_rows = 2;
 // Weights, times half the rows, from which on a team takes a single step: waking a thread takes as long as reading so many.
 constexpr int64_t step_for_team = 130'000;
 
-// Numbers from which on a team packs weights together; one thread needs a few µs for fewer.
-constexpr int64_t packing_for_team = 30'000;
-
 // Most rows in a block, where rows are cut into blocks.
 constexpr int64_t row_block = 256;
 
 struct Plan {
-  int64_t groups;             // teams that work on their own, each on some of the jobs
-  int64_t slices;             // threads of a team
-  bool share_units;           // whether they share out the hidden units and meet in every step
-  int64_t row_blocks;         // blocks of rows into which the batch is cut: jobs are directions × row blocks
-  int64_t chunk;              // steps of x·W_ih, or of gradients, computed at a time
-  bool packed_input;          // whether forward packs W_ih, or else reads it in place
-  bool packed;                // whether W_hh is packed; backward then copies W_ih, too, a block at a time
+  int64_t groups = 1;         // teams that work on their own, each on some of the jobs
+  int64_t slices = 1;         // threads of a team
+  bool share_units = false;   // whether they share out the hidden units and meet in every step
+  int64_t row_blocks = 1;     // blocks of rows into which the batch is cut: jobs are directions × row blocks
+  int64_t chunk = 1;          // steps of x·W_ih, or of gradients, computed at a time
+  bool packed_input = false;  // whether forward packs W_ih, or else reads it in place
+  bool packed = false;        // whether W_hh is packed; backward then copies W_ih, too, a block at a time
   bool tiled = false;         // whether what is packed is tiles
   bool copied_input = false;  // whether forward does so where it would pack it
-  bool own_weights = false;   // whether each team packs all weights for itself
+  bool own_weights = true;    // whether members pack what they read, and not all threads what several teams share
 };
 
-constexpr Plan make_plan(Pass pass, int64_t T, int64_t B, int64_t rows, int64_t I, int64_t H, int64_t projection,
-                         int directions, bool converted, int64_t gates, int64_t vector, int64_t threads, Pairs pairs,
-                         bool slow_cache) {
-  const bool tiles = pairs != Pairs::none;
-  // The recurrent weights of a direction.
-  const int64_t recurrent = H * (projection ? (gates + 1) * projection : gates * H), step_flops = 2 * recurrent * B;
-  const int64_t panels = (H + vector - 1) / vector;
-  // A thread is only woken (a few µs) for work that lasts longer.
-  if (T * step_flops * directions < 200'000) threads = 1;
-  const int64_t share = recurrent * directions / std::max<int64_t>(threads, directions);
-  const bool packed = pass == Pass::forward ? packs(T, B, H, recurrent, converted, tiles)
-                                            : packs_backward(T, B, H, share, vector, converted, tiles);
-  Plan plan{1, threads, false, 1, 1, packs_input(T, B, H, converted), packed};
-  if (directions == 2 && threads >= 2) {
-    plan.groups = 2;
-    plan.slices = threads / 2;
+// How the threads of a direction are shared out: rows of the batch among teams, hidden units among the members of each.
+struct Split {
+  int64_t teams, members;
+  int64_t panels;  // of the member that has most
+};
+
+// Rows are independent: cutting the batch needs no meeting at all, but each team then reads all the weights, has fewer rows
+// for each, and sums up gradients of its own, which pays from about half as many of its rows on as there are units (AVX-512, training,
+// cores near and far apart, so many: LSTM of 128, T = 16, B = 8: 1.01 to 1.02, 1.17; of 256, T = 32, B = 8: 0.98 to 1.0, 1.07; T =
+// B = 16: 0.97 to 0.99, 1.14; GRU of 256: 0.94 to 1.01, 1.09; of 256, T = 1, B = 32: 0.86).
+// Wider layers, whose weights a core's own cache does not hold, gain nothing on two threads (0.91 to 1.05), so more must have a tenth less
+// to do each. Nothing but two threads has been timed: that more share rows and units where that leaves less to each is inferred.
+constexpr Split split(const Call& call, int64_t threads) {
+  const auto with = [&](int64_t teams) {
+    const int64_t members = std::clamp<int64_t>(std::min(threads / teams, call.worth(teams)), 1, call.panels());
+    return Split{teams, members, (call.panels() + members - 1) / members};
+  };
+  const bool narrow = call.H <= 256;
+  Split best = with(1);
+  for (int64_t teams = 2; teams <= std::min(threads, call.B / 2); ++teams) {
+    const Split other = with(teams);
+    const int64_t work = best.panels * teams, less = other.panels * best.teams;  // of a member, in the same unit
+    if ((narrow ? less <= work : 11 * less <= 10 * work) && call.B >= teams * team_rows(call, threads, teams) &&
+        (call.pass == Pass::forward || 2 * call.T * call.B >= call.H * teams))
+      best = other;
   }
-  // Below this many operations a step, meeting costs more than a second thread brings (B = 1: an LSTM of 50; with cores
-  // close to each other 32 would do, with cores far apart it would double the time).
-  plan.share_units = step_flops >= (projection ? 40'000 : 20'000);  // a projected step meets twice
-  // A member without a panel of its own would only keep the others waiting.
-  if (plan.share_units) plan.slices = std::min(plan.slices, std::max<int64_t>(panels, 1));
-  if (!plan.share_units && pass == Pass::forward) plan.slices = 1;
-  // Rows are independent: cutting the batch needs no meeting at all, but each team then reads all the weights, has fewer rows
-  // for each, and sums up gradients of its own, which pays from about half as many of its rows on as there are units (AVX-512, training,
-  // cores near and far apart, so many: LSTM of 128, T = 16, B = 8: 1.01 to 1.02, 1.17; of 256, T = 32, B = 8: 0.98 to 1.0, 1.07; T =
-  // B = 16: 0.97 to 0.99, 1.14; GRU of 256: 0.94 to 1.01, 1.09; of 256, T = 1, B = 32: 0.86).
-  const int64_t spare = threads / plan.groups;
-  const bool even = plan.share_units && panels % spare == 0, own = packs_own(plan.groups * spare, I, H, gates);
-  const int64_t mean = rows / std::max<int64_t>(T, 1);
-  if (spare > 1 && H <= 256 && B >= spare * team_rows(pass, T, B, mean, I, H, gates, vector, pairs, spare, even, own) &&
-      (pass == Pass::forward || 2 * T * B >= H * spare)) {
-    plan.groups *= spare;
-    plan.slices = 1;
+  return best;
+}
+
+constexpr Plan make_plan(const Call& call) {
+  const int64_t T = call.T, B = call.B, H = call.H, gates = call.gates;
+  const bool forward = call.pass == Pass::forward, tiles = call.pairs != Pairs::none;
+  // A thread is only woken (a few µs) for work that lasts longer.
+  const int64_t threads = std::clamp<int64_t>(T * call.step_flops() * call.directions / 100'000, 1, call.threads);
+  const int64_t groups = call.directions == 2 && threads >= 2 ? 2 : 1, own = threads / groups;
+  const Split shared = split(call, own);
+  Plan plan{};
+  plan.groups = groups * shared.teams;
+  plan.share_units = shared.members > 1;
+  if (forward)
+    plan.slices = (call.panels() + shared.panels - 1) / shared.panels;  // one more would only keep the others waiting
+  else
+    plan.slices = plan.share_units ? shared.members : own / shared.teams;
+  plan.packed_input = packs_input(T, B, H, call.converted);
+  plan.packed = forward
+                    ? packs(T, B, H, call.recurrent(), call.converted, tiles)
+                    : packs_backward(T, B, H, call.recurrent() / shared.members, call.vector, call.converted, tiles);
+  if (shared.teams > 1) {
     // A block's states and what belongs to them should stay near, too (LSTM of 256, 4096 rows, training: 1228 ms in
     // blocks of 256, 1386 in two).
-    plan.row_blocks = spare * ((B + spare * row_block - 1) / (spare * row_block));
-    plan.own_weights = own;
+    plan.row_blocks = shared.teams * ((B + shared.teams * row_block - 1) / (shared.teams * row_block));
+    plan.own_weights = packs_own(plan.groups, call.I, H, gates);
   }
   const int64_t block_rows = std::max<int64_t>((B + plan.row_blocks - 1) / plan.row_blocks, 1);
-  if (pass == Pass::backward) {
+  if (!forward) {
     const int64_t most = std::clamp<int64_t>(gradient_rows / block_rows, 1, std::max<int64_t>(T, 1)),
                   chunks = (T + most - 1) / most;
     plan.chunk = chunks ? (T + chunks - 1) / chunks : 1;  // even, for each copies W_ih
   } else if (plan.row_blocks == 1 || (gates > 1 && block_rows < gathered_rows)) {
-    const bool large = recurrent >= large_weights(slow_cache) ||
-                       (converted && gates * I * H >= large_if_converted && T * B <= projection_rows_of_large);
+    const bool large =
+        call.recurrent() >= large_weights(call.slow_cache) ||
+        (call.converted && gates * call.I * H >= large_if_converted && T * B <= projection_rows_of_large);
     const int64_t most = large ? projection_rows_of_large : projection_rows;
     plan.chunk = std::clamp<int64_t>(most / block_rows, 1, std::max<int64_t>(T, 1));
     plan.copied_input = plan.packed_input && !tiles && large && plan.chunk > 1 && (T <= plan.chunk || gates == 1);

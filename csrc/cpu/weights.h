@@ -1,10 +1,9 @@
-// Weights as forward needs them: their rows as output vectors, and the sums of the biases. Packed at every call, or once, for
-// the calls of a stream; in a set for each direction, or for each team, of which set s has direction s % directions.
+// Weights as forward needs them: their rows as output vectors, and the sums of the biases. Packed at every call, by those who read
+// them unless several teams share them, or once, for the calls of a stream; in a set for each direction, or for each team, of which set
+// s has direction s % directions.
 #pragma once
 
-#include "gemm.h"
-#include "memory.h"
-#include "team.h"
+#include "recurrence.h"
 
 namespace fusedrnn::cpu {
 namespace {
@@ -44,23 +43,23 @@ struct PackedWeights {
   }
 
   void pack(const Threads& threads) {
-    const bool small = panels * gates * (input_size_ + hidden_size_) < packing_for_team;
     const int64_t each = panels + projected_panels;
-    (small ? Threads{1, nullptr} : threads).parallel(sets * each, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) any_panel(i / each, i % each);
+    threads.parallel(sets * each, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        i % each < panels ? panel(i / each, i % each) : projected_panel(i / each, i % each - panels);
     });
   }
-  void pack(int64_t set) {
-    for (int64_t i = 0; i < panels + projected_panels; ++i) any_panel(set, i);
+  // Those that a member reads.
+  void pack(int64_t set, const Member& member) {
+    for (int64_t i = member.begin; i < member.end; ++i) panel(set, i);
+    for (int64_t i = member.state_begin; i < member.state_end; ++i) projected_panel(set, i);
   }
 
  private:
   // Numbers in memory of an output vector of each; 0 where it is not packed.
   int64_t input_size_, hidden_size_, projection_size_;
 
-  void any_panel(int64_t set, int64_t index) {
-    if (index < panels) return panel(set, index);
-    index -= panels;
+  void projected_panel(int64_t set, int64_t index) {
     const int count = static_cast<int>(std::min<int64_t>(N, R - index * N));
     if (w_hr)
       pack(p.weights[set % p.directions].w_hr, index * N, count, H,
