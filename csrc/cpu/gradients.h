@@ -8,39 +8,13 @@
 //   dW_hr = Σ_n dh[n] ⊗ q[n]
 // They are taken chunk by chunk, while the chunk's dsums are still in cache. The members of a team share out the columns of
 // the weights. A team of its own for each direction adds where the gradients belong, unless they are bfloat16; teams that share
-// a direction add up for themselves first, so that no sum depends on who comes first. A bfloat16 dX is rounded chunk by chunk, and
-// of two directions each, and their sum.
+// a direction add up for themselves first, so that no sum depends on who comes first.
 #pragma once
 
-#include "recurrence.h"
+#include "input_gradient.h"
 
 namespace fusedrnn::cpu {
 namespace {
-
-// What is kept of a chunk's rows.
-template <class S>
-struct RowsOf {
-  S* first;
-  int64_t stride;
-
-  S* at(int64_t row) const { return first + row * stride; }
-};
-
-// Steps [t_begin, t_end) of a job with the dsums of their rows and, with a projection, the gradients of their states and what these
-// are projected from. A job of all rows of the batch has them without gaps, as the sequence has them.
-template <class S>
-struct Chunk {
-  const Job& job;
-  int64_t t_begin, t_end;
-  RowsOf<S> dsums, dstates, outputs;
-
-  bool whole() const { return job.row_begin == 0 && job.row_end == job.sequence.B; }
-  int64_t row(int64_t t) const {
-    return whole() ? job.sequence.start(t) - job.sequence.start(t_begin)
-                   : (t - t_begin) * (job.row_end - job.row_begin);
-  }
-  int64_t rows() const { return row(t_end); }
-};
 
 // The matrices that have gradients.
 enum class Matrix { input, hidden, projection };
@@ -52,7 +26,6 @@ struct Gradients {
   static constexpr int gates = Base::gates, sums = Base::sums;
 
   using Given = Numbers<const S, const W>;
-  using Made = Numbers<S, W>;
 
   const Base& base;
   const BackwardParams& p;
@@ -63,10 +36,9 @@ struct Gradients {
   const bool shared = base.plan.row_blocks > 1;        // whether several teams work on one direction
   const int64_t sets = shared ? base.plan.groups : D;  // of sums; set s has direction s % D
   const bool tiled = base.plan.tiled;
-  Scratch<S> dx_reverse = scratch<S>(!p.dx || D == 1 ? 0 : p.narrow_sequence ? (base.rows * I + 1) / 2 : base.rows * I);
   Scratch<S> ih_sums, hh_sums, hr_sums, bias_sums = scratch<S>(sets * sums * H);
-  // A slice's own: a copy of some rows in pairs of vectors (see weight), or in tiles beside the dsums of 16 units; or of some of
-  // W_ih (see input), beside a last vector of dX that sticks out of its row.
+  InputGradient<Cell, S, N, W> input{base, p};
+  // A slice's own, where it has no dX to make: a copy of some rows in pairs of vectors (see weight), or in tiles beside the dsums of 16 units.
   const int64_t chunk_rows = base.plan.chunk * base.block_rows, copied_rows = std::min(gradient_rows, chunk_rows);
   // Whether a product is a whole sum: then it goes, rounded, to the gradient itself, and no sums of all of it are needed.
   const bool at_once = !std::is_same_v<S, W> && !shared && base.plan.chunk >= sequence.T && chunk_rows <= gradient_rows;
@@ -75,15 +47,8 @@ struct Gradients {
   const int64_t tile_numbers = packed_size<bfloat16_pair>(copied_rows) * N;  // of a vector of copied rows
   const int64_t copy_room = tiled ? (vectors_at_once + 2) * tile_numbers : copied_rows * vectors_at_once * N;
   const int64_t sums_room = at_once ? rounded_rows * vectors_at_once * N : 0;  // behind the copy
-  // A block of W_ih that is copied: so many vectors of columns, so many rows, and numbers from one vector to the next.
-  const int64_t block_columns = tiled ? tiled_columns : input_columns, block_k = tiled ? gates * H : input_rows;
-  const int64_t copied_column = tiled ? gates * packed_size<bfloat16_pair>(H) * N : row_stride<S>(input_rows * N);
-  const int64_t input_room = block_columns * copied_column;
-  const int64_t slice_room = std::max(p.dx ? input_room + chunk_rows * N : 0, copy_room + sums_room);
+  const int64_t slice_room = std::max(input.room, copy_room + sums_room);
   Scratch<S> room = scratch<S>(base.plan.groups * base.plan.slices * slice_room);
-  // The dX of a team's chunk, where it is to be rounded.
-  const int64_t dx_size = p.dx && p.narrow_sequence ? chunk_rows * I : 0;
-  Scratch<S> wide_dx = scratch<S>(base.plan.groups * dx_size);
   // The dsums of a team's chunk for tiles.
   const int64_t tiles_size = TileRows<V>::size(tiled ? chunk_rows : 0, blocks_of(H) * sums);
   Scratch<uint16_t> dsums_tiles = scratch<uint16_t>(base.plan.groups * tiles_size);
@@ -114,7 +79,7 @@ struct Gradients {
   // A member's part of one chunk.
   void add(const Chunk<S>& chunk, Member& member, int64_t team, int64_t slice) {
     S* own_room = room.get() + slice * slice_room;
-    if (p.dx) input(chunk, member, tiles_of(team), wide_dx.get() + team * dx_size, own_room);
+    input.add(chunk, member, tiles_of(team), team, own_room);
     const int64_t direction = chunk.job.direction, set = shared ? team : direction;
     const WeightGradients& wanted = p.gradients[direction];
     const bool first = !member.started[direction];
@@ -143,93 +108,6 @@ struct Gradients {
       const auto [unit, last] = member.share(sums * H);
       bias(chunk, bias_sums.get() + set * sums * H, unit, last, first);
     }
-  }
-
-  // dX of the chunk's rows: a member's share of the columns, or of the rows where there are few columns.
-  void input(const Chunk<S>& chunk, const Member& member, const TileRows<V>& tiles, S* wide, S* memory) {
-    const bool by_columns = input_vectors >= member.slices;  // by rows everyone copies all of W_ih
-    const auto [begin, end] = by_columns ? member.share(input_vectors) : std::pair<int64_t, int64_t>(0, input_vectors);
-    const int64_t first_copied = base.plan.packed ? begin : std::clamp(I / N, begin, end);
-    const W* w_ih = static_cast<const W*>(p.weights[chunk.job.direction].w_ih);
-    if (begin < first_copied)
-      each_run(chunk, member, by_columns, [&](int64_t row, int64_t at, int64_t rows) {
-        S* dx = sums_of_input(chunk, row, at, wide);
-        multiply<V, S, W>({w_ih + begin * N, N, I, first_copied - begin, input_sums(chunk, row), chunk.dsums.stride,
-                           gates * H, rows, dx + begin * N, I, N, true});
-      });
-    for (int64_t vector = first_copied; vector < end; vector += block_columns)
-      for (int64_t k = 0; k == 0 || k < gates * H; k += block_k)
-        input_block(chunk, member, by_columns, tiles, w_ih, vector, std::min(block_columns, end - vector), k, wide,
-                    memory);
-    if (!p.narrow_sequence) return;
-    const int64_t from = begin * N, width = std::min(end * N, I) - from;
-    each_run(chunk, member, by_columns, [&](int64_t row, int64_t at, int64_t rows) {
-      for (int64_t i = 0; i < rows; ++i)
-        each_vector(width, [&](int64_t v, auto n) {
-          dx_of(chunk).store(V::load(wide + (row + i) * I + from + v, n), (at + i) * I + from + v, n);
-        });
-    });
-  }
-
-  // Where the dX of a chunk's direction goes in the end, and where its products are made: for row `row` of the chunk, row `at` of
-  // the sequence.
-  Made dx_of(const Chunk<S>& chunk) const {
-    return Made::at(chunk.job.direction == 0 ? p.dx : dx_reverse.get(), p.narrow_sequence);
-  }
-  S* sums_of_input(const Chunk<S>& chunk, int64_t row, int64_t at, S* wide) const {
-    return p.narrow_sequence ? wide + row * I : dx_of(chunk).wide + at * I;
-  }
-
-  // What a block of W_ih adds to dX: `count` vectors of columns, rows from k on. It is copied, and meets all rows before the next
-  // one does: no copy of all of W_ih is needed.
-  void input_block(const Chunk<S>& chunk, const Member& member, bool by_columns, const TileRows<V>& tiles,
-                   const W* w_ih, int64_t vector, int64_t count, int64_t k, S* wide, S* copy) {
-    const int64_t size = std::min(block_k, gates * H - k), whole = std::min(count, I / N - vector);
-    const int left = static_cast<int>(std::min(count * N, I - vector * N) - whole * N);  // columns of a last vector
-    copy_weights(w_ih + k * I + vector * N, whole * N + left, size, copy);
-    const auto product = [&](int64_t first, int64_t vectors, int64_t row, int64_t rows, S* C, int64_t ldc) {
-      const S* W_block = copy + first * copied_column;
-      if constexpr (takes_tiles<V, W>)
-        if (tiled)
-          return multiply_tiles<V>(p.pairs,
-                                   {reinterpret_cast<const bfloat16_pair*>(W_block), vectors, gates * blocks_of(H),
-                                    tiles.from(Cell::input_sum * blocks_of(H), row), rows, C, ldc, N, true});
-      multiply<V, S>({W_block, copied_column, N, vectors, input_sums(chunk, row) + k, chunk.dsums.stride, size, rows, C,
-                      ldc, N, k == 0});
-    };
-    each_run(chunk, member, by_columns, [&](int64_t row, int64_t at, int64_t rows) {
-      S* to = sums_of_input(chunk, row, at, wide) + vector * N;
-      if (whole) product(0, whole, row, rows, to, I);
-      if (!left) return;
-      S* last = copy + input_room + row * N;
-      product(whole, 1, row, rows, last, N);
-      if (k + size == gates * H)
-        for (int64_t i = 0; i < rows; ++i) V::load(last + i * N).store(to + i * I + whole * N, left);
-    });
-  }
-
-  // f(row of the chunk, its row of the sequence, rows) for a member's rows that are next to each other.
-  template <class F>
-  void each_run(const Chunk<S>& chunk, const Member& member, bool by_columns, const F& f) {
-    for (int64_t t = chunk.t_begin; t < chunk.t_end; t = chunk.whole() ? chunk.t_end : t + 1) {
-      const int64_t count = chunk.whole() ? chunk.rows() : chunk.job.rows_end(t) - chunk.job.row_begin;
-      const auto [begin, end] = by_columns ? std::pair<int64_t, int64_t>(0, count) : member.share(count);
-      if (begin < end) f(chunk.row(t) + begin, sequence.start(t) + chunk.job.row_begin + begin, end - begin);
-    }
-  }
-
-  const S* input_sums(const Chunk<S>& chunk, int64_t row) const { return chunk.dsums.at(row) + Cell::input_sum * H; }
-
-  // Some columns of `size` rows of W_ih as output vectors; for tiles of all rows, each gate's padded by themselves.
-  void copy_weights(const W* from, int64_t columns, int64_t size, S* to) const {
-    if constexpr (takes_tiles<V, W>)
-      if (tiled) {
-        auto* panels = reinterpret_cast<bfloat16_pair*>(to);
-        for (int g = 0; g < gates; ++g, from += H * I, panels += packed_size<bfloat16_pair>(H) * N)
-          pack_columns<V>(from, I, 0, columns, H, panels, copied_column);
-        return;
-      }
-    pack_columns<V>(from, I, 0, columns, size, to, copied_column);
   }
 
   template <Matrix of, class T>
@@ -276,7 +154,7 @@ struct Gradients {
     product(room, count * N);
     for (int64_t i = 0; i < rows; ++i) {
       W* to = static_cast<W*>(gradient<of>(chunk)) + (row + i) * columns<of>() + vector * N;
-      each_vector(width, [&](int64_t k, auto n) { store(V::load(room + i * count * N + k, n), to + k, n); });
+      each_vector<N>(width, [&](int64_t k, auto n) { store(V::load(room + i * count * N + k, n), to + k, n); });
     }
   }
 
@@ -423,15 +301,15 @@ struct Gradients {
       }
       all.store(total + unit, n);
     };
-    each_vector(end - begin, [&](int64_t unit, auto n) { vector(begin + unit, n); });
+    each_vector<N>(end - begin, [&](int64_t unit, auto n) { vector(begin + unit, n); });
   }
 
   // What is left when all jobs are done: sums of several teams, padded rows, sums that are to be rounded, both directions' dX.
   void finish(const Threads& threads) {
-    const int64_t rows = base.rows;
+    input.finish(threads);
     for (int64_t d = 0; d < D; ++d) {
       const WeightGradients& wanted = p.gradients[d];
-      const bool left = ih_sums || hh_sums || hr_sums || rows == 0;
+      const bool left = ih_sums || hh_sums || hr_sums || base.rows == 0;
       threads.parallel(left ? gates * H : 0, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
           collect(wanted.w_ih, ih_sums.get(), d, row, gates * H, I);
@@ -447,14 +325,6 @@ struct Gradients {
         bias(wanted.b_hh, Cell::hidden_gate(g), g);
       }
     }
-    if (dx_reverse && rows)
-      threads.parallel(rows, [&](int64_t begin, int64_t end) {
-        const Made one = Made::at(p.dx, p.narrow_sequence), other = Made::at(dx_reverse.get(), p.narrow_sequence);
-        each_vector((end - begin) * I, [&](int64_t v, auto n) {
-          const int64_t i = begin * I + v;
-          one.store(one.template load<V>(i, n) + other.template load<V>(i, n), i, n);
-        });
-      });
   }
 
   // One row of the `height` of a matrix's gradient, unless nobody wants it or it is in its place.
@@ -467,19 +337,11 @@ struct Gradients {
   // A part of a gradient: `count` numbers, from `first` on, of direction d's sets, `size` numbers each, added up.
   void give(W* gradient, const S* all, int64_t size, int64_t d, int64_t first, int64_t count) const {
     if (base.rows == 0) return void(std::fill_n(gradient, count, W{}));
-    each_vector(count, [&](int64_t i, auto n) {
+    each_vector<N>(count, [&](int64_t i, auto n) {
       V sum = V::load(all + d * size + first + i, n);
       for (int64_t set = d + D; set < sets; set += D) sum = sum + V::load(all + set * size + first + i, n);
       store(sum, gradient + i, n);
     });
-  }
-
-  // f(first, count) for each vec of n numbers.
-  template <class F>
-  static void each_vector(int64_t n, const F& f) {
-    int64_t i = 0;
-    for (; i + N <= n; i += N) f(i, std::integral_constant<int, N>());
-    if (i < n) f(i, static_cast<int>(n - i));
   }
 };
 
