@@ -48,12 +48,6 @@ def test_a_single_step_packs_nothing(threads):
     assert plan(T=1, B=1000, I=256, H=256)["packed"]
 
 
-def test_threads_of_a_single_step_have_work(threads):
-    threads(64)
-    counts = [plan(T=1, B=1, I=H, H=H)["members"] for H in (64, 120, 128, 256, 1024)]
-    assert counts == [1, 1, 2, 8, 64]
-
-
 def test_a_few_steps_of_wide_layers_pack_nothing(threads):
     threads(2)
     for T, B, H in ((63, 1, 256), (63, 1, 1023), (8, 4, 512)):

@@ -94,7 +94,7 @@ PlanInfo plan_of(const Problem& problem, bool backward, int64_t threads) {
                 N = bytes / (p.scalar == ScalarKind::float64 ? sizeof(double) : sizeof(float));
   if (!backward && is_step(p)) {
     const int64_t panels = (p.H + N - 1) / N * p.directions;
-    return {1, step_members(p, gates, panels, threads), 1, false, false, true};
+    return {1, step_needs_team(p, gates) ? std::min(threads, panels) : 1, 1, false, false, true};
   }
   const Plan plan = make_plan(call_of(p, backward ? Pass::backward : Pass::forward, gates, N, threads));
   return {plan.groups, plan.slices, plan.row_blocks, plan.packed, plan.tiled, false};

@@ -21,10 +21,8 @@ inline bool is_step(const Problem& p) {
                             : !packs_for_step(p.sequence.B, p.H, p.converts_weights(), in_tiles(p)));
 }
 
-// How many of the threads share its panels.
-inline int64_t step_members(const Problem& p, int64_t gates, int64_t panels, int64_t threads) {
-  const int64_t work = gates * p.H * (p.I + p.H) * p.directions * (p.sequence.B + 1) / 2;
-  return std::clamp<int64_t>(std::min(threads, work / step_for_member), 1, std::max<int64_t>(panels, 1));
+inline bool step_needs_team(const Problem& p, int64_t gates) {
+  return gates * p.H * (p.I + p.H) * p.directions * (p.sequence.B + 1) / 2 >= step_for_team;
 }
 
 template <class Cell, class S, int N, class W>
@@ -48,10 +46,10 @@ struct Step {
   }
 
   Step(const ForwardParams& params, const Threads& threads) : p(params) {
-    const int64_t all = p.directions * panels, members = step_members(p, gates, all, threads.count);
-    threads.parallel(members, [&](int64_t begin, int64_t end) {
-      for (int64_t i = all * begin / members; i < all * end / members; ++i) panel(i / panels, i % panels);
-    });
+    (step_needs_team(p, gates) ? threads : Threads{1, nullptr})
+        .parallel(p.directions * panels, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) panel(i / panels, i % panels);
+        });
   }
 
   void panel(int64_t direction, int64_t index) {

@@ -225,9 +225,8 @@ constexpr int64_t vectors_worth_a_copy = 8;
 // 3 to 5 % faster when widened).
 constexpr int64_t narrow_rows = 2;
 
-// Weights, times half the rows, of a single step for each member of a team: waking another takes as long as reading so many (two
-// threads, from twice as many on).
-constexpr int64_t step_for_member = 65'000;
+// Weights, times half the rows, from which on a team takes a single step: waking a thread takes as long as reading so many.
+constexpr int64_t step_for_team = 130'000;
 
 // Most rows in a block, where rows are cut into blocks.
 constexpr int64_t row_block = 256;
