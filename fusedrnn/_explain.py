@@ -114,6 +114,7 @@ def _path(module: torch.nn.Module, input: Tensor | PackedSequence, dtype: torch.
     plan = extension.plan(
         cell, name, False, steps, batch, module.input_size, module.hidden_size, directions, narrow=not wide,
         projection=getattr(module, "proj_size", 0),
+        batch_sizes=input.batch_sizes.tolist() if isinstance(input, PackedSequence) else [],
     )  # fmt: skip
     layout = "weights packed into tiles" if plan["tiled"] else "packed weights"
     weights = layout if plan["packed"] else "weights read in place"

@@ -40,7 +40,7 @@ py::array evaluate_function(const std::string& name, const py::array& x) {
 }
 
 py::dict plan(const std::string& cell, const std::string& dtype, bool backward, int64_t T, int64_t B, int64_t I,
-              int64_t H, int directions, bool narrow, int64_t projection) {
+              int64_t H, int directions, bool narrow, int64_t projection, const std::vector<int64_t>& batch_sizes) {
   Problem p{};
   p.cell = cell_info(cell).kind;
   p.scalar = binding::scalar_named(dtype);
@@ -51,6 +51,16 @@ py::dict plan(const std::string& cell, const std::string& dtype, bool backward, 
   p.projection = projection;
   p.directions = directions;
   p.narrow_sequence = p.narrow_states = narrow && p.converts_weights();
+  std::vector<int64_t> offsets(1), lengths(batch_sizes.empty() ? 0 : batch_sizes.front());
+  for (const int64_t size : batch_sizes) {
+    if (size > static_cast<int64_t>(lengths.size())) throw py::value_error("expected batch_sizes that fall");
+    offsets.push_back(offsets.back() + size);
+    for (int64_t b = 0; b < size; ++b) ++lengths[b];
+  }
+  if (!batch_sizes.empty()) {
+    p.sequence.offsets = offsets.data();
+    p.sequence.lengths = lengths.data();
+  }
   const cpu::PlanInfo info = cpu::kernels().plan(p, backward, threads().count);
   py::dict named;
   named["teams"] = info.teams;
@@ -122,10 +132,12 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "use_threads", [](bool at_once) { binding::pool_runs_at_once = at_once; }, py::arg("at_once"),
       "Whether torch's thread pool runs the parts of a parallel loop at the same time (OpenMP does).");
-  m.def("plan", &plan, py::arg("cell"), py::arg("dtype"), py::arg("backward"), py::arg("T"), py::arg("B"), py::arg("I"),
-        py::arg("H"), py::arg("directions"), py::arg("narrow") = true, py::arg("projection") = 0,
-        "How a pass over a padded batch with weights of a dtype would be carried out (csrc/cpu/tuning.h); narrow: with "
-        "bfloat16 ones whether input and states are bfloat16, too.");
+  m.def(
+      "plan", &plan, py::arg("cell"), py::arg("dtype"), py::arg("backward"), py::arg("T"), py::arg("B"), py::arg("I"),
+      py::arg("H"), py::arg("directions"), py::arg("narrow") = true, py::arg("projection") = 0,
+      py::arg("batch_sizes") = std::vector<int64_t>(),
+      "How a pass with weights of a dtype would be carried out (csrc/cpu/tuning.h); narrow: with bfloat16 ones whether "
+      "input and states are bfloat16, too; batch_sizes: of a packed batch.");
   m.def("peak_flops", &peak_flops, py::arg("dtype"),
         "Operations per second from registers, all threads, measured: of float32s, or of bfloat16s where the processor "
         "multiplies them.");

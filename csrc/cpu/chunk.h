@@ -31,13 +31,5 @@ struct Chunk {
   int64_t rows() const { return row(t_end); }
 };
 
-// f(first, count) for each vec of n numbers.
-template <int N, class F>
-void each_vector(int64_t n, const F& f) {
-  int64_t i = 0;
-  for (; i + N <= n; i += N) f(i, std::integral_constant<int, N>());
-  if (i < n) f(i, static_cast<int>(n - i));
-}
-
 }  // namespace
 }  // namespace fusedrnn::cpu

@@ -40,7 +40,7 @@ struct Columns {
   void place(S* memory) { panels = memory; }
 
   void pack(const Threads& threads) {
-    threads.parallel(sets * packed, [&](int64_t begin, int64_t end) {
+    threads.parallel(gates ? sets * packed : 0, [&](int64_t begin, int64_t end) {
       for (int64_t set = begin / packed, first = set * packed; first < end; ++set, first += packed)
         pack(set, first_packed + std::max<int64_t>(begin - first, 0), std::min(first_packed + end - first, vectors));
     });

@@ -124,8 +124,9 @@ struct Forward : Recurrence<Cell, S, N> {
   }
 
   // `count` rows of x, from `row` of the sequence on, as they are multiplied; copies are rows of `tiles` or `wide` from `at` on. A
-  // team's members widen bfloat16 ones together.
-  Rows input(Member& member, int64_t row, int64_t count, const TileRows<V>& tiles, S* wide, int64_t at = 0) const {
+  // team's members make those in `wide` together, and meet before they read them.
+  Rows input(const Member& member, int64_t row, int64_t count, const TileRows<V>& tiles, S* wide,
+             int64_t at = 0) const {
     const Given x = Given::at(p.x, p.narrow_sequence) + row * I;
     if constexpr (takes_tiles<V, W>)
       if (tiled_input) {
@@ -135,7 +136,6 @@ struct Forward : Recurrence<Cell, S, N> {
     if (!wide_size) return {x.wide, I, I};
     const auto [begin, end] = member.share(count * I);
     widen<V>(x + begin, end - begin, wide + at * I + begin);
-    member.meet_in_step();
     return {wide, I, I};
   }
 
@@ -145,7 +145,7 @@ struct Forward : Recurrence<Cell, S, N> {
   }
 
   // The rows of x of the chunk that begins with step s, in the order of time, and how many there are.
-  std::pair<Rows, int64_t> chunk_input(const Job& job, Member& member, int64_t s, const TileRows<V>& tiles,
+  std::pair<Rows, int64_t> chunk_input(const Job& job, const Member& member, int64_t s, const TileRows<V>& tiles,
                                        S* wide) const {
     const int64_t t = job.step(s), t_end = job.step(std::min(s + chunk, job.T) - 1);
     const int64_t first = std::min(t, t_end), end = std::max(t, t_end) + 1;
@@ -189,6 +189,7 @@ struct Forward : Recurrence<Cell, S, N> {
         const int64_t n = member.end - member.begin;
         if (s % chunk == 0) {
           const auto [x, rows] = chunk_input(job, member, s, own_x, own_wide);
+          if (wide_size) member.meet_in_step();
           project(job, member.begin, n, x, rows, a, copies.get() + slice * copy_size);
           at = job.reverse() ? rows : 0;
         }
@@ -197,6 +198,7 @@ struct Forward : Recurrence<Cell, S, N> {
         if (!job.reverse()) at += count;
       } else {
         const Rows x = input(member, row, count, own_x, own_wide);
+        if (wide_size) member.meet_in_step();
         for (int64_t panel = member.begin; panel < member.end; panel += panels_kept)
           for (int64_t r = 0; r < count; r += capacity) {
             const int64_t n = std::min(panels_kept, member.end - panel), rows = std::min(capacity, count - r);

@@ -31,15 +31,15 @@ struct Gradients {
   const BackwardParams& p;
   const Sequence& sequence = p.sequence;
   const int64_t I = p.I, H = p.H, R = p.R(), D = p.directions;
-  const int64_t input_vectors = (I + N - 1) / N, hidden_vectors = (R + N - 1) / N,
+  InputGradient<Cell, S, N, W> input{base, p};
+  const int64_t input_vectors = input.vectors, hidden_vectors = (R + N - 1) / N,
                 output_vectors = p.projection ? (H + N - 1) / N : 0;
   const bool shared = base.plan.row_blocks > 1;        // whether several teams work on one direction
   const int64_t sets = shared ? base.plan.groups : D;  // of sums; set s has direction s % D
   const bool tiled = base.plan.tiled;
   Scratch<S> ih_sums, hh_sums, hr_sums, bias_sums = scratch<S>(sets * sums * H);
-  InputGradient<Cell, S, N, W> input{base, p};
-  // A slice's own, where it has no dX to make: a copy of some rows in pairs of vectors (see weight), or in tiles beside the dsums of 16 units.
-  const int64_t chunk_rows = base.plan.chunk * base.block_rows, copied_rows = std::min(gradient_rows, chunk_rows);
+  // A slice's own, for dX and then the rest: a copy of some rows in pairs of vectors (see weight), or in tiles beside the dsums of 16 units.
+  const int64_t chunk_rows = input.chunk_rows, copied_rows = std::min(gradient_rows, chunk_rows);
   // Whether a product is a whole sum: then it goes, rounded, to the gradient itself, and no sums of all of it are needed.
   const bool at_once = !std::is_same_v<S, W> && !shared && base.plan.chunk >= sequence.T && chunk_rows <= gradient_rows;
   const int64_t vectors_at_once =

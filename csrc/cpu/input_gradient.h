@@ -19,7 +19,7 @@ struct InputGradient {
   const BackwardParams& p;
   const Sequence& sequence = p.sequence;
   const int64_t I = p.I, H = p.H;
-  const int64_t input_vectors = (I + N - 1) / N;
+  const int64_t vectors = (I + N - 1) / N;
   const bool tiled = base.plan.tiled;
   Scratch<S> dx_reverse = scratch<S>(!p.dx || p.directions == 1 ? 0
                                      : p.narrow_sequence        ? (base.rows * I + 1) / 2
@@ -28,9 +28,9 @@ struct InputGradient {
   // A block of W_ih that is copied: so many vectors of columns, so many rows, and numbers from one vector to the next.
   const int64_t block_columns = tiled ? tiled_columns : input_columns, block_k = tiled ? gates * H : input_rows;
   const int64_t copied_column = tiled ? gates * packed_size<bfloat16_pair>(H) * N : row_stride<S>(input_rows * N);
-  const int64_t copy_room = block_columns * copied_column;
+  const int64_t block_room = block_columns * copied_column;
   // Of a slice: the copy, beside a last vector of dX that sticks out of its row.
-  const int64_t room = p.dx ? copy_room + chunk_rows * N : 0;
+  const int64_t room = p.dx ? block_room + chunk_rows * N : 0;
   // The dX of a team's chunk, where it is to be rounded.
   const int64_t dx_size = p.dx && p.narrow_sequence ? chunk_rows * I : 0;
   Scratch<S> wide_dx = scratch<S>(base.plan.groups * dx_size);
@@ -41,8 +41,8 @@ struct InputGradient {
   void add(const Chunk<S>& chunk, const Member& member, const TileRows<V>& tiles, int64_t team, S* memory) {
     if (!p.dx) return;
     S* wide = wide_dx.get() + team * dx_size;
-    const bool by_columns = input_vectors >= member.slices;  // by rows everyone copies all of W_ih
-    const auto [begin, end] = by_columns ? member.share(input_vectors) : std::pair<int64_t, int64_t>(0, input_vectors);
+    const bool by_columns = vectors >= member.slices;  // by rows everyone copies all of W_ih
+    const auto [begin, end] = by_columns ? member.share(vectors) : std::pair<int64_t, int64_t>(0, vectors);
     const int64_t first_copied = base.plan.packed ? begin : std::clamp(I / N, begin, end);
     const W* w_ih = static_cast<const W*>(p.weights[chunk.job.direction].w_ih);
     if (begin < first_copied)
@@ -95,7 +95,7 @@ struct InputGradient {
       S* to = sums_of_input(chunk, row, at, wide) + vector * N;
       if (whole) product(0, whole, row, rows, to, I);
       if (!left) return;
-      S* last = copy + copy_room + row * N;
+      S* last = copy + block_room + row * N;
       product(whole, 1, row, rows, last, N);
       if (k + size == gates * H)
         for (int64_t i = 0; i < rows; ++i) V::load(last + i * N).store(to + i * I + whole * N, left);

@@ -65,8 +65,20 @@ struct Member {
 
 inline Call call_of(const Problem& p, Pass pass, int64_t gates, int64_t vector, int64_t threads) {
   const Sequence& s = p.sequence;
-  return {pass,  s.T,    s.B,     s.start(s.T),    p.I,         p.H, p.projection, p.directions, p.converts_weights(),
-          gates, vector, threads, packed_pairs(p), p.slow_cache};
+  return {.pass = pass,
+          .T = s.T,
+          .B = s.B,
+          .rows = s.start(s.T),
+          .I = p.I,
+          .H = p.H,
+          .projection = p.projection,
+          .directions = p.directions,
+          .converted = p.converts_weights(),
+          .gates = gates,
+          .vector = vector,
+          .threads = threads,
+          .pairs = packed_pairs(p),
+          .slow_cache = p.slow_cache};
 }
 
 template <class Cell, class S, int N>
@@ -81,7 +93,7 @@ struct Recurrence {
   const int64_t state_panels = (R + N - 1) / N,
                 padded_R = row_stride<S>(state_panels * N);  // of a row of hidden states
   const Plan plan;
-  // Whether each member packs what it reads of the weights, and not all threads together what several teams share.
+  // Whether each member packs what it reads of the weights; or else they are packed before, by all threads.
   const bool own_weights;
   const int64_t weight_sets = own_weights ? std::max<int64_t>(plan.groups, problem.directions) : problem.directions;
   const Scratch<int64_t> cuts = cut();

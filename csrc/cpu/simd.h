@@ -325,13 +325,18 @@ FUSEDRNN_OPERATOR(*)
 FUSEDRNN_OPERATOR(/)
 #undef FUSEDRNN_OPERATOR
 
+// f(first, count) for each vec of n numbers.
+template <int N, class F>
+void each_vector(int64_t n, const F& f) {
+  int64_t i = 0;
+  for (; i + N <= n; i += N) f(i, std::integral_constant<int, N>());
+  if (i < n) f(i, static_cast<int>(n - i));
+}
+
 // n numbers as S.
 template <class V, class S, class W>
 void widen(const Numbers<const S, const W>& from, int64_t n, S* to) {
-  int64_t i = 0;
-  for (; i + V::size <= n; i += V::size) from.template load<V>(i, std::integral_constant<int, V::size>()).store(to + i);
-  const int left = static_cast<int>(n - i);
-  if (left) from.template load<V>(i, left).store(to + i, left);
+  each_vector<V::size>(n, [&](int64_t i, auto count) { from.template load<V>(i, count).store(to + i, count); });
 }
 
 // Transposes an N×N square held in N registers: log2(N) rounds, each exchanging off-diagonal blocks.

@@ -78,9 +78,9 @@ constexpr int64_t large_if_converted = 1 << 19;
 
 enum class Pass { forward, backward };
 
-// Below this many operations a step and member, meeting costs more than another thread brings (two threads, B = 1: an LSTM of 50; with
-// cores close to each other 32 would do, with cores far apart it would double the time). A projected step meets twice.
-constexpr int64_t member_flops = 10'000;
+// Below this many operations a team and step, meeting costs more than a second thread brings (B = 1: an LSTM of 50; with cores
+// close to each other 32 would do, with cores far apart it would double the time). A projected step meets twice.
+constexpr int64_t shared_flops = 20'000;
 
 // What a plan depends on.
 struct Call {
@@ -98,8 +98,8 @@ struct Call {
   // The recurrent weights of a direction, and what a step does with them.
   constexpr int64_t recurrent() const { return H * (projection ? (gates + 1) * projection : gates * H); }
   constexpr int64_t step_flops() const { return 2 * recurrent() * B; }
-  // How many members a step of one of `teams` is enough for.
-  constexpr int64_t worth(int64_t teams) const { return step_flops() / (teams * (projection ? 2 : 1) * member_flops); }
+  // Whether a step of one of `teams` is enough for several members.
+  constexpr bool shares(int64_t teams) const { return step_flops() >= teams * (projection ? 2 : 1) * shared_flops; }
 };
 
 // Most numbers of W_ih and W_hh in all copies (64 MiB of float32), where teams that share out rows pack them each for itself; more teams
@@ -129,7 +129,7 @@ constexpr bool packs_own(int64_t teams, int64_t I, int64_t H, int64_t gates) {
 constexpr int64_t team_rows(const Call& call, int64_t threads, int64_t teams) {
   const int64_t H = call.H, gates = call.gates;
   if (call.pass == Pass::backward) return H <= 64 ? 2 : 4;
-  const bool even = call.worth(1) >= 2 && call.panels() % threads == 0,
+  const bool even = call.shares(1) && call.panels() % threads == 0,
              own_weights = packs_own(teams * call.directions, call.I, H, gates);
   const bool by_rows = gates > 1 && call.pairs != Pairs::tiles;  // a tile's product takes as long for one row as for 16
   const bool small = gates * H * H * call.B < 50'000 || (by_rows && H <= 48 && call.mean() >= 2 * teams),
@@ -254,19 +254,18 @@ struct Split {
 // for each, and sums up gradients of its own, which pays from about half as many of its rows on as there are units (AVX-512, training,
 // cores near and far apart, so many: LSTM of 128, T = 16, B = 8: 1.01 to 1.02, 1.17; of 256, T = 32, B = 8: 0.98 to 1.0, 1.07; T =
 // B = 16: 0.97 to 0.99, 1.14; GRU of 256: 0.94 to 1.01, 1.09; of 256, T = 1, B = 32: 0.86).
-// Wider layers, whose weights a core's own cache does not hold, gain nothing on two threads (0.91 to 1.05), so more must have a tenth less
-// to do each. Nothing but two threads has been timed: that more share rows and units where that leaves less to each is inferred.
+// Wider layers, whose weights a core's own cache does not hold, gain nothing (0.91 to 1.05). All that was timed on two threads: that more
+// share rows and units, where that leaves less to each, is inferred.
 constexpr Split split(const Call& call, int64_t threads) {
   const auto with = [&](int64_t teams) {
-    const int64_t members = std::clamp<int64_t>(std::min(threads / teams, call.worth(teams)), 1, call.panels());
+    const int64_t members = call.shares(teams) ? std::min(threads / teams, call.panels()) : 1;
     return Split{teams, members, (call.panels() + members - 1) / members};
   };
-  const bool narrow = call.H <= 256;
   Split best = with(1);
-  for (int64_t teams = 2; teams <= std::min(threads, call.B / 2); ++teams) {
+  for (int64_t teams = 2; call.H <= 256 && teams <= std::min(threads, call.B / 2); ++teams) {
     const Split other = with(teams);
-    const int64_t work = best.panels * teams, less = other.panels * best.teams;  // of a member, in the same unit
-    if ((narrow ? less <= work : 11 * less <= 10 * work) && call.B >= teams * team_rows(call, threads, teams) &&
+    if (other.panels * best.teams <= best.panels * teams &&  // no more work for a member
+        call.B >= teams * team_rows(call, threads, teams) &&
         (call.pass == Pass::forward || 2 * call.T * call.B >= call.H * teams))
       best = other;
   }
@@ -277,7 +276,7 @@ constexpr Plan make_plan(const Call& call) {
   const int64_t T = call.T, B = call.B, H = call.H, gates = call.gates;
   const bool forward = call.pass == Pass::forward, tiles = call.pairs != Pairs::none;
   // A thread is only woken (a few µs) for work that lasts longer.
-  const int64_t threads = std::clamp<int64_t>(T * call.step_flops() * call.directions / 100'000, 1, call.threads);
+  const int64_t threads = T * call.step_flops() * call.directions < 200'000 ? 1 : call.threads;
   const int64_t groups = call.directions == 2 && threads >= 2 ? 2 : 1, own = threads / groups;
   const Split shared = split(call, own);
   Plan plan{};
