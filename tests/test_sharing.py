@@ -20,7 +20,7 @@ extension = pytest.importorskip("fusedrnn._C", exc_type=ImportError)
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "both"])
 @pytest.mark.usefixtures("isa")
 def test_rows_with_one_copy_of_the_weights(bidirectional, threads):
-    """A copy for each thread would be more than most_own_weights of csrc/cpu/tuning.h."""
+    """A copy for each thread would be more than most_copies of csrc/cpu/tuning.h."""
     case = Case("lstm", T=8, B=8, I=65_600, H=40, bidirectional=bidirectional)
     threads(2 * case.directions)
     assert "share the rows" in fusedrnn.explain(case.module(fusedrnn), make_data(case).x).reason

@@ -13,8 +13,8 @@ template <class Cell, class S, int N, class W>
 struct Backward : Recurrence<Cell, S, N> {
   using Base = Recurrence<Cell, S, N>;
   using Base::block_rows;
-  using Base::gates, Base::sums, Base::saved, Base::sequence, Base::B, Base::H, Base::R, Base::own_weights,
-      Base::panels, Base::padded_H, Base::padded_R, Base::plan;
+  using Base::gates, Base::sums, Base::saved, Base::sequence, Base::B, Base::H, Base::R, Base::panels, Base::padded_H,
+      Base::padded_R, Base::plan;
   using typename Base::V;
 
   using Given = Numbers<const S, const W>;
@@ -51,9 +51,8 @@ struct Backward : Recurrence<Cell, S, N> {
     }
     w_hh.place(packed.get());
     w_hr.place(packed.get() + w_hh.numbers());
-    if (!own_weights) w_hh.pack(threads), w_hr.pack(threads);
     this->run(threads, [&](const Job& job, Member& member, int64_t team, int64_t slice) {
-      if (own_weights && job.first) {
+      if (job.first) {
         w_hh.pack(job.set, member.state_begin, member.state_end);
         w_hr.pack(job.set, member.begin, member.end);
       }

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "gemm.h"
-#include "team.h"
 
 namespace fusedrnn::cpu {
 namespace {
@@ -39,12 +38,6 @@ struct Columns {
   int64_t numbers() const { return sets * packed * gates * (narrow ? packed_size<Packed<W>>(H) : H) * N; }
   void place(S* memory) { panels = memory; }
 
-  void pack(const Threads& threads) {
-    threads.parallel(gates ? sets * packed : 0, [&](int64_t begin, int64_t end) {
-      for (int64_t set = begin / packed, first = set * packed; first < end; ++set, first += packed)
-        pack(set, first_packed + std::max<int64_t>(begin - first, 0), std::min(first_packed + end - first, vectors));
-    });
-  }
   // Vectors [begin, end), those that a member reads.
   void pack(int64_t set, int64_t begin, int64_t end) {
     for (int64_t vector = std::max(begin, first_packed); vector < end; vector += vectors_at_once)

@@ -103,12 +103,13 @@ struct Call {
 };
 
 // Most numbers of W_ih and W_hh in all copies (64 MiB of float32), where teams that share out rows pack them each for itself; more teams
-// share one copy. What another core has just written comes slowly: for LSTM, GRU and RNN of 64 to 256 whose rows were shared out anyway, 8
-// to 32 rows, 4 to 128 steps, own copies made forward 1.0 to 1.12 times as fast with cores near to each other (50 ns), 1.05 to 1.65 with
-// cores far apart (200 ns), of 64 with 4 and 8 steps 1.13 to 1.6; backward, of W_hh, 1.0 to 1.03 and 1.0 to 1.14.
-constexpr int64_t most_own_weights = 1 << 24;
-constexpr bool packs_own(int64_t teams, int64_t I, int64_t H, int64_t gates) {
-  return teams * gates * H * (I + H) <= most_own_weights;
+// share one copy, and share out no rows backward, where each adds up gradients of its own. What another core has just written comes slowly:
+// for LSTM, GRU and RNN of 64 to 256 whose rows were shared out anyway, 8 to 32 rows, 4 to 128 steps, own copies made forward 1.0 to 1.12
+// times as fast with cores near to each other (50 ns), 1.05 to 1.65 with cores far apart (200 ns), of 64 with 4 and 8 steps 1.13 to 1.6;
+// backward, of W_hh, 1.0 to 1.03 and 1.0 to 1.14.
+constexpr int64_t most_copies = 1 << 24;
+constexpr bool copies_fit(const Call& call, int64_t teams) {
+  return teams * call.directions * call.gates * call.H * (call.I + call.H) <= most_copies;
 }
 
 // Fewest rows for a team, where teams share out the batch of a layer of at most 256 units, whose weights stay in a core's own
@@ -129,8 +130,7 @@ constexpr bool packs_own(int64_t teams, int64_t I, int64_t H, int64_t gates) {
 constexpr int64_t team_rows(const Call& call, int64_t threads, int64_t teams) {
   const int64_t H = call.H, gates = call.gates;
   if (call.pass == Pass::backward) return H <= 64 ? 2 : 4;
-  const bool even = call.shares(1) && call.panels() % threads == 0,
-             own_weights = packs_own(teams * call.directions, call.I, H, gates);
+  const bool even = call.shares(1) && call.panels() % threads == 0, own_weights = copies_fit(call, teams);
   const bool by_rows = gates > 1 && call.pairs != Pairs::tiles;  // a tile's product takes as long for one row as for 16
   const bool small = gates * H * H * call.B < 50'000 || (by_rows && H <= 48 && call.mean() >= 2 * teams),
              few_inputs = gates * H * call.I < 20'000 || (by_rows && !even),
@@ -266,7 +266,7 @@ constexpr Split split(const Call& call, int64_t threads) {
     const Split other = with(teams);
     if (other.panels * best.teams <= best.panels * teams &&  // no more work for a member
         call.B >= teams * team_rows(call, threads, teams) &&
-        (call.pass == Pass::forward || 2 * call.T * call.B >= call.H * teams))
+        (call.pass == Pass::forward || (2 * call.T * call.B >= call.H * teams && copies_fit(call, teams))))
       best = other;
   }
   return best;
@@ -294,7 +294,7 @@ constexpr Plan make_plan(const Call& call) {
     // A block's states and what belongs to them should stay near, too (LSTM of 256, 4096 rows, training: 1228 ms in
     // blocks of 256, 1386 in two).
     plan.row_blocks = shared.teams * ((B + shared.teams * row_block - 1) / (shared.teams * row_block));
-    plan.own_weights = packs_own(plan.groups, call.I, H, gates);
+    plan.own_weights = copies_fit(call, shared.teams);
   }
   const int64_t block_rows = std::max<int64_t>((B + plan.row_blocks - 1) / plan.row_blocks, 1);
   if (!forward) {
