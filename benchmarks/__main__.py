@@ -19,7 +19,17 @@ from benchmarks.report import ROOT, Row, draw, summarise
 from benchmarks.rivals import OnnxRuntime
 from benchmarks.roofline import limit, peak_flops
 from benchmarks.shapes import GATES, MODES, QUICK, SETS, Case, Mode, distinct
-from benchmarks.timing import FLOAT32, ONNXRUNTIME, OURS, OURS_DENSE, TORCH, TORCH_DENSE, ResultsDifferError, measure
+from benchmarks.timing import (
+    FLOAT32,
+    ONNXRUNTIME,
+    OURS,
+    OURS_DENSE,
+    PREPACKED,
+    TORCH,
+    TORCH_DENSE,
+    ResultsDifferError,
+    measure,
+)
 
 
 def _cpu_model() -> str:
@@ -69,7 +79,7 @@ def _print_row(row: Row) -> None:
     line = f"{row.case.id:53} {row.seconds[OURS] * 1e3:10.3f} {against(TORCH)} {against(ONNXRUNTIME)}"
     notes = [
         f"{name} {row.seconds[name] * 1e3:.3f} {row.speedup(name):.2f}"
-        for name in (OURS_DENSE, TORCH_DENSE, FLOAT32)
+        for name in (OURS_DENSE, TORCH_DENSE, FLOAT32, PREPACKED)
         if name in row.seconds
     ]
     share = "" if row.share is None else f"{row.share * 100:5.0f}%"

@@ -13,6 +13,7 @@ from fusedrnn._bench import inference_call, interleaved_medians, training_call
 
 OURS = "fusedrnn"
 ALONE = "fusedrnn alone"
+PREPACKED = "fusedrnn prepacked"
 OURS_DENSE = "fusedrnn dense"
 FLOAT32 = "fusedrnn float32"
 TORCH = "torch.nn"
@@ -64,6 +65,10 @@ def check_equal(expected: list[Tensor], actual: list[Tensor], eps: float = 0) ->
             raise ResultsDifferError(f"result {index} is {difference:.1e} from torch.nn's")
 
 
+def _medians(calls: dict[str, Call], seconds: float) -> dict[str, float]:
+    return dict(zip(calls, interleaved_medians(list(calls.values()), seconds), strict=True))
+
+
 def measure(case: Case, mode: Mode, with_torch: bool, onnxruntime: OnnxRuntime | None, seconds: float) -> Measurement:
     """Median seconds of fusedrnn and of each rival.
 
@@ -71,13 +76,15 @@ def measure(case: Case, mode: Mode, with_torch: bool, onnxruntime: OnnxRuntime |
     does more arithmetic and gives other results, but spares torch.nn the packing's cost. A bfloat16 case is also run by
     fusedrnn in float32. onnxruntime, for inference only, has a quarter of ``seconds`` before them and another after
     them, and the better median counts; as it then has the machine's caches for itself, it is compared with fusedrnn
-    ``ALONE``, timed in the same way.
+    ``ALONE``, timed in the same way, as is fusedrnn with its weights packed before, which onnxruntime's are.
     """
     workload = torch_workload(case)
     ours = fused_module(case, workload)
     explanation = fusedrnn.explain(ours, workload.x)
     prepare = PREPARE[mode]
     calls: dict[str, Call] = {OURS: prepare(ours, workload.x, workload.hx)}
+    prepacked = fused_module(case, workload)
+    packed_before = prepare(prepacked if case.step else fusedrnn.prepack(prepacked), workload.x, workload.hx)
     theirs = prepare(workload.module, workload.x, workload.hx)
     with torch.inference_mode(mode == "inference"):
         check_equal(theirs(), calls[OURS]())
@@ -92,13 +99,16 @@ def measure(case: Case, mode: Mode, with_torch: bool, onnxruntime: OnnxRuntime |
             wide = torch_workload(wide_case)
             calls[FLOAT32] = prepare(fused_module(wide_case, wide), wide.x, wide.hx)
 
-        theirs_alone, ours_alone = [], []
-        if onnxruntime is not None:
-            theirs_alone.append(onnxruntime.median_seconds(case, seconds / 4))
-            ours_alone += interleaved_medians([calls[OURS]], seconds / 8)
-        medians = dict(zip(calls, interleaved_medians(list(calls.values()), seconds), strict=True))
-        if onnxruntime is not None:
-            ours_alone += interleaved_medians([calls[OURS]], seconds / 8)
-            theirs_alone.append(onnxruntime.median_seconds(case, seconds / 4))
-            medians |= {ONNXRUNTIME: min(theirs_alone), ALONE: min(ours_alone)}
+        if onnxruntime is None:
+            return Measurement(_medians(calls, seconds), explanation.implementation, explanation.reason)
+        alone: dict[str, Call] = {ALONE: calls[OURS]}
+        if case.seq > 1:
+            alone[PREPACKED] = packed_before
+            check_equal(calls[OURS](), packed_before())
+        theirs_before = onnxruntime.median_seconds(case, seconds / 4)
+        before = _medians(alone, seconds / 8 * len(alone))
+        medians = _medians(calls, seconds)
+        after = _medians(alone, seconds / 8 * len(alone))
+        medians |= {name: min(before[name], after[name]) for name in alone}
+        medians[ONNXRUNTIME] = min(theirs_before, onnxruntime.median_seconds(case, seconds / 4))
     return Measurement(medians, explanation.implementation, explanation.reason)

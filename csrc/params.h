@@ -74,10 +74,11 @@ struct ForwardParams : Problem {
   void* c_n;       // [D, B, H], cells with a cell state only
   void* gates;     // [D, N, saved*H] activated gates for backward, or nullptr when no backward will follow
   void* cells;     // [D, N, H] cell state after every step, or nullptr likewise
-  void* prepared;  // what PrepareParams filled for this problem, or nullptr; CPU only. hx may be h_n then, and cx c_n
+  void* prepared;  // what PrepareParams filled for this layer, or nullptr; CPU only. hx may be h_n then, and cx c_n
+  int64_t prepared_rows;  // B of those PrepareParams
 };
 
-// Asks for all weights of a layer in the form that forward reads them in, of whatever T.
+// Asks for all weights of a layer in the form that forward reads them in, of whatever T, and best for about so many rows B.
 struct PrepareParams : Problem {
   void* memory;    // at the start of a cache line, or nullptr to ask how much is needed
   int64_t* bytes;  // is given the size, or nullptr

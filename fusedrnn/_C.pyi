@@ -14,14 +14,43 @@ def use_threads(at_once: bool) -> None: ...
 def evaluate(function: str, x: numpy.ndarray[Any, Any]) -> numpy.ndarray[Any, Any]: ...
 
 class Stack:
-    def __init__(self, cell: str, dtype: str, B: int, I: int, H: int, layers: int, h: int, c: int) -> None: ...
-    def prepare(self, weights: list[list[int]]) -> None: ...
-    def forward(self, T: int, x: int, y: int, resets: int) -> None: ...
+    outputs: int
+    def __init__(
+        self, cell: str, dtype: str, B: int, I: int, H: int, projection: int, layers: int, directions: int
+    ) -> None: ...
+    def prepare(self, weights: list[int]) -> None: ...
+    def suits(self, B: int) -> bool: ...
+    def forward(
+        self,
+        T: int,
+        B: int,
+        x: int,
+        y: int,
+        h: int,
+        c: int,
+        h_n: int,
+        c_n: int,
+        narrow_x: bool,
+        narrow_states: bool,
+        resets: int = 0,
+        lengths: int = 0,
+        batch_sizes: int = 0,
+        rows: int = 0,
+    ) -> None: ...
 
 def use_tensors(tensor: type, parameter: type) -> bool: ...
 def fits(cell: str, x: Any, hx: Any, cx: Any, weights: Any) -> bool: ...
 def forward(
-    cell: str, x: Any, hx: Any, cx: Any, weights: Any, layers: int, save: bool, lengths: int = 0, resets: int = 0
+    cell: str,
+    x: Any,
+    hx: Any,
+    cx: Any,
+    weights: Any,
+    layers: int,
+    save: bool,
+    lengths: int = 0,
+    resets: int = 0,
+    stack: Stack | None = None,
 ) -> list[Any] | None: ...
 def backward(
     cell: str, dy: Any, dh_n: Any, dc_n: Any, x: Any, y: Any, hx: Any, cx: Any, saved: Any, weights: Any, wanted: Any

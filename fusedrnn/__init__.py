@@ -6,6 +6,7 @@ from fusedrnn import _graphs as _graphs  # which makes the operators differentia
 from fusedrnn._convert import convert, revert
 from fusedrnn._dispatch import Explanation, FallbackWarning
 from fusedrnn._explain import explain
+from fusedrnn._prepack import prepack
 from fusedrnn._stream import Stream
 from fusedrnn.cells import GRUCell, LSTMCell, RNNCell
 from fusedrnn.modules import GRU, LSTM, RNN
@@ -27,5 +28,6 @@ __all__ = [
     "Stream",
     "convert",
     "explain",
+    "prepack",
     "revert",
 ]

@@ -61,6 +61,7 @@ def revert(model: Model) -> Model:
     """
     for path, module in model.named_modules():
         if type(module) in TORCH_OF:
+            module.__dict__.pop("_prepacked", None)
             object.__setattr__(module, "__class__", TORCH_OF[type(module)])
         elif isinstance(module, FUSED):
             warnings.warn(

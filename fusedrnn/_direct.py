@@ -32,12 +32,15 @@ if _dispatch.extension is not None and _dispatch.extension.use_tensors(Tensor, t
 
 
 def possible() -> bool:
+    """Whether nothing but the caller will see the call, nor cast its tensors."""
+    return unseen() and kernels is not None and not _autocasting()
+
+
+def unseen() -> bool:
     """Whether nothing but the caller will see the call."""
     return (
         not _compiling()
-        and kernels is not None
         and _dispatch.extension is not None
-        and not _autocasting()
         and _functorch_level() is None
         and _forward_ad._current_level < 0
         and _dispatch_modes() == 0

@@ -136,7 +136,7 @@ def implementation_for(device: torch.device, dtype: torch.dtype, projected: bool
         if dtype in CUDA_DTYPES:
             return Explanation("cuda", f"fused {name} kernels")
     elif dtype in HALF_DTYPES:
-        weights = "bfloat16 weights" if dtype == torch.bfloat16 else "weights converted at every call"
+        weights = "bfloat16 weights" if dtype == torch.bfloat16 else "converted weights"
         return Explanation("cpu", f"fused float32 kernels, {weights}; {name} outside")
     elif dtype in KERNEL_DTYPES:
         return Explanation("cpu", f"fused {name} kernels")

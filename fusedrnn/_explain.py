@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import _autocast, _dispatch, cells, modules
+from fusedrnn import _autocast, _dispatch, _prepack, cells, modules
 from fusedrnn._dispatch import Explanation
 
 
@@ -118,6 +118,8 @@ def _path(module: torch.nn.Module, input: Tensor | PackedSequence, dtype: torch.
     )  # fmt: skip
     layout = "weights packed into tiles" if plan["tiled"] else "packed weights"
     weights = layout if plan["packed"] else "weights read in place"
+    if _prepack.serves(module, steps == 1):
+        weights = f"{layout} once"
     threads = plan["teams"] * plan["members"]
     if threads == 1:
         sharing = "1 thread"

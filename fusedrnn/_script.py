@@ -28,4 +28,5 @@ class Scriptable:
         )
         module: torch.nn.Module = plain.__new__(plain)
         module.__dict__.update(self.__dict__)
+        module.__dict__.pop("_prepacked", None)
         return module

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fusedrnn import _autograd, _direct, _dispatch, _ops, _ragged, _transforms
+from fusedrnn._weights import FlatWeights
 
 _two_weights = itemgetter("weight_ih", "weight_hh")
 _four_weights = itemgetter("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -37,7 +38,7 @@ def cell(module: torch.nn.RNNCellBase, name: str, x: Tensor, hx: Any) -> Any:
     return (found[-2], found[-1]) if name == "lstm" else found[-1]
 
 
-def layer(module: torch.nn.RNNBase, name: str, x: Tensor, hx: Any, lengths: Any = None, resets: Any = None) -> Any:
+def layer(module: FlatWeights, name: str, x: Tensor, hx: Any, lengths: Any = None, resets: Any = None) -> Any:
     """A stack of layers over a padded batch from its states ``[L*D, B, H]``; what forward returns, or None."""
     device = _device(x, 3, module.input_size)
     if device is None:
@@ -59,13 +60,11 @@ def layer(module: torch.nn.RNNBase, name: str, x: Tensor, hx: Any, lengths: Any 
         x = x.contiguous()
     rows = layers * (2 if module.bidirectional else 1)
     h, c = _states(name, x, hx, module.hidden_size, rows, module.proj_size)
-    weights = list(map(module._parameters.get, module._flat_weights_names))
+    weights: list[Any] = list(map(module._parameters.get, module._flat_weights_names))
     if any(map(is_not, weights, module._flat_weights)):
         return None  # other weights than its parameters, perhaps
     if device == "cuda":
         found = _run_on_gpu(name, x, h, c, weights, (rows, x.shape[1], module.hidden_size))
-    elif not ragged:
-        found = _run(name, x, h, c, weights, layers)
     else:
         if lengths is not None:
             lengths = _contiguous(lengths, x.shape[1:2], torch.int64)
@@ -77,8 +76,14 @@ def layer(module: torch.nn.RNNBase, name: str, x: Tensor, hx: Any, lengths: Any 
             resets = _contiguous(resets, x.shape[:2], torch.bool)
             if resets is None:
                 return None
-        places = (0 if t is None else t.data_ptr() for t in (lengths, resets))
-        found = _direct.kernels.forward(name, x, h, c, weights, layers, False, *places)
+        stack = None
+        if module._prepacked is not None and len(x) > 1 and _only_infers(name, x, h, c, weights):
+            stack = module._prepacked.stack(module, weights, (), x.shape[1])
+        if ragged or stack is not None:
+            places = (0 if t is None else t.data_ptr() for t in (lengths, resets))
+            found = _direct.kernels.forward(name, x, h, c, weights, layers, False, *places, stack)
+        else:
+            found = _run(name, x, h, c, weights, layers)
     if found is None:
         return None
     y, *states = found
@@ -120,6 +125,13 @@ def _all_within(lengths: Tensor, steps: int) -> bool:
         return False
     least, most = lengths.aminmax()
     return int(least) >= 0 and int(most) <= steps
+
+
+def _only_infers(name: str, x: Tensor, h: Any, c: Any, weights: Sequence[Any]) -> bool:
+    """Whether a call of one layer, or any without gradients, is for the kernels and will have no backward."""
+    if not torch.is_grad_enabled():
+        return x.dtype in _dispatch.KERNEL_DTYPES
+    return _direct.kernels.fits(name, x, h, c, weights) and not _autograd.needs_gradient(x, h, c, weights)
 
 
 def _run(name: str, x: Tensor, h: Any, c: Any, weights: Sequence[Any], layers: int = 1) -> Any:

@@ -64,9 +64,13 @@ class Stream:
         if kernels:
             assert _dispatch.extension is not None
             places = [_address(s) for s in self._states]
+            if len(places) == 1:
+                places.append(0)
+            # From the states to the states, and whether x and they are bfloat16.
+            self._in_place = (*places, *places, weight.dtype == torch.bfloat16, False)
             self._stack = _dispatch.extension.Stack(
                 module.mode.lower(), _STORED[weight.dtype], batch_size, module.input_size, module.hidden_size,
-                module.proj_size, module.num_layers, places[0], places[-1],
+                module.proj_size, module.num_layers, 1,
             )  # fmt: skip
         self.refresh()
         if hx is not None:
@@ -78,27 +82,21 @@ class Stream:
 
     def refresh(self) -> None:
         """Takes over the layer's weights as they are now; the state stays."""
-        module, groups = self._module, []
+        module = self._module
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, _HOOKS):
                 hook(module, ())
         weights = [w.detach() for w in module._weights()]
-        each, width = len(weights) // module.num_layers, self._step_out[1]
-        for layer in range(module.num_layers):
-            group = weights[layer * each : (layer + 1) * each]
-            rows = group[0].size(0)
-            shapes = [(rows, width if layer else module.input_size), (rows, width), *[(rows,)] * (each // 4 * 2)]
-            shapes += [(width, module.hidden_size)] * (each % 2)
-            for weight, expected in zip(group, shapes, strict=True):
-                shape = expected if self._stack else weight.shape
-                if weight.shape != shape or weight.dtype != self._dtype or weight.device != self._device:
-                    raise RuntimeError(
-                        f"{self._name}: expected a weight of shape {list(shape)}, {self._dtype} on {self._device} as "
-                        f"when the stream was made, got {list(weight.shape)}, {weight.dtype} on {weight.device}"
-                    )
-            groups.append([w.float().contiguous() if w.dtype == torch.float16 else w.contiguous() for w in group])
+        for weight, expected in zip(weights, module._shapes(), strict=True):
+            shape = expected if self._stack else weight.shape
+            if weight.shape != shape or weight.dtype != self._dtype or weight.device != self._device:
+                raise RuntimeError(
+                    f"{self._name}: expected a weight of shape {list(shape)}, {self._dtype} on {self._device} as "
+                    f"when the stream was made, got {list(weight.shape)}, {weight.dtype} on {weight.device}"
+                )
         if self._stack is not None:
-            self._stack.prepare([[_address(w) for w in group] for group in groups])
+            weights = [w.float().contiguous() if w.dtype == torch.float16 else w.contiguous() for w in weights]
+            self._stack.prepare([_address(w) for w in weights])
 
     def __call__(self, x: Tensor, resets: Tensor | None = None) -> Tensor:
         """The outputs of a step or a chunk.
@@ -117,7 +115,7 @@ class Stream:
         place, to = x.data_ptr(), y.data_ptr()
         if not place or not to:
             return self._general(x, resets)
-        self._stack.forward(1, place, to, 0)
+        self._stack.forward(1, self._step[0], place, to, *self._in_place)
         return y
 
     def _general(self, x: Tensor, resets: Tensor | None) -> Tensor:
@@ -151,7 +149,8 @@ class Stream:
             y = x.new_empty(steps, *self._step_out)
             if steps:
                 resets = None if resets is None else resets.contiguous()
-                self._stack.forward(steps, _address(x), _address(y), 0 if resets is None else _address(resets))
+                reset_at = 0 if resets is None else _address(resets)
+                self._stack.forward(steps, self._step[0], _address(x), _address(y), *self._in_place, reset_at)
             return y.to(self._dtype)
         h, c = self._states if len(self._states) == 2 else (self._states[0], None)
         y, *states = functional.stack(

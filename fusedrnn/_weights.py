@@ -15,6 +15,8 @@ from fusedrnn._checks import parameters
 class FlatWeights(torch.nn.RNNBase):
     """Those of a layer: its attributes, or what ``_flat_weights`` has been given, until an attribute is another."""
 
+    _prepacked: Any = None  # what it has packed of them (_prepack.py)
+
     def __setattr__(self, name: str, value: Any) -> None:
         names = self.__dict__.get("_flat_weights_names", ())
         # RNNBase's own leaves a value that is refused in the list, where it would be used.
@@ -24,6 +26,17 @@ class FlatWeights(torch.nn.RNNBase):
             refs[names.index(name)] = None if value is None else weakref.ref(value)
             self._flat_weight_refs = refs
             self._flat_weights = self._listed()
+
+    def _shapes(self) -> list[tuple[int, ...]]:
+        """Those of the weights, by the layer's sizes."""
+        rows = {"LSTM": 4, "GRU": 3}.get(self.mode, 1) * self.hidden_size
+        width, directions = self.proj_size or self.hidden_size, 2 if self.bidirectional else 1
+        shapes: list[tuple[int, ...]] = []
+        for layer in range(self.num_layers):
+            inputs = directions * width if layer else self.input_size
+            each = [(rows, inputs), (rows, width), *[(rows,)] * (2 * self.bias)]
+            shapes += (each + [(width, self.hidden_size)] * (self.proj_size > 0)) * directions
+        return shapes
 
     def _listed(self) -> list[Any]:
         """The attributes of which the list was made."""

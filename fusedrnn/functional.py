@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedrnn import _autograd, _casts, _modes, _ragged, _recompute, _reference, _states
+from fusedrnn import _autograd, _casts, _modes, _prepack, _ragged, _recompute, _reference, _states
 from fusedrnn._dispatch import HALF_DTYPES, KERNEL_DTYPES
 
 
@@ -45,6 +46,7 @@ def stack(
     resets: Tensor | None = None,
     recompute: bool = False,
     states: list[tuple[Tensor, Tensor | None]] | None = None,
+    prepacked: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run a stack of layers.
 
@@ -61,6 +63,7 @@ def stack(
         resets: ``[T, B]`` or ``[N]`` bool. Where set, the states of all layers are zeroed before the step.
         recompute: keep for backward little more than each layer's output, and compute the rest again. All of an LSTM's
             states and recompute do not go together: then everything is kept.
+        prepacked: the kernels' stack that has these weights (``_prepack``), where no gradient is needed on a CPU.
         states: given a padded x, is given each layer's hidden and cell states ``[D, T, B, R]`` and ``[D, T, B, H]``.
 
     Returns:
@@ -76,8 +79,9 @@ def stack(
         x, resets = rows.pack(x), None if resets is None else rows.pack(resets)
         hx, cx = hx.index_select(1, rows.order), None if cx is None else cx.index_select(1, rows.order)
         y, h, c = stack(
-            cell, x, hx, cx, weights, implementation, num_layers, dropout, rows.batch_sizes, None, resets, recompute
-        )
+            cell, x, hx, cx, weights, implementation, num_layers, dropout, rows.batch_sizes, None, resets, recompute,
+            prepacked=prepacked,
+        )  # fmt: skip
         return rows.pad(y), h.index_select(1, rows.back), None if c is None else c.index_select(1, rows.back)
     dtype = x.dtype
     converted = implementation == "cpu" and dtype not in KERNEL_DTYPES
@@ -91,7 +95,9 @@ def stack(
     sequence = (batch_sizes, lengths, resets)
     if states is not None:
         recurrence = partial(_with_states, recurrence, implementation != "reference", dtype, states)
-    if num_layers == 1:
+    if prepacked is not None:
+        x, h, c = _prepack.run(prepacked, x, hx, cx, *sequence)
+    elif num_layers == 1:
         x, h, c = recurrence(cell, x, hx, cx, weights, *sequence)
     else:
         layers = []

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import _autocast, _dispatch, _dynamo, _modes, _shortcut, functional
+from fusedrnn import _autocast, _dispatch, _dynamo, _modes, _prepack, _shortcut, functional
 from fusedrnn._checks import as_pair, can_be_read, check_like_input, reset_mask, row_lengths
 from fusedrnn._script import Scriptable
 from fusedrnn._stream import Stream
@@ -137,6 +137,11 @@ class _Layer(Scriptable, FlatWeights):
         """
         return Stream(self, batch_size, hx)  # type: ignore[arg-type]
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        if self._prepacked is not None:  # it goes elsewhere, or becomes another dtype
+            self._prepacked = _prepack.Prepacked()
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
     def _all_states(self, every: list[tuple[Tensor, Tensor | None]], rank: int) -> Any:
         """The states of all layers in the input's layout."""
 
@@ -194,17 +199,22 @@ class _Layer(Scriptable, FlatWeights):
         resets: Tensor | None = None,
         every: list[tuple[Tensor, Tensor | None]] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
+        one_step = batch_sizes is None and x.size(0) == 1 and every is None
+        stack = None
+        if self._prepacked is not None and implementation == "cpu" and every is None:
+            stack = _prepack.find(self, x, states, weights, autocast, one_step)
+        if stack is not None:
+            weights = []  # which it has
         if autocast is not None:
             kept = _autocast.keeps_state(self, packed=batch_sizes is not None)
-            one_step = batch_sizes is None and x.size(0) == 1 and every is None
             x, states, weights, given = _autocast.cast(
-                x, states, weights, autocast, implementation, kept, one_step, self.proj_size > 0
+                x, states, weights, autocast, implementation, kept, one_step and stack is None, self.proj_size > 0
             )
         h, c = states if len(states) == 2 else (states[0], None)
         dropout = self.dropout if self.training else 0.0
         y, h, c = functional.stack(
             self.mode.lower(), x, h, c, weights, implementation, self.num_layers, dropout,
-            batch_sizes, lengths, resets, self.recompute, every,
+            batch_sizes, lengths, resets, self.recompute, every, stack,
         )  # fmt: skip
         if autocast is not None:
             y, h, c = y.to(given[0]), h.to(given[0]), c if c is None else c.to(given[1])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import compiled, gpu, report, roofline, shapes
-from benchmarks.rivals import ONNX_GATES, onnx_feeds, onnx_session, torch_outputs, torch_workload
+from benchmarks.rivals import ONNX_GATES, OnnxRuntime, onnx_feeds, onnx_session, torch_outputs, torch_workload
 from benchmarks.shapes import Case
 from benchmarks.timing import (
     ALONE,
@@ -18,6 +18,7 @@ from benchmarks.timing import (
     ONNXRUNTIME,
     OURS,
     OURS_DENSE,
+    PREPACKED,
     TORCH,
     TORCH_DENSE,
     ResultsDifferError,
@@ -115,6 +116,24 @@ def test_measure_times_every_rival_of_a_packed_case() -> None:
     assert measured.implementation
 
 
+def test_measure_times_onnxruntime_and_what_is_packed_before() -> None:
+    class Rival(OnnxRuntime):
+        def __init__(self) -> None:
+            self.asked: list[str] = []
+
+        def median_seconds(self, case: Case, seconds: float) -> float:  # noqa: ARG002
+            self.asked.append(case.id)
+            return 1.0
+
+    for case, more in ((TINY[0], {PREPACKED}), (replace(TINY[0], seq=1), set())):
+        rival = Rival()
+        measured = measure(case, "inference", with_torch=False, onnxruntime=rival, seconds=0)
+        assert set(measured.seconds) == {OURS, ALONE, ONNXRUNTIME} | more
+        assert rival.asked == [case.id] * 2
+        result = row(case, "inference", **measured.seconds)
+        assert (result.speedup(report.ONNXRUNTIME_TOO) is not None) == bool(more)
+
+
 def test_measure_times_float32_beside_bfloat16() -> None:
     case = replace(TINY[0], dtype="bfloat16")
     measured = measure(case, "inference", with_torch=True, onnxruntime=None, seconds=0)
@@ -139,8 +158,9 @@ def test_gpu_benchmark_times_every_rival(lengths: shapes.Lengths, mode: shapes.M
 
 
 def test_onnxruntime_is_compared_with_what_was_timed_as_it_was() -> None:
-    result = row(TINY[0], "inference", **{ALONE: 0.5, ONNXRUNTIME: 2.0, TORCH: 3.0})
+    result = row(TINY[0], "inference", **{ALONE: 0.5, PREPACKED: 0.25, ONNXRUNTIME: 2.0, TORCH: 3.0})
     assert result.speedup(ONNXRUNTIME) == 4.0
+    assert result.speedup(report.ONNXRUNTIME_TOO) == 8.0
     assert result.speedup(TORCH) == 3.0
 
 

@@ -139,6 +139,27 @@ inline std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
   return sizes;
 }
 
+// The arrays that the Sequence of a packed batch of at most B rows points to, made from the rows of one step after the other.
+struct PackedRows {
+  std::vector<int64_t> offsets{0}, lengths;
+  int64_t B;
+
+  // Without lengths where a device's kernels are to run, who have no use for them.
+  explicit PackedRows(int64_t B, bool with_lengths = true) : lengths(with_lengths ? B : 0), B(B) {}
+
+  void add(int64_t size) {
+    const int64_t t = static_cast<int64_t>(offsets.size()) - 1, most = t ? offsets[t] - offsets[t - 1] : B;
+    FUSEDRNN_EXPECT(size > 0 && size <= most, "expected batch_sizes to fall from at most ", B, " to at least 1, got ",
+                    size, " at step ", t);
+    offsets.push_back(offsets.back() + size);
+    for (int64_t b = 0; !lengths.empty() && b < size; ++b) lengths[b] = t + 1;
+  }
+  void set(Sequence& sequence) const {
+    sequence.offsets = offsets.data();
+    if (!lengths.empty()) sequence.lengths = lengths.data();
+  }
+};
+
 // Where the batch's rows are, with the arrays that a Sequence points to. x is [T, B, ...], or [N, ...] with
 // batch_sizes [T], which are on the host.
 class SequenceStorage {
@@ -146,7 +167,8 @@ class SequenceStorage {
   Sequence sequence{};
 
   SequenceStorage(const Backend& backend, const Tensor& x, int64_t B, MaybeTensor& batch_sizes,
-                  MaybeTensor& row_lengths, MaybeTensor& resets) {
+                  MaybeTensor& row_lengths, MaybeTensor& resets)
+      : packed_(batch_sizes ? B : 0, backend.on_host) {
     FUSEDRNN_EXPECT(!batch_sizes || batch_sizes->dim() == 1, "expected batch_sizes of shape [steps], got ",
                     to_string(shape(*batch_sizes)));
     sequence.T = batch_sizes ? batch_sizes->size(0) : x.size(0);
@@ -156,19 +178,10 @@ class SequenceStorage {
       FUSEDRNN_EXPECT(!batch_sizes->is_cuda(), "expected batch_sizes on the CPU");
       check(*batch_sizes, "batch_sizes", *batch_sizes, ScalarType::Long, {sequence.T});
       const int64_t* sizes = batch_sizes->const_data_ptr<int64_t>();
-      offsets_.assign(1, 0);
-      lengths_.assign(B, 0);
-      for (int64_t t = 0; t < sequence.T; ++t) {
-        FUSEDRNN_EXPECT(sizes[t] > 0 && sizes[t] <= (t ? sizes[t - 1] : B),
-                        "expected batch_sizes to fall from at most ", B, " to at least 1, got ", sizes[t], " at step ",
-                        t);
-        offsets_.push_back(offsets_.back() + sizes[t]);
-        for (int64_t b = 0; backend.on_host && b < sizes[t]; ++b) lengths_[b] = t + 1;
-      }
-      FUSEDRNN_EXPECT(offsets_.back() == x.size(0), "expected x of ", offsets_.back(),
+      for (int64_t t = 0; t < sequence.T; ++t) packed_.add(sizes[t]);
+      FUSEDRNN_EXPECT(packed_.offsets.back() == x.size(0), "expected x of ", packed_.offsets.back(),
                       " rows, the sum of batch_sizes, got ", x.size(0));
-      sequence.offsets = offsets_.data();
-      if (backend.on_host) sequence.lengths = lengths_.data();
+      packed_.set(sequence);
     } else {
       FUSEDRNN_EXPECT(x.size(1) == B, "expected x with a batch of ", B, ", got ", x.size(1));
       if (row_lengths) {
@@ -190,7 +203,7 @@ class SequenceStorage {
   int64_t rows() const { return sequence.start(sequence.T); }
 
  private:
-  std::vector<int64_t> offsets_, lengths_;
+  PackedRows packed_;
 };
 
 // How many weights each of `directions` directions has.

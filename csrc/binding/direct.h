@@ -18,6 +18,7 @@
 #include "arguments.h"
 #include "cpu/cpu.h"
 #include "dlpack.h"
+#include "stack.h"
 #include "threads.h"
 
 namespace fusedrnn::binding::direct {
@@ -138,12 +139,12 @@ inline std::pair<pybind11::object, void*> make_saved(pybind11::handle like, cons
 
 // (y, h_n, c_n of an LSTM) and, with save, what backward asks for: gates and cells where the cell has them. y of a step is
 // h_n itself, but with save, where h_n may be written to before backward reads y. lengths and resets are addresses of what
-// params.h says, checked by the caller, or 0.
+// params.h says, checked by the caller, or 0. stack: what has packed these weights, or nullptr.
 inline pybind11::object forward(const std::string& name, pybind11::handle x, pybind11::handle hx, pybind11::handle cx,
                                 const pybind11::sequence& weights, int64_t layers, bool save, uintptr_t lengths,
-                                uintptr_t resets) {
+                                uintptr_t resets, const Stack* stack) {
   const std::optional<Call> given = call(name, x, hx, cx, weights, layers);
-  if (!given) return pybind11::none();
+  if (!given || (stack && !stack->fits(given->problem(0), layers))) return pybind11::none();
   const Call& c = *given;
   const auto state = [&](int64_t width) {
     return c.step ? make(x, c, {c.B, width}) : make(x, c, {layers * c.D, c.B, width});
@@ -167,6 +168,7 @@ inline pybind11::object forward(const std::string& name, pybind11::handle x, pyb
     p.c_n = part(c_n.second, layer * c.state(c.H));
     p.gates = gates.second;
     p.cells = cells.second;
+    if (stack) stack->lend(layer, p);
     const pybind11::gil_scoped_release unlocked;
     cpu::kernels().forward(p, threads());
   }

@@ -51,16 +51,9 @@ py::dict plan(const std::string& cell, const std::string& dtype, bool backward, 
   p.projection = projection;
   p.directions = directions;
   p.narrow_sequence = p.narrow_states = narrow && p.converts_weights();
-  std::vector<int64_t> offsets(1), lengths(batch_sizes.empty() ? 0 : batch_sizes.front());
-  for (const int64_t size : batch_sizes) {
-    if (size > static_cast<int64_t>(lengths.size())) throw py::value_error("expected batch_sizes that fall");
-    offsets.push_back(offsets.back() + size);
-    for (int64_t b = 0; b < size; ++b) ++lengths[b];
-  }
-  if (!batch_sizes.empty()) {
-    p.sequence.offsets = offsets.data();
-    p.sequence.lengths = lengths.data();
-  }
+  binding::PackedRows packed(B);
+  for (const int64_t size : batch_sizes) packed.add(size);
+  if (!batch_sizes.empty()) packed.set(p.sequence);
   const cpu::PlanInfo info = cpu::kernels().plan(p, backward, threads().count);
   py::dict named;
   named["teams"] = info.teams;
@@ -144,24 +137,28 @@ PYBIND11_MODULE(_C, m) {
   m.def("read_bandwidth", &read_bandwidth, py::arg("bytes"),
         "Bytes per second at which all threads together read so many bytes again and again, measured.");
   m.def("pooled", &cpu::pooled, "Bytes of working memory that are kept for the next call.");
+  py::class_<binding::Stack>(m, "Stack", "Layers with weights packed once, for inference; unchecked.")
+      .def(py::init<const std::string&, const std::string&, int64_t, int64_t, int64_t, int64_t, int64_t, int>(),
+           py::arg("cell"), py::arg("dtype"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("projection"),
+           py::arg("layers"), py::arg("directions"))
+      .def("prepare", &binding::Stack::prepare, py::arg("weights"),
+           "Pack the weights of these addresses, per layer and direction.")
+      .def_property_readonly("outputs", &binding::Stack::outputs, "D*R, the numbers of an output.")
+      .def("suits", &binding::Stack::suits, py::arg("B"), "Whether what is packed is what B rows would have packed.")
+      .def("forward", &binding::Stack::forward, py::arg("T"), py::arg("B"), py::arg("x"), py::arg("y"), py::arg("h"),
+           py::arg("c"), py::arg("h_n"), py::arg("c_n"), py::arg("narrow_x"), py::arg("narrow_states"),
+           py::arg("resets") = 0, py::arg("lengths") = 0, py::arg("batch_sizes") = 0, py::arg("rows") = 0,
+           "T steps: x [T, B, I] to y [T, B, D*R], or of a packed batch's rows, by address; narrow: in bfloat16.");
   m.def("use_tensors", &binding::use_tensors, py::arg("tensor"), py::arg("parameter"),
         "Whether the next three can read tensors of these types; without it they must not be called.");
   m.def("fits", &binding::direct::fits, "fits(cell, x, hx, cx, weights): whether forward takes them, with save.");
   m.def("forward", &binding::direct::forward, py::arg("cell"), py::arg("x"), py::arg("hx"), py::arg("cx"),
         py::arg("weights"), py::arg("layers"), py::arg("save"), py::arg("lengths") = 0, py::arg("resets") = 0,
-        "y, h_n, c_n (lstm) and what is saved, or None.");
+        py::arg("stack") = static_cast<const binding::Stack*>(nullptr),
+        "y, h_n, c_n (lstm) and what is saved, or None; stack: what has packed these weights.");
   m.def("backward", &binding::direct::backward,
         "backward(cell, dy, dh_n, dc_n, x, y, hx, cx, saved, weights, wanted): gradients of x, hx, cx and weights, or "
         "None.");
-  py::class_<binding::Stack>(m, "Stack",
-                             "Layers in one direction with weights packed once and a state in place, unchecked.")
-      .def(py::init<const std::string&, const std::string&, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t,
-                    uintptr_t>(),
-           py::arg("cell"), py::arg("dtype"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("projection"),
-           py::arg("layers"), py::arg("h"), py::arg("c"))
-      .def("prepare", &binding::Stack::prepare, py::arg("weights"), "Pack the weights of these addresses, per layer.")
-      .def("forward", &binding::Stack::forward, py::arg("T"), py::arg("x"), py::arg("y"), py::arg("resets"),
-           "T steps: x [T, B, I] to y [T, B, R], by address.");
   m.def("evaluate", &evaluate_function, py::arg("function"), py::arg("x"),
         "sigmoid or tanh as the kernels compute them, of a float32 or float64 array.");
 }

@@ -31,8 +31,8 @@ struct Forward : Recurrence<Cell, S, N> {
   const int64_t capacity = at_once.rows;  // rows a panel
   const int64_t panels_kept = std::min(panels, at_once.panels);
   const bool copied_input = plan.copied_input && !p.prepared;
-  PackedWeights<Cell, S, N, W> weights{p, this->weight_sets, (plan.packed_input && !copied_input) || p.prepared,
-                                       plan.packed || p.prepared};
+  PackedWeights<Cell, S, N, W> weights{p, p.prepared ? p.prepared_rows : B, this->weight_sets,
+                                       (plan.packed_input && !copied_input) || p.prepared, plan.packed || p.prepared};
   // As large as what backward packs, where it shares out work alike, so that both passes of a step take turns in one block.
   Scratch<S> recurrent = scratch<S>(p.prepared ? 0 : weights.recurrent());
   Scratch<S> others = scratch<S>(p.prepared ? 0 : weights.others());

@@ -1,5 +1,5 @@
 // Weights as forward needs them: their rows as output vectors, and the sums of the biases. Packed at every call, by those who read
-// them unless several teams share them, or once, for the calls of a stream; in a set for each direction, or for each team, of which set
+// them unless several teams share them, or once, for the calls to come; in a set for each direction, or for each team, of which set
 // s has direction s % directions.
 #pragma once
 
@@ -17,15 +17,17 @@ struct PackedWeights {
   const int64_t sets, I = p.I, H = p.H, R = p.R(), panels = (H + N - 1) / N;
   const int64_t projected_panels = p.projection ? (R + N - 1) / N : 0;
   const bool tiled = takes_tiles<V, W> && in_tiles(p);       // what is packed is tiles
-  const bool narrow = tiled || p.sequence.B <= narrow_rows;  // packed w_hh stays of its type
+  const bool narrow;  // packed w_hh stays of its type
   S* w_ih = nullptr;  // [sets, panels, gates, I, N], or nullptr where it is not packed; as Packed<W> where tiled
   S* w_hh = nullptr;  // [sets, panels, gates, R, N], or nullptr; as Packed<W> where narrow
   S* w_hr = nullptr;  // [sets, projected_panels, H, N] of a projection, beside w_hh and of its type
   S* bias = nullptr;  // [sets, panels, sums, N]
 
-  PackedWeights(const Problem& problem, int64_t sets, bool input, bool hidden)
+  // For products with `rows` rows of a state.
+  PackedWeights(const Problem& problem, int64_t rows, int64_t sets, bool input, bool hidden)
       : p(problem),
         sets(sets),
+        narrow(tiled || rows <= narrow_rows),
         input_size_(input ? (tiled ? packed_size<Packed<W>>(I) : I) * N : 0),
         hidden_size_(hidden ? (narrow ? packed_size<Packed<W>>(R) : R) * N : 0),
         projection_size_(hidden && p.projection ? (narrow ? packed_size<Packed<W>>(H) : H) * N : 0) {}
@@ -94,7 +96,7 @@ struct PackedWeights {
 template <class Cell, class S, int N, class W>
 struct Prepare {
   Prepare(const PrepareParams& p, const Threads& threads) {
-    PackedWeights<Cell, S, N, W> packed(p, p.directions, true, true);
+    PackedWeights<Cell, S, N, W> packed(p, p.sequence.B, p.directions, true, true);
     if (p.bytes) *p.bytes = (packed.others() + packed.recurrent()) * sizeof(S);
     if (!p.memory) return;
     packed.place(static_cast<S*>(p.memory));
