@@ -17,6 +17,8 @@ from fusedrnn import _dispatch
 
 Maybe = Tensor | None
 
+STORED = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}  # what kernels call dtypes
+
 # Looked up once: together they are asked some tenths of a µs faster.
 _compiling = torch.compiler.is_compiling
 _autocasting = torch._C._is_any_autocast_enabled
@@ -48,6 +50,19 @@ def unseen() -> bool:
         and _tracing() is None
         and not _profiling()
     )
+
+
+def address(tensor: Tensor) -> int:
+    """Where the kernels find the numbers; a tensor may have them elsewhere, as a DTensor, or nowhere, as a fake one."""
+    place = tensor.data_ptr()
+    if not place and tensor.numel():
+        raise RuntimeError(f"expected a tensor with memory of its own, got a {type(tensor).__name__}")
+    return place
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The numbers as the kernels read them, one after the other and with their own sign."""
+    return tensor.contiguous().resolve_neg()
 
 
 def forward(cell: str, x: Tensor, hx: Tensor, cx: Maybe, weights: Sequence[Tensor]) -> list[Tensor] | None:

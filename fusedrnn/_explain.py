@@ -114,12 +114,12 @@ def _path(module: torch.nn.Module, input: Tensor | PackedSequence, dtype: torch.
     plan = extension.plan(
         cell, name, False, steps, batch, module.input_size, module.hidden_size, directions, narrow=not wide,
         projection=getattr(module, "proj_size", 0),
-        batch_sizes=input.batch_sizes.tolist() if isinstance(input, PackedSequence) else [],
+        batch_sizes=[n for n in input.batch_sizes.tolist() if n] if isinstance(input, PackedSequence) else [],
     )  # fmt: skip
     layout = "weights packed into tiles" if plan["tiled"] else "packed weights"
     weights = layout if plan["packed"] else "weights read in place"
     if _prepack.serves(module, steps == 1):
-        weights = f"{layout} once"
+        weights = "weights packed once"
     threads = plan["teams"] * plan["members"]
     if threads == 1:
         sharing = "1 thread"

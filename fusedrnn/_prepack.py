@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
 from operator import is_not
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from fusedrnn import _autograd, _direct, _dispatch
 from fusedrnn._weights import FlatWeights
@@ -21,26 +20,25 @@ from fusedrnn._weights import FlatWeights
 Model = TypeVar("Model", bound=torch.nn.Module)
 Dtypes = tuple[torch.dtype, ...]
 
-_STORED = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
-
 
 def prepack(model: Model, enabled: bool = True) -> Model:
     """Make inference on a CPU pack the weights of ``model``'s layers once, not at every call; returns ``model`` itself.
 
-    For a model whose weights are at rest. The first call that needs no gradient packs, into as much memory again as the
-    weights take; those after it, of any batch and length and in any number of threads, use that. When a weight has
-    changed, the next call packs again: after a step of one of torch's optimisers, ``load_state_dict``, an operation in
-    place, another Parameter, another dtype.
+    For a model whose weights are at rest. The first call that needs no gradient packs; those after it, of any batch and
+    length and in any number of threads, use that. When a weight has changed, the next call packs again: after a step of
+    one of torch's optimisers, ``load_state_dict``, an operation in place, another Parameter, another dtype.
 
-    **Not noticed are writes that torch does not count**: through ``parameter.data`` or NumPy, by a collective or by
-    another process. After those, call ``prepack`` again.
+    **Not noticed are writes that torch does not count**: through ``parameter.data`` or a tensor made of it, NumPy,
+    kernels that are not torch's operators, a collective or another process. After those, call ``prepack`` again.
 
     It is for fusedrnn's layers. Cells and single steps (but in float16) read weights where they are. Training, what is
-    compiled, exported or transformed, and layers whose weights are made for every call (parametrized or pruned ones) or
-    in inference mode run as they do without. ``enabled=False`` undoes it and frees the memory. A copy of the model packs
+    compiled, exported, transformed or profiled, and layers whose weights are made for every call (parametrized or
+    pruned ones) or in inference mode run as they do without.
+
+    What is packed takes as much memory again as the weights, twice as much where the kernels want float32 of 16 bits,
+    and that for each dtype in which they are used (autocast). ``enabled=False`` undoes it. A copy of the model packs
     for itself.
     """
-    _watch_optimisers()
     layers = [module for module in model.modules() if isinstance(module, FlatWeights)]
     for layer in layers:
         layer._prepacked = Prepacked() if enabled else None
@@ -49,111 +47,158 @@ def prepack(model: Model, enabled: bool = True) -> Model:
     return model
 
 
-# Steps of torch's optimisers so far: fused ones write to weights and torch does not count that.
-_steps = 0
+# Another one after every step of any of torch's optimisers, None within it: fused ones write to weights, and torch does
+# not count that.
+_step: object | None = object()
 
 
-def _count_step(*_: Any) -> None:
-    global _steps
-    _steps += 1
+def _begin_step(*_: Any) -> None:
+    global _step
+    _step = None
+
+
+def _end_step(*_: Any) -> None:
+    global _step
+    _step = object()
 
 
 @functools.cache
 def _watch_optimisers() -> None:
-    register_optimizer_step_post_hook(_count_step)
+    register_optimizer_step_pre_hook(_begin_step)
+    register_optimizer_step_post_hook(_end_step)
 
 
-class _Kept(NamedTuple):
-    """What the kernels have packed, and of what."""
+class _Packed:
+    """A layer's weights as they were, and what the kernels packed of them, by the dtypes that they went through."""
 
-    stack: Any
-    weights: list[Tensor]
-    aliases: list[Tensor]  # while they hold its memory, no other tensor can be in its place
-    versions: list[int]
-    places: list[int]
-    steps: int
+    def __init__(self, module: FlatWeights, weights: list[Tensor]) -> None:
+        self._step, self._sizes, self._weights = _step, _sizes(module), list(weights)
+        self._versions, self._marks = [w._version for w in weights], list(map(_mark, weights))
+        # While they hold its memory, no other tensor can be where a weight was.
+        self._aliases = [w.detach() for w in weights]
+        self._places = [w.data_ptr() for w in weights]
+        self._stacks: dict[Dtypes, Any] = {}
+
+    def is_of(self, module: FlatWeights, weights: list[Tensor], checked: bool) -> bool:
+        """Whether these are they, unchanged; what is ``checked`` has the sizes and strides that the kernels expect."""
+        return (
+            not any(map(is_not, weights, self._weights))
+            and [w._version for w in weights] == self._versions
+            and [w.data_ptr() for w in weights] == self._places
+            and self._step is _step is not None
+            and (checked or (_sizes(module) == self._sizes and list(map(_mark, weights)) == self._marks))
+        )
+
+    def stack(self, module: FlatWeights, through: Dtypes, batch: int) -> Any:
+        stack = self._stacks.get(through)
+        if stack is None or not stack.is_current():
+            stack = self._stacks[through] = _pack(module, self._aliases, through, batch)
+        return stack
 
 
 class Prepacked:
-    """What a layer has packed, by the dtypes through which its weights went. A copy has nothing yet."""
+    """What a layer has packed. A copy has nothing yet."""
 
     def __init__(self) -> None:
-        self._kept: dict[Dtypes, _Kept] = {}
+        self._packed: _Packed | None = None
+        _watch_optimisers()
 
     def __reduce__(self) -> Any:
         return Prepacked, ()
 
-    def stack(self, module: FlatWeights, weights: list[Tensor], through: Dtypes, batch: int) -> Any:
+    def stack(
+        self, module: FlatWeights, weights: list[Tensor], through: Dtypes, batch: int, checked: bool = False
+    ) -> Any:
         """The kernels' stack of these weights as they are now; None where a change of one could not be seen."""
-        kept = self._kept.get(through)
-        if kept is None or any(map(is_not, weights, kept.weights)):
-            kept = None
-            if not all(map(_is_countable, weights)):
+        packed = self._packed
+        if packed is None or not packed.is_of(module, weights, checked):
+            self._packed = packed = None  # whose memory comes back first
+            if not _can_pack(module, weights):
                 return None
-        versions, places, steps = [w._version for w in weights], [w.data_ptr() for w in weights], _steps
-        if kept and (versions, places, steps) == (kept.versions, kept.places, kept.steps) and kept.stack.suits(batch):
-            return kept.stack
-        aliases = [w.detach() for w in weights]
-        made = _pack(module, aliases, through, batch)
-        if made is not None:
-            self._kept[through] = _Kept(made, list(weights), aliases, versions, places, steps)
-        return made
+            self._packed = packed = _Packed(module, weights)
+        return packed.stack(module, through, batch)
+
+
+def _sizes(module: FlatWeights) -> tuple[Any, ...]:
+    sizes = module.input_size, module.hidden_size, module.proj_size, module.num_layers
+    return module.mode, *sizes, module.bidirectional
+
+
+def _mark(weight: Tensor) -> tuple[Any, ...]:
+    return weight.dtype, weight.shape, weight.stride(), weight.is_neg()
+
+
+def _can_pack(module: FlatWeights, weights: list[Tensor]) -> bool:
+    """Whether torch counts the changes of these weights, and the kernels can read them."""
+    if not all(type(w) is torch.nn.Parameter and w.is_cpu and not w.is_inference() for w in weights):
+        return False
+    return (
+        [w.shape for w in weights] == module._shapes()
+        and len({w.dtype for w in weights}) == 1
+        and all(w.data_ptr() or not w.numel() for w in weights)
+    )
 
 
 def _pack(module: FlatWeights, weights: list[Tensor], through: Dtypes, batch: int) -> Any:
     for dtype in through:
         weights = [w.to(dtype) for w in weights]
-    dtypes = {w.dtype for w in weights}
-    if len(dtypes) > 1 or not dtypes <= _STORED.keys() or [w.shape for w in weights] != module._shapes():
+    name = _direct.STORED.get(weights[0].dtype)
+    if name is None:
         return None
     assert _dispatch.extension is not None
-    directions = 2 if module.bidirectional else 1
     stack = _dispatch.extension.Stack(
-        module.mode.lower(), _STORED[dtypes.pop()], batch, module.input_size, module.hidden_size, module.proj_size,
-        module.num_layers, directions,
+        module.mode.lower(), name, batch, module.input_size, module.hidden_size, module.proj_size, module.num_layers,
+        2 if module.bidirectional else 1,
     )  # fmt: skip
-    weights = [w.contiguous() for w in weights]
-    stack.prepare([w.data_ptr() for w in weights])
+    weights = [_direct.dense(w) for w in weights]
+    stack.prepare([_direct.address(w) for w in weights])
     return stack
 
 
-def _is_countable(weight: Any) -> bool:
-    """Whether torch counts the changes of a weight that the kernels can read."""
-    return type(weight) is torch.nn.Parameter and weight.is_cpu and not weight.is_inference()
-
-
 def serves(module: torch.nn.Module, one_step: bool) -> bool:
-    """Whether a layer's inference, of one step or several, uses what it has packed."""
-    if getattr(module, "_prepacked", None) is None or torch.is_grad_enabled():
+    """Whether a layer's call as things are, of one step or several, uses what it has packed."""
+    if not isinstance(module, FlatWeights) or module._prepacked is None:
         return False
-    weights = list(module.parameters())
-    return all(map(_is_countable, weights)) and (not one_step or weights[0].dtype == torch.float16)
+    weights = module._weights()
+    if torch.is_grad_enabled() and any(w.requires_grad for w in weights):
+        return False
+    return _may_serve(module, weights, one_step) and _can_pack(module, weights)
+
+
+def _may_serve(module: FlatWeights, weights: list[Tensor], one_step: bool) -> bool:
+    dropout = module.training and module.dropout and module.num_layers > 1
+    return not dropout and (not one_step or weights[0].dtype == torch.float16)
 
 
 def find(
     module: FlatWeights,
-    x: Tensor,
-    states: Sequence[Tensor],
+    tensors: list[Tensor],
+    sequence: list[Tensor | None],
     weights: list[Tensor],
     autocast: torch.dtype | None,
     one_step: bool,
 ) -> Any:
-    """The kernels' stack for a checked call, of x ``[T, B, I]`` or ``[N, I]``; None where there is none."""
-    prepacked = module._prepacked
-    if prepacked is None or not _direct.unseen() or not x.numel() or not states[0].numel():
+    """The kernels' stack for a checked call, or None.
+
+    ``tensors`` are x ``[T, B, I]`` or ``[N, I]``, h and an LSTM's c, ``sequence`` what there is of batch_sizes, lengths
+    and resets.
+    """
+    prepacked, (x, h, *_) = module._prepacked, tensors
+    if prepacked is None or not _direct.unseen() or not _may_serve(module, weights, one_step):
         return None
-    if one_step and weights[0].dtype != torch.float16:
+    if not all(type(t) in (Tensor, torch.nn.Parameter) and t.data_ptr() for t in tensors):  # nothing to compute, or
+        return None  # somebody else's
+    if not all(t is None or (type(t) is Tensor and t.is_cpu) for t in sequence):
         return None
-    if module.training and module.dropout and module.num_layers > 1:
+    batch_sizes = sequence[0]
+    if batch_sizes is not None and (batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1):
         return None
-    if not all(type(t) in (Tensor, torch.nn.Parameter) for t in (x, *states)):
-        return None
-    if _autograd.needs_gradient(x, states[0], states[-1], weights):
+    if _autograd.needs_gradient(x, h, tensors[-1], weights):
         return None
     through: Dtypes = () if autocast is None else (autocast,)
     if (autocast or weights[0].dtype) == torch.float16:
         through += (torch.float32,)
-    return prepacked.stack(module, weights, through, states[0].size(1))
+    return prepacked.stack(module, weights, through, h.size(1))
 
 
 def run(
@@ -166,24 +211,16 @@ def run(
     resets: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """:func:`fusedrnn.functional.stack` of the kernels' stack that has its weights."""
-    x, h, c = _dense(x), _dense(h), None if c is None else _dense(c)
+    x, h, c = _direct.dense(x), _direct.dense(h), None if c is None else _direct.dense(c)
     sequence = [None if t is None else t.contiguous() for t in (resets, lengths, batch_sizes)]
     y = x.new_empty(*x.shape[:-1], stack.outputs)
     h_n, c_n = torch.empty_like(h), None if c is None else torch.empty_like(c)
     stack.forward(
         x.size(0) if batch_sizes is None else len(batch_sizes),
         h.size(1),
-        *map(_place, (x, y, h, c, h_n, c_n)),
+        *(0 if t is None else _direct.address(t) for t in (x, y, h, c, h_n, c_n)),
         *(t.dtype == torch.bfloat16 for t in (x, h)),
-        *map(_place, sequence),
+        *(0 if t is None else _direct.address(t) for t in sequence),
         rows=x.size(0),
     )
     return y, h_n, c_n
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().resolve_neg()
-
-
-def _place(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

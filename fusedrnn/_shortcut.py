@@ -5,7 +5,6 @@ What gets None here takes the long way, whose checks say what is wrong, if anyth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from operator import is_not, itemgetter
 from typing import Any
 
@@ -76,14 +75,7 @@ def layer(module: FlatWeights, name: str, x: Tensor, hx: Any, lengths: Any = Non
             resets = _contiguous(resets, x.shape[:2], torch.bool)
             if resets is None:
                 return None
-        stack = None
-        if module._prepacked is not None and len(x) > 1 and _only_infers(name, x, h, c, weights):
-            stack = module._prepacked.stack(module, weights, (), x.shape[1])
-        if ragged or stack is not None:
-            places = (0 if t is None else t.data_ptr() for t in (lengths, resets))
-            found = _direct.kernels.forward(name, x, h, c, weights, layers, False, *places, stack)
-        else:
-            found = _run(name, x, h, c, weights, layers)
+        found = _run(name, x, h, c, weights, module, lengths, resets)
     if found is None:
         return None
     y, *states = found
@@ -127,23 +119,30 @@ def _all_within(lengths: Tensor, steps: int) -> bool:
     return int(least) >= 0 and int(most) <= steps
 
 
-def _only_infers(name: str, x: Tensor, h: Any, c: Any, weights: Sequence[Any]) -> bool:
-    """Whether a call of one layer, or any without gradients, is for the kernels and will have no backward."""
-    if not torch.is_grad_enabled():
-        return x.dtype in _dispatch.KERNEL_DTYPES
-    return _direct.kernels.fits(name, x, h, c, weights) and not _autograd.needs_gradient(x, h, c, weights)
-
-
-def _run(name: str, x: Tensor, h: Any, c: Any, weights: Sequence[Any], layers: int = 1) -> Any:
-    """The output (a layer's alone, where there will be gradients) and the states."""
+def _run(
+    name: str,
+    x: Tensor,
+    h: Any,
+    c: Any,
+    weights: Any,
+    module: FlatWeights | None = None,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+) -> Any:
+    """The output and the states of a layer's call, or a cell's; with gradients, of one layer, neither ragged."""
     kernels = _direct.kernels
-    if not torch.is_grad_enabled():
-        return kernels.forward(name, x, h, c, weights, layers, False)
-    if not kernels.fits(name, x, h, c, weights):
-        return None
-    if not _autograd.needs_gradient(x, h, c, weights):
+    if torch.is_grad_enabled():
+        if not kernels.fits(name, x, h, c, weights):
+            return None
+        if _autograd.needs_gradient(x, h, c, weights):
+            return _autograd.apply(name, False, None, None, None, x, h, c, *weights)
+    if module is None:
         return kernels.forward(name, x, h, c, weights, 1, False)
-    return _autograd.apply(name, False, None, None, None, x, h, c, *weights)
+    stack, prepacked = None, module._prepacked
+    if prepacked is not None and len(x) > 1 and x.dtype in _direct.STORED:
+        stack = prepacked.stack(module, weights, (), x.shape[1], checked=True)
+    places = (0 if t is None else t.data_ptr() for t in (lengths, resets))
+    return kernels.forward(name, x, h, c, weights, module.num_layers, False, *places, stack)
 
 
 def _run_on_gpu(name: str, x: Tensor, h: Any, c: Any, weights: list[Any], shape: tuple[int, ...]) -> Any:

@@ -11,7 +11,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from fusedrnn import _dispatch, functional
+from fusedrnn import _direct, _dispatch, functional
 from fusedrnn._checks import as_pair, check_like_input, reset_mask
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 # Reparametrizations that make a weight anew before every forward of the module, which a stream does not call.
 _HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)
 _tracing = torch._C._get_tracing_state
-_STORED = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float32"}
 
 
 class Stream:
@@ -60,17 +59,18 @@ class Stream:
             self._states = [torch.zeros(shape, dtype=state_dtype, device=weight.device) for shape in shapes]
         self._step, self._step_out = (batch_size, module.input_size), (batch_size, sizes[0])
         self._kept = None if weight.dtype == torch.float16 else weight.dtype  # what the kernels take as it is
+        self._shapes = module._shapes()
         self._stack: Any = None
         if kernels:
             assert _dispatch.extension is not None
-            places = [_address(s) for s in self._states]
+            places = [_direct.address(s) for s in self._states]
             if len(places) == 1:
                 places.append(0)
             # From the states to the states, and whether x and they are bfloat16.
             self._in_place = (*places, *places, weight.dtype == torch.bfloat16, False)
             self._stack = _dispatch.extension.Stack(
-                module.mode.lower(), _STORED[weight.dtype], batch_size, module.input_size, module.hidden_size,
-                module.proj_size, module.num_layers, 1,
+                module.mode.lower(), _direct.STORED.get(weight.dtype, "float32"), batch_size, module.input_size,
+                module.hidden_size, module.proj_size, module.num_layers, 1,
             )  # fmt: skip
         self.refresh()
         if hx is not None:
@@ -87,7 +87,11 @@ class Stream:
             if isinstance(hook, _HOOKS):
                 hook(module, ())
         weights = [w.detach() for w in module._weights()]
-        for weight, expected in zip(weights, module._shapes(), strict=True):
+        if len(weights) != len(self._shapes):
+            raise RuntimeError(
+                f"{self._name}: expected {len(self._shapes)} weights as when the stream was made, got {len(weights)}"
+            )
+        for weight, expected in zip(weights, self._shapes, strict=True):
             shape = expected if self._stack else weight.shape
             if weight.shape != shape or weight.dtype != self._dtype or weight.device != self._device:
                 raise RuntimeError(
@@ -95,8 +99,8 @@ class Stream:
                     f"when the stream was made, got {list(weight.shape)}, {weight.dtype} on {weight.device}"
                 )
         if self._stack is not None:
-            weights = [w.float().contiguous() if w.dtype == torch.float16 else w.contiguous() for w in weights]
-            self._stack.prepare([_address(w) for w in weights])
+            weights = [_direct.dense(w.float() if w.dtype == torch.float16 else w) for w in weights]
+            self._stack.prepare([_direct.address(w) for w in weights])
 
     def __call__(self, x: Tensor, resets: Tensor | None = None) -> Tensor:
         """The outputs of a step or a chunk.
@@ -145,12 +149,14 @@ class Stream:
                 raise RuntimeError(
                     f"{self._name}: expected no torch.jit.trace of a stream, whose call it would not see"
                 )
-            x = (x if self._kept else x.float()).contiguous().resolve_neg()
+            x = _direct.dense(x if self._kept else x.float())
             y = x.new_empty(steps, *self._step_out)
             if steps:
                 resets = None if resets is None else resets.contiguous()
-                reset_at = 0 if resets is None else _address(resets)
-                self._stack.forward(steps, self._step[0], _address(x), _address(y), *self._in_place, reset_at)
+                reset_at = 0 if resets is None else _direct.address(resets)
+                self._stack.forward(
+                    steps, self._step[0], _direct.address(x), _direct.address(y), *self._in_place, reset_at
+                )
             return y.to(self._dtype)
         h, c = self._states if len(self._states) == 2 else (self._states[0], None)
         y, *states = functional.stack(
@@ -210,11 +216,3 @@ def _resumed(module: RNN | LSTM | GRU, batch_size: int, state: dict[str, Tensor]
     stream = Stream(module, batch_size)
     stream.load_state_dict(state)
     return stream
-
-
-def _address(tensor: Tensor) -> int:
-    """Where the kernels find the numbers; a tensor may have them elsewhere, as a DTensor, or nowhere, as a fake one."""
-    place = tensor.data_ptr()
-    if not place and tensor.numel():
-        raise RuntimeError(f"expected a stream's tensors to have memory of their own, got a {type(tensor).__name__}")
-    return place

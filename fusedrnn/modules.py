@@ -202,7 +202,8 @@ class _Layer(Scriptable, FlatWeights):
         one_step = batch_sizes is None and x.size(0) == 1 and every is None
         stack = None
         if self._prepacked is not None and implementation == "cpu" and every is None:
-            stack = _prepack.find(self, x, states, weights, autocast, one_step)
+            sequence = [batch_sizes, lengths, resets]
+            stack = _prepack.find(self, [x, *states], sequence, weights, autocast, one_step)
         if stack is not None:
             weights = []  # which it has
         if autocast is not None:

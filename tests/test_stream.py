@@ -258,6 +258,19 @@ def test_weights_of_a_wrong_shape_are_refused(name):
         stream.refresh()
 
 
+@needs_kernels
+@pytest.mark.parametrize(
+    "sizes", [{"hidden_size": 8}, {"input_size": 3}, {"num_layers": 1}, {"bias": False}, {"hidden_size": 90}], ids=str
+)
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_of_other_sizes_is_refused(name, sizes):
+    layer, _ = make(name)
+    stream = layer.stream(2)
+    layer.__init__(**{"input_size": 4, "hidden_size": 9, "num_layers": 2} | sizes)
+    with pytest.raises(RuntimeError, match=r"expected .* as when the stream was made"):
+        stream.refresh()
+
+
 @pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda stream: pickle.loads(pickle.dumps(stream))])
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
 def test_copies_go_on_alone(name, again):
@@ -297,7 +310,7 @@ def test_masks_of_other_shapes_are_refused(mask):
 def test_what_has_no_memory_is_refused():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    refused = pytest.raises(RuntimeError, match="expected a stream's tensors to have memory of their own, got a")
+    refused = pytest.raises(RuntimeError, match="expected a tensor with memory of its own, got a")
     with FakeTensorMode(), refused:
         fusedrnn.GRU(4, 7).stream(2)
     stream = fusedrnn.GRU(4, 7).stream(2)

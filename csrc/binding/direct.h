@@ -169,8 +169,9 @@ inline pybind11::object forward(const std::string& name, pybind11::handle x, pyb
     p.gates = gates.second;
     p.cells = cells.second;
     if (stack) stack->lend(layer, p);
+    const cpu::Kernels& kernels = stack ? stack->kernels() : cpu::kernels();
     const pybind11::gil_scoped_release unlocked;
-    cpu::kernels().forward(p, threads());
+    kernels.forward(p, threads());
   }
   pybind11::list results;
   for (const auto& result : {y, h_n, c_n, gates, cells})

@@ -51,7 +51,7 @@ py::dict plan(const std::string& cell, const std::string& dtype, bool backward, 
   p.projection = projection;
   p.directions = directions;
   p.narrow_sequence = p.narrow_states = narrow && p.converts_weights();
-  binding::PackedRows packed(B);
+  binding::PackedRows packed(batch_sizes.empty() ? 0 : B);
   for (const int64_t size : batch_sizes) packed.add(size);
   if (!batch_sizes.empty()) packed.set(p.sequence);
   const cpu::PlanInfo info = cpu::kernels().plan(p, backward, threads().count);
@@ -144,7 +144,7 @@ PYBIND11_MODULE(_C, m) {
       .def("prepare", &binding::Stack::prepare, py::arg("weights"),
            "Pack the weights of these addresses, per layer and direction.")
       .def_property_readonly("outputs", &binding::Stack::outputs, "D*R, the numbers of an output.")
-      .def("suits", &binding::Stack::suits, py::arg("B"), "Whether what is packed is what B rows would have packed.")
+      .def("is_current", &binding::Stack::is_current, "Whether it has packed for the instruction set in use.")
       .def("forward", &binding::Stack::forward, py::arg("T"), py::arg("B"), py::arg("x"), py::arg("y"), py::arg("h"),
            py::arg("c"), py::arg("h_n"), py::arg("c_n"), py::arg("narrow_x"), py::arg("narrow_states"),
            py::arg("resets") = 0, py::arg("lengths") = 0, py::arg("batch_sizes") = 0, py::arg("rows") = 0,
