@@ -209,7 +209,7 @@ class _Layer(Scriptable, FlatWeights):
         if autocast is not None:
             kept = _autocast.keeps_state(self, packed=batch_sizes is not None)
             x, states, weights, given = _autocast.cast(
-                x, states, weights, autocast, implementation, kept, one_step and stack is None, self.proj_size > 0
+                x, states, weights, autocast, implementation, kept, one_step, self.proj_size > 0
             )
         h, c = states if len(states) == 2 else (states[0], None)
         dropout = self.dropout if self.training else 0.0
