@@ -16,8 +16,8 @@ struct PackedWeights {
   const Problem& p;
   const int64_t sets, I = p.I, H = p.H, R = p.R(), panels = (H + N - 1) / N;
   const int64_t projected_panels = p.projection ? (R + N - 1) / N : 0;
-  const bool tiled = takes_tiles<V, W> && in_tiles(p);       // what is packed is tiles
-  const bool narrow;  // packed w_hh stays of its type
+  const bool tiled = takes_tiles<V, W> && in_tiles(p);  // what is packed is tiles
+  const bool narrow;                                    // packed w_hh stays of its type
   S* w_ih = nullptr;  // [sets, panels, gates, I, N], or nullptr where it is not packed; as Packed<W> where tiled
   S* w_hh = nullptr;  // [sets, panels, gates, R, N], or nullptr; as Packed<W> where narrow
   S* w_hr = nullptr;  // [sets, projected_panels, H, N] of a projection, beside w_hh and of its type
