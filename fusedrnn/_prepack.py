@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+import weakref
 from operator import is_not
 from typing import Any, TypeVar
 
@@ -28,17 +29,19 @@ def prepack(model: Model, enabled: bool = True) -> Model:
     length and in any number of threads, use that. When a weight has changed, the next call packs again: after a step of
     one of torch's optimisers, ``load_state_dict``, an operation in place, another Parameter, another dtype.
 
-    **Not noticed are writes that torch does not count**: through ``parameter.data`` or a tensor made of it, NumPy,
-    kernels that are not torch's operators, a collective or another process. After those, call ``prepack`` again.
+    **Not noticed are writes that torch does not count**: through ``parameter.data``, a tensor made of it or set as it,
+    NumPy, torch's fused functions without their optimiser, a collective or another process. After those, call
+    ``prepack`` again.
 
     It is for fusedrnn's layers. Cells and single steps (but in float16) read weights where they are. Training, what is
     compiled, exported, transformed or profiled, and layers whose weights are made for every call (parametrized or
     pruned ones) or in inference mode run as they do without.
 
-    What is packed takes as much memory again as the weights, twice as much where the kernels want float32 of 16 bits,
-    and that for each dtype in which they are used (autocast). ``enabled=False`` undoes it. A copy of the model packs
-    for itself.
+    What is packed takes as much memory again as the weights, up to three times as much where they have 16 bits and the
+    kernels want float32, and that for each dtype in which they are used (autocast). ``enabled=False`` undoes it. A copy
+    of the model packs for itself.
     """
+    _open_steps.clear()
     layers = [module for module in model.modules() if isinstance(module, FlatWeights)]
     for layer in layers:
         layer._prepacked = Prepacked() if enabled else None
@@ -47,19 +50,29 @@ def prepack(model: Model, enabled: bool = True) -> Model:
     return model
 
 
-# Another one after every step of any of torch's optimisers, None within it: fused ones write to weights, and torch does
-# not count that.
+# Fused optimisers write to weights, and torch does not count that: another object after every step of any optimiser.
+# None while there are open ones, or some that raised an error and are still there.
 _step: object | None = object()
+_open_steps: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
-def _begin_step(*_: Any) -> None:
+def _begin_step(optimiser: torch.optim.Optimizer, *_: Any) -> None:
     global _step
+    _open_steps.add(optimiser)
     _step = None
 
 
-def _end_step(*_: Any) -> None:
+def _end_step(optimiser: torch.optim.Optimizer, *_: Any) -> None:
     global _step
-    _step = object()
+    _open_steps.discard(optimiser)
+    _step = None if _open_steps else object()
+
+
+def _is_in_step() -> bool:
+    global _step
+    if _step is None and not _open_steps:
+        _step = object()
+    return _step is None
 
 
 @functools.cache
@@ -73,26 +86,37 @@ class _Packed:
 
     def __init__(self, module: FlatWeights, weights: list[Tensor]) -> None:
         self._step, self._sizes, self._weights = _step, _sizes(module), list(weights)
-        self._versions, self._marks = [w._version for w in weights], list(map(_mark, weights))
+        self._versions = [w._version for w in weights]
         # While they hold its memory, no other tensor can be where a weight was.
         self._aliases = [w.detach() for w in weights]
-        self._places = [w.data_ptr() for w in weights]
-        self._stacks: dict[Dtypes, Any] = {}
+        self._places, self._marks = [w.data_ptr() for w in self._aliases], list(map(_mark, self._aliases))
+        self._dense = all(w.is_contiguous() and not w.is_neg() for w in self._aliases)
+        self._can_pack = _can_pack(module, self._aliases) and self._places == [w.data_ptr() for w in weights]
+        self._stacks: dict[Dtypes, list[Any]] = {}
 
     def is_of(self, module: FlatWeights, weights: list[Tensor], checked: bool) -> bool:
-        """Whether these are they, unchanged; what is ``checked`` has the sizes and strides that the kernels expect."""
+        """Whether these are they, unchanged; what is ``checked`` will be dense and of the sizes that were packed."""
         return (
             not any(map(is_not, weights, self._weights))
             and [w._version for w in weights] == self._versions
             and [w.data_ptr() for w in weights] == self._places
-            and self._step is _step is not None
-            and (checked or (_sizes(module) == self._sizes and list(map(_mark, weights)) == self._marks))
+            and self._step is _step
+            and (
+                (checked and self._dense)
+                or (_sizes(module) == self._sizes and list(map(_mark, weights)) == self._marks)
+            )
         )
 
-    def stack(self, module: FlatWeights, through: Dtypes, batch: int) -> Any:
-        stack = self._stacks.get(through)
-        if stack is None or not stack.is_current():
-            stack = self._stacks[through] = _pack(module, self._aliases, through, batch)
+    def stack(self, through: Dtypes, batch: int) -> Any:
+        if not self._can_pack:
+            return None
+        made = self._stacks.get(through, [])
+        for stack in made:
+            if stack.suits(batch):
+                return stack
+        stack = _pack(self._sizes, self._aliases, through, batch)
+        if stack is not None:
+            self._stacks[through] = [stack, *(other for other in made if other.is_current())]
         return stack
 
 
@@ -111,27 +135,31 @@ class Prepacked:
     ) -> Any:
         """The kernels' stack of these weights as they are now; None where a change of one could not be seen."""
         packed = self._packed
+        if _step is None and _is_in_step():
+            return None
         if packed is None or not packed.is_of(module, weights, checked):
             self._packed = packed = None  # whose memory comes back first
-            if not _can_pack(module, weights):
+            if not all(map(_is_counted, weights)):
                 return None
             self._packed = packed = _Packed(module, weights)
-        return packed.stack(module, through, batch)
+        return packed.stack(through, batch)
 
 
 def _sizes(module: FlatWeights) -> tuple[Any, ...]:
-    sizes = module.input_size, module.hidden_size, module.proj_size, module.num_layers
-    return module.mode, *sizes, module.bidirectional
+    return module.mode, module.input_size, module.hidden_size, module.proj_size, module.num_layers, module.bidirectional
 
 
 def _mark(weight: Tensor) -> tuple[Any, ...]:
     return weight.dtype, weight.shape, weight.stride(), weight.is_neg()
 
 
+def _is_counted(weight: Tensor) -> bool:
+    """Whether torch counts the changes of a weight."""
+    return type(weight) is torch.nn.Parameter and weight.is_cpu and not weight.is_inference()
+
+
 def _can_pack(module: FlatWeights, weights: list[Tensor]) -> bool:
-    """Whether torch counts the changes of these weights, and the kernels can read them."""
-    if not all(type(w) is torch.nn.Parameter and w.is_cpu and not w.is_inference() for w in weights):
-        return False
+    """Whether the kernels can read these weights."""
     return (
         [w.shape for w in weights] == module._shapes()
         and len({w.dtype for w in weights}) == 1
@@ -139,17 +167,17 @@ def _can_pack(module: FlatWeights, weights: list[Tensor]) -> bool:
     )
 
 
-def _pack(module: FlatWeights, weights: list[Tensor], through: Dtypes, batch: int) -> Any:
+def _pack(sizes: tuple[Any, ...], weights: list[Tensor], through: Dtypes, batch: int) -> Any:
     for dtype in through:
         weights = [w.to(dtype) for w in weights]
     name = _direct.STORED.get(weights[0].dtype)
     if name is None:
         return None
     assert _dispatch.extension is not None
+    mode, inputs, hidden, projection, layers, bidirectional = sizes
     stack = _dispatch.extension.Stack(
-        module.mode.lower(), name, batch, module.input_size, module.hidden_size, module.proj_size, module.num_layers,
-        2 if module.bidirectional else 1,
-    )  # fmt: skip
+        mode.lower(), name, batch, inputs, hidden, projection, layers, 2 if bidirectional else 1
+    )
     weights = [_direct.dense(w) for w in weights]
     stack.prepare([_direct.address(w) for w in weights])
     return stack
@@ -162,7 +190,7 @@ def serves(module: torch.nn.Module, one_step: bool) -> bool:
     weights = module._weights()
     if torch.is_grad_enabled() and any(w.requires_grad for w in weights):
         return False
-    return _may_serve(module, weights, one_step) and _can_pack(module, weights)
+    return _may_serve(module, weights, one_step) and all(map(_is_counted, weights)) and _can_pack(module, weights)
 
 
 def _may_serve(module: FlatWeights, weights: list[Tensor], one_step: bool) -> bool:

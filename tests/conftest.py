@@ -43,6 +43,17 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def packs(monkeypatch) -> list[object]:
+    """Grows with everything that fusedrnn.prepack packs."""
+    from fusedrnn import _prepack
+
+    made: list[object] = []
+    pack = _prepack._pack
+    monkeypatch.setattr(_prepack, "_pack", lambda *arguments: made.append(pack(*arguments)) or made[-1])
+    return made
+
+
 def instruction_sets() -> list:
     if importlib.util.find_spec("fusedrnn._C") is None:
         skip = pytest.mark.skip(reason="fusedrnn is installed without its C++ extension")

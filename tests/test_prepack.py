@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fusedrnn
-from fusedrnn import _prepack
 
 extension = pytest.importorskip("fusedrnn._C", exc_type=ImportError)
 
@@ -142,26 +141,18 @@ def test_a_stream_gives_the_same_bits(name, dtype, shape):
     assert torch.equal(y, stream(x))
 
 
-@pytest.fixture
-def packs(monkeypatch) -> list[object]:
-    """Grows with everything that is packed."""
-    made: list[object] = []
-    pack = _prepack._pack
-    monkeypatch.setattr(_prepack, "_pack", lambda *arguments: made.append(pack(*arguments)) or made[-1])
-    return made
-
-
-@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_one_pack_serves_every_batch_and_length(dtype, packs):
+def test_one_pack_serves_every_batch_and_length(dtype, packs, isa):
     layer = fusedrnn.GRU(8, 40, dtype=dtype)
     inputs = [torch.randn(steps, rows, 8).to(dtype) for steps, rows in ((2, 1), (9, 33), (30, 2), (3, 5), (40, 1))]
     alone = [infer(lambda x=x: fusedrnn.prepack(copy.deepcopy(layer))(x)) for x in inputs]
     fusedrnn.prepack(layer)
     packs.clear()
-    for x, expected in zip(inputs, alone, strict=True):
-        assert_same(infer(lambda x=x: layer(x)), expected)
-    assert len(packs) == 1
+    for _ in range(2):
+        for x, expected in zip(inputs, alone, strict=True):
+            assert_same(infer(lambda x=x: layer(x)), expected)
+    # bfloat16 without products of its own is packed one way for up to two rows and another way for more
+    assert len(packs) == (2 if dtype == torch.bfloat16 and isa in ("baseline", "avx2", "avx512") else 1)
 
 
 def test_another_instruction_set_packs_for_itself(layer, x, packs):

@@ -145,6 +145,7 @@ PYBIND11_MODULE(_C, m) {
            "Pack the weights of these addresses, per layer and direction.")
       .def_property_readonly("outputs", &binding::Stack::outputs, "D*R, the numbers of an output.")
       .def("is_current", &binding::Stack::is_current, "Whether it has packed for the instruction set in use.")
+      .def("suits", &binding::Stack::suits, py::arg("B"), "Whether it has packed as is best there for B rows.")
       .def("forward", &binding::Stack::forward, py::arg("T"), py::arg("B"), py::arg("x"), py::arg("y"), py::arg("h"),
            py::arg("c"), py::arg("h_n"), py::arg("c_n"), py::arg("narrow_x"), py::arg("narrow_states"),
            py::arg("resets") = 0, py::arg("lengths") = 0, py::arg("batch_sizes") = 0, py::arg("rows") = 0,

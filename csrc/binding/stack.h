@@ -58,10 +58,8 @@ class Stack {
         wanted.weights[d] = {weight(0), weight(1), weight(2, biases), weight(3, biases),
                              weight(each - 1, wanted.projection > 0)};
       }
-      int64_t bytes = 0;
-      wanted.bytes = &bytes;
-      kernels_.prepare(wanted, threads());
-      if (!memory_[layer]) memory_[layer] = Memory(cpu::borrow(bytes), {static_cast<size_t>(bytes)});
+      const size_t bytes = bytes_for(layer, wanted.sequence.B);
+      if (!memory_[layer]) memory_[layer] = Memory(cpu::borrow(bytes), {bytes});
       wanted.memory = layers_[layer].prepared = memory_[layer].get();
       kernels_.prepare(wanted, threads());
     }
@@ -70,6 +68,11 @@ class Stack {
   int64_t outputs() const { return layers_[0].directions * layers_[0].R(); }
 
   bool is_current() const { return &kernels_ == &cpu::kernels(); }
+  // Told by the size of what would be packed.
+  bool suits(int64_t B) const {
+    const int64_t own = layers_[0].prepared_rows;
+    return is_current() && (B == own || bytes_for(0, B) == bytes_for(0, own));
+  }
   const cpu::Kernels& kernels() const { return kernels_; }
 
   // Whether p is the first of these layers.
@@ -131,6 +134,14 @@ class Stack {
     void operator()(void* memory) const { cpu::give_back(memory, bytes); }
   };
   using Memory = std::unique_ptr<void, Return>;
+
+  size_t bytes_for(int64_t layer, int64_t B) const {
+    int64_t bytes = 0;
+    PrepareParams wanted{layers_[layer], nullptr, &bytes};
+    wanted.sequence.B = B;
+    kernels_.prepare(wanted, threads());
+    return bytes;
+  }
 
   const cpu::Kernels& kernels_;  // of the instruction set for which the weights are packed
   std::vector<ForwardParams> layers_;
