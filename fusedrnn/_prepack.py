@@ -53,18 +53,18 @@ def prepack(model: Model, enabled: bool = True) -> Model:
 # Fused optimisers write to weights, and torch does not count that: another object after every step of any optimiser.
 # None while there are open ones, or some that raised an error and are still there.
 _step: object | None = object()
-_open_steps: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+_open_steps: weakref.WeakValueDictionary[int, torch.optim.Optimizer] = weakref.WeakValueDictionary()  # by id
 
 
 def _begin_step(optimiser: torch.optim.Optimizer, *_: Any) -> None:
     global _step
-    _open_steps.add(optimiser)
+    _open_steps[id(optimiser)] = optimiser
     _step = None
 
 
 def _end_step(optimiser: torch.optim.Optimizer, *_: Any) -> None:
     global _step
-    _open_steps.discard(optimiser)
+    _open_steps.pop(id(optimiser), None)
     _step = None if _open_steps else object()
 
 
