@@ -249,6 +249,15 @@ def test_weights_of_a_wrong_shape_are_refused(wrong, layer, x):
         infer(lambda: layer(x))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_weights_of_several_dtypes_are_refused(packed, layer, x):
+    fusedrnn.prepack(layer)
+    layer.weight_hh_l0 = torch.nn.Parameter(layer.weight_hh_l0.detach().double())
+    given = pack_padded_sequence(x, torch.tensor([7, 3, 2])) if packed else x
+    with pytest.raises(RuntimeError, match="expected w_hh of dtype float32, got float64"):
+        infer(lambda: layer(given))
+
+
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2}], ids=str)
 def test_wrong_arguments_are_refused_as_without(options, x):
     plain = fusedrnn.LSTM(5, 9, **options)
