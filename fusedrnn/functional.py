@@ -63,8 +63,8 @@ def stack(
         resets: ``[T, B]`` or ``[N]`` bool. Where set, the states of all layers are zeroed before the step.
         recompute: keep for backward little more than each layer's output, and compute the rest again. All of an LSTM's
             states and recompute do not go together: then everything is kept.
-        prepacked: the kernels' stack that has these weights (``_prepack``), where no gradient is needed on a CPU.
         states: given a padded x, is given each layer's hidden and cell states ``[D, T, B, R]`` and ``[D, T, B, H]``.
+        prepacked: the kernels' stack that has these weights (``_prepack``), where no gradient is needed on a CPU.
 
     Returns:
         y ``[T, B, D*R]`` or ``[N, D*R]``, h_n like hx and c_n like cx.

@@ -44,6 +44,18 @@ def threads():
 
 
 @pytest.fixture
+def layer() -> torch.nn.Module:
+    """An LSTM of 5 inputs and 9 units."""
+    return importlib.import_module("fusedrnn").LSTM(5, 9)
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    """Its input: 7 steps of 3 rows."""
+    return torch.randn(7, 3, 5)
+
+
+@pytest.fixture
 def packs(monkeypatch) -> list[object]:
     """Grows with everything that fusedrnn.prepack packs."""
     from fusedrnn import _prepack

@@ -48,16 +48,6 @@ def unseen_change(layer: torch.nn.Module) -> None:
         weight.data.mul_(0.5)
 
 
-@pytest.fixture
-def layer() -> torch.nn.Module:
-    return fusedrnn.LSTM(5, 9)
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(7, 3, 5)
-
-
 def calls(
     layer: torch.nn.RNNBase, steps: int = 24, rows: int = 4
 ) -> Iterator[tuple[str, Callable[[torch.nn.Module], object]]]:

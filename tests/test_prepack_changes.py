@@ -18,16 +18,6 @@ import fusedrnn
 pytest.importorskip("fusedrnn._C", exc_type=ImportError)
 
 
-@pytest.fixture
-def layer() -> torch.nn.Module:
-    return fusedrnn.LSTM(5, 9)
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(7, 3, 5)
-
-
 # What torch counts, or puts another tensor in the place of a weight.
 
 

@@ -11,23 +11,12 @@ import warnings
 import pytest
 import torch
 from test_prepack import assert_same, flat, infer, unseen_change
-from torch import Tensor
 from torch.nn.utils import prune
 from torch.nn.utils.rnn import PackedSequence
 
 import fusedrnn
 
 extension = pytest.importorskip("fusedrnn._C", exc_type=ImportError)
-
-
-@pytest.fixture
-def layer() -> torch.nn.Module:
-    return fusedrnn.LSTM(5, 9)
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(7, 3, 5)
 
 
 def test_copies_pack_for_themselves(layer, x):
